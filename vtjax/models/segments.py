@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a stack of blocks is initialised and run: unrolled, rematerialised, or scanned over equal blocks.
+
+Parameters are always unrolled on disk and in memory (`block_00/...`). Measured (anchors of the design): scanning
+without remat costs memory, so scan is only accepted together with remat.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from vtjax.errors import InputError
+from vtjax.models.layers import Block, DropPath, Knobs
+from vtjax.ops.tokens import Tokens
+
+REMAT = ("none", "full", "dots", "names")
+"""What is kept for the backward pass: everything; nothing but block inputs; matmul outputs; attention and MLP hidden."""
+
+
+def block_name(index: int) -> str:
+    """`block_00`, `block_01`, ..."""
+    return f"block_{index:02d}"
+
+
+def check(remat: str, scan: bool) -> None:
+    """Raises InputError for an unknown policy, or for scan without remat."""
+    if remat not in REMAT:
+        raise InputError(f"remat must be one of {', '.join(REMAT)}, found {remat!r}")
+    if scan and remat == "none":
+        raise InputError("scan=True needs remat ('full', 'dots' or 'names'), found remat='none'")
+
+
+def init(blocks: Sequence[Block], key: Array, tokens: Tokens) -> dict[str, Any]:
+    """Parameters of all blocks by name. Equal blocks are initialised by one vmapped call, which keeps compilation
+    short: a jitted init of many unrolled blocks would compile for longer than the training step."""
+    groups: dict[Block, list[int]] = {}
+    for index, block in enumerate(blocks):
+        bare = block.clone(reducer=None, adapters=())
+        groups.setdefault(bare, []).append(index)
+    params: dict[int, Any] = {}
+    for block, members in groups.items():
+        keys = jnp.stack([jax.random.fold_in(key, index) for index in members])
+        stacked = jax.vmap(lambda k, b=block: b.init(k, tokens).get("params", {}))(keys)
+        for position, index in enumerate(members):
+            params[index] = jax.tree.map(lambda a, p=position: a[p], stacked)
+    return {block_name(i): params[i] for i in range(len(blocks)) if params[i]}
+
+
+def layer_knobs(knobs: Knobs, index: int) -> dict[str, Any]:
+    """Layer `index` of every knob: leaves carry the layers on their first axis."""
+    return jax.tree.map(lambda a: a[index], dict(knobs))
+
+
+def run(
+    blocks: Sequence[Block],
+    params: Mapping[str, Any],
+    tokens: Tokens,
+    *,
+    knobs: Knobs | None = None,
+    want: tuple[str, ...] = (),
+    remat: str = "none",
+    scan: bool = False,
+    drop_path: float = 0.0,
+    key: Array | None = None,
+    constrain: Any = lambda x: x,
+) -> tuple[Tokens, list[dict[str, Any]]]:
+    """Runs the blocks.
+
+    Args:
+      blocks: one module per layer.
+      params: `{block_name: parameters}`; other names are ignored.
+      knobs: traced method parameters, leaves `[L, ...]`.
+      want: attention outputs to return per block, and "tokens" for the `Tokens` that leave it.
+      remat, scan: see `check`. Scan applies to runs of at least two equal blocks without reducer, adapters and `want`.
+      drop_path: stochastic depth rate of the last block; the rate grows linearly from 0. Needs `key`.
+      key: random key for stochastic depth.
+      constrain: applied to `[B,N,D]` activations after every block (sharding), identity by default.
+
+    Returns:
+      The tokens that leave the last block, and one aux dict per block.
+    """
+    knobs = knobs or {}
+    rates = [drop_path * i / max(len(blocks) - 1, 1) for i in range(len(blocks))]
+    keys = None if key is None or drop_path == 0.0 else jax.random.split(key, len(blocks))
+
+    def call(block: Block, p: Any, tokens: Tokens, k: Knobs, rate: Any, drop_key: Any) -> tuple[Tokens, dict[str, Any]]:
+        drop = None if drop_key is None else _drop_path(rate, drop_key)
+        tokens, aux = block.apply({"params": p}, tokens, k, tuple(w for w in want if w != "tokens"), drop)
+        tokens = tokens.replace(x=constrain(tokens.x))
+        return tokens, {**aux, "tokens": tokens} if "tokens" in want else aux
+
+    def body(block: Block) -> Any:
+        def one(p: Any, tokens: Tokens, k: Knobs, rate: Any, drop_key: Any) -> tuple[Tokens, dict[str, Any]]:
+            return call(block, p, tokens, k, rate, drop_key)
+
+        return one if remat == "none" else jax.checkpoint(one, policy=_policy(remat))
+
+    auxes: list[dict[str, Any]] = []
+    for block, members in itertools.groupby(range(len(blocks)), key=lambda i: blocks[i]):
+        layers = list(members)
+        plain = block.reducer is None and not block.adapters and not want
+        arguments = [
+            (params.get(block_name(i), {}), layer_knobs(knobs, i), rates[i], None if keys is None else keys[i])
+            for i in layers
+        ]
+        one = body(block)
+        if scan and plain and len(layers) > 1:
+            stacked = jax.tree.map(lambda *a: jnp.stack(a), *arguments)
+            tokens, _ = jax.lax.scan(lambda t, a, one=one: (one(a[0], t, *a[1:])[0], None), tokens, stacked)
+            auxes.extend({} for _ in layers)
+        else:
+            for p, k, rate, drop_key in arguments:
+                tokens, aux = one(p, tokens, k, rate, drop_key)
+                auxes.append(aux)
+    return tokens, auxes
+
+
+def _policy(remat: str) -> Any:
+    policies = jax.checkpoint_policies
+    return {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "names": policies.save_only_these_names("attention", "mlp"),
+    }[remat]
+
+
+def _drop_path(rate: Any, key: Array) -> DropPath:
+    """Drops the whole branch of a sample with probability `rate`, scales the rest (Huang et al. 2016)."""
+
+    def drop(branch: Array, number: int) -> Array:
+        keep = jax.random.bernoulli(jax.random.fold_in(key, number), 1.0 - rate, (branch.shape[0], 1, 1))
+        return jnp.where(keep, branch / jnp.asarray(1.0 - rate, branch.dtype), 0)
+
+    return drop

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision transformer of a `ViTSpec`: embed, blocks, pool, head.
+
+`ViT` is a thin frozen dataclass around Linen modules; its parameters are one nested dict of float32 arrays.
+Letters: B batch, N tokens, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vtjax.errors import InputError
+from vtjax.models import segments
+from vtjax.models.layers import (
+    ADAPTER_SITES,
+    Adapter,
+    AttentionPool,
+    Block,
+    Embed,
+    Head,
+    Knobs,
+    Norm,
+    Reducer,
+)
+from vtjax.ops.tokens import Tokens
+from vtjax.spec import ViTSpec
+
+Params = dict[str, Any]
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class ViT:
+    """A buildable model. Hashable, so it may be a static argument.
+
+    Attributes:
+      spec: what to build.
+      dtype: compute dtype; parameters stay float32, norms and softmax are computed in float32.
+      remat, scan: see `models.segments`.
+      attention: implementation of `ops.attention`.
+      reducers: `(layer, reducer)` pairs.
+      adapters: `(layer, site, function)` triples.
+      constrain: applied to activations `[B,N,D]`; sharding is injected here.
+
+    Raises:
+      InputError: an unknown remat policy, or a reducer or adapter at a layer or site that does not exist.
+    """
+
+    spec: ViTSpec
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    scan: bool = False
+    attention: str = "auto"
+    reducers: tuple[tuple[int, Reducer], ...] = ()
+    adapters: tuple[tuple[int, str, Adapter], ...] = ()
+    constrain: Callable[[Array], Array] = _identity
+
+    def __post_init__(self) -> None:
+        segments.check(self.remat, self.scan)
+        for layer in (*(r[0] for r in self.reducers), *(a[0] for a in self.adapters)):
+            if not 0 <= layer < self.spec.depth:
+                raise InputError(f"a reducer or adapter names layer {layer}, expected 0..{self.spec.depth - 1}")
+        for _, site, _ in self.adapters:
+            if site not in ADAPTER_SITES:
+                raise InputError(f"adapter site must be one of {', '.join(ADAPTER_SITES)}, found {site!r}")
+
+    def blocks(self) -> list[Block]:
+        """One module per layer, reducers and adapters in place."""
+        reducers = dict(self.reducers)
+        return [
+            Block(
+                family=self._family,
+                spec=block,
+                reducer=reducers.get(index),
+                adapters=tuple((site, fn) for layer, site, fn in self.adapters if layer == index),
+                dtype=self.dtype,
+                implementation=self.attention,
+            )
+            for index, block in enumerate(self.spec.blocks)
+        ]
+
+    @property
+    def _family(self) -> ViTSpec:
+        """What blocks may know of the spec: no depth and no history, so that equal blocks are equal modules."""
+        return dataclasses.replace(self.spec, blocks=self.spec.blocks[:1], lineage=(), feature_layer=None)
+
+    def init(self, key: Array) -> Params:
+        """Fresh float32 parameters; jit it. Equal blocks share one traced initialiser."""
+        spec, (height, width) = self.spec, self.spec.image_size
+        keys = iter(jax.random.split(key, 6))
+        images = jnp.zeros((1, height, width, spec.channels))
+        tokens = Tokens(jnp.zeros((1, spec.tokens, spec.width), self.dtype))
+        pooled = jnp.zeros((1, spec.width), self.dtype)
+
+        params: Params = {"embed": Embed(spec, self.dtype).init(next(keys), images)["params"]}
+        params |= segments.init(self.blocks(), next(keys), tokens)
+        for name, used in (("norm_before", spec.norm_before), ("norm", spec.norm_after), ("fc_norm", spec.fc_norm)):
+            if used:
+                params[name] = self._norm.init(key, pooled)["params"]
+        if spec.pooling == "attention":
+            params["pool"] = self._pool.init(next(keys), tokens)["params"]
+        if spec.classes:
+            for name in ("head", "head_distill") if spec.distill_token else ("head",):
+                params[name] = self._head.init(next(keys), pooled)["params"]
+        return params
+
+    def apply(
+        self,
+        params: Params,
+        images: Float[Array, "B H W C"],
+        *,
+        knobs: Knobs | None = None,
+        want: tuple[str, ...] = (),
+        key: Array | None = None,
+        drop_path: float = 0.0,
+    ) -> tuple[Float[Array, "B K"], dict[str, Any]]:
+        """Runs the model.
+
+        Args:
+          params: as from `init`, and the parameters of methods beside them (`params["<method>"]`), which reach the
+            blocks as knobs.
+          images: float32, already normalised, of the spec's size.
+          knobs: traced arrays `[L, ...]` by name; they override method parameters of the same name.
+          want: per-block outputs to return in `aux["blocks"][l]`: "keys", "importance", "lse", "tokens".
+          key, drop_path: stochastic depth in training.
+
+        Returns:
+          y: float32 logits `[B,K]`, or pooled features `[B,D]` where there is no head (`[B,N,D]` tokens where there
+            is no pooling either). With a distillation token, the mean of the two heads.
+          aux: `features [B,N,D]` (after the final norm, or as `spec.feature_layer` says), `pooled [B,D]`, `tokens`
+            (the Tokens that left the last block), `blocks` (one dict per layer), and with a distillation token
+            `logits_class`, `logits_distill`.
+
+        Raises:
+          InputError: images of another shape than the spec's.
+        """
+        spec = self.spec
+        expected = (*spec.image_size, spec.channels)
+        if tuple(images.shape[1:]) != expected:
+            raise InputError(f"images must be [B, {', '.join(map(str, expected))}], found {list(images.shape)}")
+        x = self.constrain(Embed(spec, self.dtype).apply({"params": params["embed"]}, images))
+        if spec.norm_before:
+            x = self._norm.apply({"params": params["norm_before"]}, x)
+        feature_layer = None if spec.feature_layer is None else spec.feature_layer % spec.depth
+        tokens, blocks = self._run(params, Tokens(x), knobs, want, key, drop_path, feature_layer)
+        aux: dict[str, Any] = {"tokens": tokens, "blocks": blocks}
+
+        x = tokens.x
+        if spec.norm_after:
+            x = self._norm.apply({"params": params["norm"]}, x)
+        aux["features"] = x if feature_layer is None else blocks[feature_layer].pop("features")
+        final = tokens.replace(x=x)
+        if spec.pooling == "none":
+            return self._unpooled(params, x, aux)
+        pooled = self._pooled(params, final)
+        aux["pooled"] = pooled
+        if not spec.classes:
+            return pooled.astype(jnp.float32), aux
+        y = self._head.apply({"params": params["head"]}, pooled)
+        if spec.distill_token:
+            distill = self._normed_pool(params, x[:, 1])
+            aux["logits_class"] = y
+            aux["logits_distill"] = self._head.apply({"params": params["head_distill"]}, distill)
+            y = (y + aux["logits_distill"]) / 2
+        return y, aux
+
+    def _run(self, params, tokens, knobs, want, key, drop_path, feature_layer):
+        """All blocks; the tokens that leave `feature_layer` are kept as its aux "features"."""
+        methods = {k: v for name, tree in params.items() if not self._is_backbone(name) for k, v in tree.items()}
+        rest: dict[str, Any] = {
+            "knobs": {**methods, **(knobs or {})},
+            "remat": self.remat,
+            "scan": self.scan,
+            "drop_path": drop_path,
+            "key": key,
+            "constrain": self.constrain,
+        }
+        if feature_layer is None:
+            return segments.run(self.blocks(), params, tokens, want=want, **rest)
+        tokens, blocks = segments.run(self.blocks(), params, tokens, want=(*want, "tokens"), **rest)
+        blocks[feature_layer]["features"] = blocks[feature_layer]["tokens"].x
+        if "tokens" not in want:
+            blocks = [{k: v for k, v in aux.items() if k != "tokens"} for aux in blocks]
+        return tokens, blocks
+
+    @staticmethod
+    def _is_backbone(name: str) -> bool:
+        own = ("embed", "norm_before", "norm", "fc_norm", "pool", "head", "head_distill")
+        return name in own or name.startswith("block_")
+
+    def _pooled(self, params: Params, tokens: Tokens) -> Float[Array, "B D"]:
+        spec, x = self.spec, tokens.x
+        if spec.pooling == "attention":
+            return self._normed_pool(params, self._pool.apply({"params": params["pool"]}, tokens))
+        if spec.pooling == "class":
+            return self._normed_pool(params, x[:, 0])
+        weights = tokens.weights()
+        patches = x[:, spec.prefix :].astype(jnp.float32)
+        if weights is None:
+            mean = patches.mean(1)
+        else:
+            w = weights[:, spec.prefix :, None]
+            mean = (patches * w).sum(1) / jnp.maximum(w.sum(1), 1e-6)
+        return self._normed_pool(params, mean.astype(x.dtype))
+
+    def _normed_pool(self, params: Params, pooled: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        return self._norm.apply({"params": params["fc_norm"]}, pooled) if self.spec.fc_norm else pooled
+
+    def _unpooled(self, params: Params, x: Array, aux: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+        if not self.spec.classes:
+            return x.astype(jnp.float32), aux
+        return self._head.apply({"params": params["head"]}, x), aux
+
+    @property
+    def _norm(self) -> Norm:
+        return Norm(self.spec.norm, self.spec.eps)
+
+    @property
+    def _pool(self) -> AttentionPool:
+        return AttentionPool(self._family, self.dtype, self.attention)
+
+    @property
+    def _head(self) -> Head:
+        return Head(self.spec.classes, self.spec.head_bias, self.dtype)

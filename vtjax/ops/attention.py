@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over tokens that carry a size and an alive flag: one readable reference, two kernels behind the same call.
+
+Letters: B batch, N queries, M keys, H heads, D head width.
+
+A token of size s counts as s equal tokens (proportional attention: ln s is added to its logits, LTMP spec section 2).
+A dead key takes no part. `alive` multiplies numerator and denominator of the softmax, so that it carries gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Implementation = Literal["auto", "xla", "cudnn", "splash"]
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+
+STATISTICS = ("importance", "lse")
+
+# Below this many keys, TPU's fused softmax over materialised scores is as fast as the kernel, and exact in float32.
+_SPLASH_FROM = 1024
+_LANES = 128
+
+
+def attention(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B M H D"],
+    v: Float[Array, "B M H D"],
+    *,
+    size: Float[Array, "B M"] | None = None,
+    alive: Float[Array, "B M"] | None = None,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+    want: tuple[str, ...] = (),
+) -> tuple[Float[Array, "B N H D"], dict[str, Array]]:
+    """Softmax attention.
+
+    Args:
+      q, k, v: queries, keys, values; float32 or bfloat16. Scores and softmax statistics are float32.
+      size: original tokens per key, positive; None = all 1.
+      alive: 1 for live keys, 0 for dead ones; None = all live.
+      scale: multiplies q k; None = D ** -0.5.
+      implementation: "xla" is the reference; "cudnn" (GPU, half precision) and "splash" (TPU) insist on that kernel;
+        "auto" lets the platform decide at lowering, and takes the reference where `alive` is given, because the
+        kernels hold `alive` constant (no gradient).
+      want: any of "importance", "lse". With a kernel, which hides the scores, they come from a second blockwise pass.
+
+    Returns:
+      The output in q's dtype (rows without a live key: 0), and a dict with what was asked for, float32:
+      `importance [B, M]`, the mean attention a key receives over heads and live query rows (over all rows where
+      N != M); `lse [B, N, H]`, natural log of the softmax denominator, -inf for rows without a live key.
+
+    Raises:
+      ValueError: unknown implementation or statistic.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, found {implementation!r}")
+    for name in want:
+        if name not in STATISTICS:
+            raise ValueError(f"want must hold {' and '.join(STATISTICS)} only, found {name!r}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    reference = functools.partial(_reference, scale=scale, want=want)
+    if implementation == "xla" or (implementation == "auto" and alive is not None):
+        return reference(q, k, v, size, alive)
+    kernels = {name: functools.partial(_with_kernel, name, scale=scale, want=want) for name in ("cudnn", "splash")}
+    if implementation in kernels:
+        return kernels[implementation](q, k, v, size, alive)
+    fast = {}
+    if q.dtype in (jnp.bfloat16, jnp.float16):
+        fast["cuda"] = kernels["cudnn"]
+    if k.shape[1] >= _SPLASH_FROM:
+        fast["tpu"] = kernels["splash"]
+    if not fast:
+        return reference(q, k, v, size, alive)
+    return jax.lax.platform_dependent(q, k, v, size, alive, **fast, default=reference)
+
+
+def statistics(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B M H D"],
+    *,
+    size: Float[Array, "B M"] | None = None,
+    alive: Float[Array, "B M"] | None = None,
+    scale: float | None = None,
+    block: int = 256,
+) -> tuple[Float[Array, "B M"], Float[Array, "B N H"]]:
+    """Importance and LSE of `attention`, holding `block` rows of scores at a time; see there for their meaning."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    b, n, h, d = q.shape
+    block = min(block, n)
+    rows = _query_weights(n, k.shape[1], alive, b)
+    padded = -(-n // block) * block
+    q = jnp.pad(q, ((0, 0), (0, padded - n), (0, 0), (0, 0)))
+    rows = jnp.pad(rows, ((0, 0), (0, padded - n)))
+    blocks = (
+        q.reshape(b, -1, block, h, d).swapaxes(0, 1),
+        rows.reshape(b, -1, block).swapaxes(0, 1),
+    )
+
+    def step(received: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
+        weight, total, top = _softmax_parts(_scores(item[0], k, size, scale), alive)
+        share = weight * _inverse(total)
+        return received + jnp.einsum("bhnm,bn->bm", share, item[1]), _lse(total, top)
+
+    received, lse = jax.lax.scan(step, jnp.zeros((b, k.shape[1]), jnp.float32), blocks)
+    lse = lse.transpose(1, 0, 2, 3).reshape(b, padded, h)[:, :n]
+    return received / h, lse
+
+
+def _reference(q, k, v, size, alive, *, scale, want):
+    weight, total, top = _softmax_parts(_scores(q, k, size, scale), alive)
+    share = weight * _inverse(total)
+    y = jnp.einsum("bhnm,bmhd->bnhd", share.astype(v.dtype), v, precision=_precision(v))
+    aux = {}
+    if "importance" in want:
+        rows = _query_weights(q.shape[1], k.shape[1], alive, q.shape[0])
+        aux["importance"] = jnp.einsum("bhnm,bn->bm", share, rows) / q.shape[2]
+    if "lse" in want:
+        aux["lse"] = _lse(total, top)
+    return y.astype(q.dtype), aux
+
+
+def _scores(q, k, size, scale):
+    """`[B, H, N, M]` float32 logits, ln(size) included."""
+    s = jnp.einsum("bnhd,bmhd->bhnm", q * scale, k, precision=_precision(q), preferred_element_type=jnp.float32)
+    return s if size is None else s + jnp.log(size)[:, None, None, :]
+
+
+def _softmax_parts(s, alive):
+    """Numerators `[B,H,N,M]`, their sum and the row maximum `[B,H,N,1]`. The maximum is over live keys only: a dead
+    key far above the live ones would otherwise flush them to zero (LTMP spec, section 8.5)."""
+    if alive is None:
+        top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
+        weight = jnp.exp(s - top)
+    else:
+        live = alive[:, None, None, :]
+        top = jax.lax.stop_gradient(jnp.where(live > 0.5, s, -jnp.inf).max(-1, keepdims=True))
+        finite = jnp.where(jnp.isfinite(top), top, 0.0)
+        # A dead key keeps a finite numerator, because the gradient of `alive` is made of it; a key that leads the
+        # live ones by 80 or more saturates there instead of overflowing.
+        weight = jnp.exp(jnp.minimum(s - finite, 80.0)) * live
+    return weight, weight.sum(-1, keepdims=True), top
+
+
+def _inverse(total):
+    return jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def _lse(total, top):
+    """`[B, N, H]` from the `[B, H, N, 1]` parts."""
+    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, -jnp.inf)
+    return lse[..., 0].swapaxes(1, 2)
+
+
+def _query_weights(n, m, alive, b):
+    """`[B, N]` weight of each query row in the mean: live rows alike, 0 for dead ones."""
+    if alive is None or n != m:
+        return jnp.full((b, n), 1.0 / n, jnp.float32)
+    live = jax.lax.stop_gradient((alive > 0.5).astype(jnp.float32))
+    return live / jnp.maximum(live.sum(-1, keepdims=True), 1.0)
+
+
+def _precision(x):
+    """float32 means float32 on every backend (TPUs and GPUs would round to bfloat16 or TF32 by default)."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def _with_kernel(name, q, k, v, size, alive, *, scale, want):
+    alive = None if alive is None else jax.lax.stop_gradient(alive)
+    y = {"cudnn": _cudnn, "splash": _splash}[name](q, k, v, size, alive, scale)
+    aux = {}
+    if want:
+        importance, lse = statistics(q, k, size=size, alive=alive, scale=scale)
+        aux = {key: value for key, value in (("importance", importance), ("lse", lse)) if key in want}
+    return _zero_empty_rows(y, alive), aux
+
+
+def _zero_empty_rows(y, alive):
+    """Kernels leave rows without a live key undefined."""
+    if alive is None:
+        return y
+    return jnp.where((alive > 0.5).any(-1)[:, None, None, None], y, 0)
+
+
+def _cudnn(q, k, v, size, alive, scale):
+    bias = None if size is None else jnp.log(size)[:, None, None, :].astype(q.dtype)
+    mask = None if alive is None else (alive > 0.5)[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation="cudnn")
+
+
+def _splash(q, k, v, size, alive, scale, interpret=False):
+    """TPU splash attention. ln(size) rides along as one more feature of q and k; dead and padded keys get another
+    segment than the queries."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (b, n, h, d), m = q.shape, k.shape[1]
+    q = q * jnp.asarray(scale, q.dtype)
+    if size is not None:
+        q = jnp.concatenate([q, jnp.ones((b, n, h, 1), q.dtype)], -1)
+        log_size = jnp.broadcast_to(jnp.log(size)[:, :, None, None], (b, m, h, 1))
+        k = jnp.concatenate([k, log_size.astype(k.dtype)], -1)
+    q, k, v = (_pad_to_lanes(x) for x in (q, k, v))
+    live = jnp.ones((b, m), jnp.int32) if alive is None else (alive > 0.5).astype(jnp.int32)
+    kv_segment = jnp.pad(live, ((0, 0), (0, k.shape[1] - m)))
+    segments = splash.SegmentIds(q=jnp.ones((b, q.shape[1]), jnp.int32), kv=kv_segment)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * h),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    y = jax.vmap(kernel)(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), segments)
+    return y.swapaxes(1, 2)[:, :n, :, :d].astype(q.dtype)
+
+
+def _pad_to_lanes(x):
+    """Tokens and features padded with zeros to multiples of the TPU's 128 lanes."""
+    tokens, features = (-x.shape[i] % _LANES for i in (1, 3))
+    return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, features)))
