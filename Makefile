@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# Needs Python 3.11+ and make, nothing else. The workflow and pre-commit call these same targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Named data and weights: what the user set (else data/ of the checkout), then ../shared/data where it exists.
+SHARED := $(realpath ../shared/data)
+export VTJAX_DATA := $(or $(VTJAX_DATA),$(CURDIR)/data)$(if $(SHARED),:$(SHARED))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint format notebooks
+
+help:
+	@echo "make demo       train a small ViT on real handwritten digits, evaluate it, draw its curves (minutes)"
+	@echo "make test       linters, type checker and the tests (minutes)"
+	@echo "make test-slow  the long and statistical tests"
+	@echo "make lint       ruff (rules and format) and mypy"
+	@echo "make format     let ruff fix and format"
+	@echo "make notebooks  run the notebooks at their real size and keep the outputs (make notebooks ONLY=00_tour)"
+	@echo "make venv       only create .venv"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("vtjax needs Python 3.11 or newer, found %d.%d; try: make PYTHON=python3.11" % v[:2])'
+	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing vtjax and its dependencies into .venv (about a minute) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python experiments/vit/demo.py
+
+test: lint
+	@$(BIN)/python -m pytest -q --durations=10
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -q --durations=10 -m slow
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+ONLY ?= *
+notebooks: $(STAMP)
+	@$(BIN)/python notebooks/execute.py notebooks/$(ONLY).ipynb
