@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to what it describes: the experiment's task and the data, all checked before any device is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vtjax.cli import config as config_lib
+from vtjax.cli.config import Config
+from vtjax.errors import InputError
+
+READ_LATER = (
+    # By the loop, once it runs.
+    *("seed", "steps", "workdir", "mesh", "profile", "log_every", "eval_every", "allow_config_change"),
+    *("checkpoint", "ema", "accumulate", "optim"),
+    # By `vtjax eval` only.
+    "data.weights_split",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """What a config describes: `task` (train.task.Task), `data` (the Data protocol of data.loader)."""
+
+    config: Config
+    task: Any
+    data: Any
+
+
+def assemble(config: Config) -> Assembled:
+    """Builds the task (spec and weights included) and the data of a config, on the host.
+
+    Raises:
+      InputError: whatever in the config, the data or the weights does not fit, before any device work.
+    """
+    check_numbers(config)
+    module = experiment(config.experiment)
+    task = module.build(config)
+    data = module.data(config, task) if hasattr(module, "data") else image_data(config, task.spec)
+    config_lib.check_read(config, READ_LATER)
+    return Assembled(config, task, data)
+
+
+def check_numbers(config: Config) -> None:
+    """Raises `InputError` for a number that no run can have (negative batch, zero steps, ...)."""
+    for name, least in (
+        *(("steps", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("eval_every", 0), ("seed", 0)),
+        *(("checkpoint.every", 1), ("checkpoint.keep", 1), ("optim.lr", 0), ("optim.warmup", 0), ("optim.clip", 0)),
+        *(("data.workers", 0), ("data.prefetch", 0)),
+    ):
+        if config[name] < least:
+            raise InputError(f"config.{name} must be at least {least}, found {config[name]}")
+    for name in ("ema", "optim.b1", "optim.b2", "optim.momentum"):
+        if not 0 <= config[name] < 1:
+            raise InputError(f"config.{name} must be in [0, 1), found {config[name]}")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"config.dtype must be 'float32' or 'bfloat16', found {config.dtype!r}")
+    if config.batch_size % config.accumulate:
+        raise InputError(
+            f"config.batch_size must be a multiple of config.accumulate={config.accumulate}, found {config.batch_size}"
+        )
+
+
+def experiment(name: str) -> ModuleType:
+    """The module `experiments/<name>/main.py`, of the present folder or of the checkout; it defines `build(config)`.
+
+    Raises:
+      InputError: no such experiment (the known ones are listed), or one that cannot be imported.
+    """
+    roots = [folder / "experiments" for folder in (Path.cwd(), config_lib.CHECKOUT)]
+    found = [root / name / "main.py" for root in roots if (root / name / "main.py").is_file()]
+    if not name.isidentifier() or not found:
+        known = ", ".join(sorted({p.parent.name for root in roots for p in root.glob("*/main.py")})) or "none"
+        raise InputError(f"config.experiment must be one of {known} (experiments/<name>/main.py), found {name!r}")
+    path = found[0]
+    module = config_lib.load_module(path, "experiment")
+    if not hasattr(module, "build"):
+        raise InputError(f"experiment {path} must define build(config), found none")
+    return module
+
+
+def image_data(config: Config, spec: Any) -> Any:
+    """The data of `config.data` in the size, and with the preprocessing, that `spec` wants.
+
+    Raises:
+      InputError: a set that is missing or does not fit the spec's classes.
+    """
+    import jax
+
+    from vtjax.data import loader
+
+    data = loader.from_config(
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        image_size=spec.image_size,
+        preprocess=spec.preprocess,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if data.classes != spec.classes:
+        raise InputError(
+            f"config.model.classes must be {data.classes}, the number of classes of config.data.name="
+            f"{config.data.name!r}, found {spec.classes}"
+        )
+    return data
+
+
+def check_workdir(workdir: str, *, exists: bool = False) -> str:
+    """A workdir that can be used, unchanged; nothing is created.
+
+    Args:
+      workdir: a local folder or a URL such as `gs://...`.
+      exists: it must hold a run already.
+
+    Raises:
+      InputError: empty, a file, not writable, or (with `exists`) absent.
+    """
+    if not workdir:
+        raise InputError("a workdir is needed: --workdir=DIR (or config.workdir)")
+    if "://" in workdir:
+        return workdir
+    path = Path(workdir)
+    if exists and not path.exists():
+        raise InputError(f"workdir {workdir} does not exist, expected the folder of a run")
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"workdir {workdir} must be a folder, found the file {existing}")
+    if not exists and not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"workdir {workdir} must be writable, found {existing} without write permission")
+    return workdir
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    print(text, file=sys.stderr, flush=True)

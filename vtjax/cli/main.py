@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtjax COMMAND ...`: dispatch, the promise about output, and exit codes.
+
+Text for people goes to standard error; standard output ends with one line of JSON. A command is a module with
+`arguments(parser)` and `run(args) -> (exit code, result)`; it is imported when it is used, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from vtjax.cli import config as config_lib
+from vtjax.errors import EXIT_BAD_INPUT, EXIT_NON_FINITE, InputError, NonFiniteError, Preempted
+
+COMMANDS = {
+    "run": "train and evaluate; a second start resumes",
+    "eval": "evaluate a checkpoint or the weights named in the config",
+    "convert": "convert pretrained weights to or from timm and Hugging Face files",
+    "inspect": "spec, parameters and MACs of a model, or the difference of two",
+}
+
+EPILOG = """\
+exit codes: 0 done, 1 a check missed its tolerance, 2 bad input, 3 training met a non-finite value, 75 preempted (start it again)
+
+examples:
+  vtjax run --config=configs/vit.py:digits --workdir=runs/digits
+  vtjax run --config=configs/vit.py:digits --workdir=runs/slow --config.optim.lr=3e-4 --config.steps=500
+  vtjax eval --config=configs/vit.py:ti16
+  vtjax inspect configs/vit.py:ti16 configs/vit.py:b16_i1k
+  vtjax convert HF_FOLDER model.safetensors
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments after the program's name; default `sys.argv[1:]`.
+
+    Returns:
+      The exit code: 0, 1 (a check missed), 2 (bad input), 3 (non-finite), 75 (preempted), 130 (interrupted).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    try:
+        parsed = _parse([a for a in arguments if a != "--debug"])
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print is for people
+            code, result = importlib.import_module(f"vtjax.cli.{parsed.command}").run(parsed)
+        print(json.dumps(_finite(result), allow_nan=False), flush=True)
+        return code
+    except (InputError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        return _fail(EXIT_BAD_INPUT, command, _message(error), debug)
+    except NonFiniteError as error:
+        return _fail(EXIT_NON_FINITE, command, str(error), debug)
+    except Preempted as error:
+        print(json.dumps({"preempted": True}), flush=True)
+        return error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        return _fail(130, command, "interrupted", debug)
+    except BrokenPipeError:
+        # The reader of our output left (`vtjax ... | head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    rest, overrides = config_lib.split_overrides(arguments)
+    parser = _Parser(
+        prog="vtjax",
+        description="Cheaper vision transformers and multimodal LLMs in JAX.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    wanted = next((a for a in rest if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=f"{summary}.".capitalize(), allow_abbrev=False)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == wanted:
+            importlib.import_module(f"vtjax.cli.{name}").arguments(sub)
+    parsed = parser.parse_args(rest)
+    parsed.overrides = overrides
+    return parsed
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _fail(code: int, command: str, message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"vtjax {command}: ".replace(" :", ":") + " ".join(message.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a non-finite number becomes null."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
