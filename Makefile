@@ -50,4 +50,4 @@ format: $(STAMP)
 
 ONLY ?= *
 notebooks: $(STAMP)
-	@$(BIN)/python notebooks/execute.py notebooks/$(ONLY).ipynb
+	@$(BIN)/python notebooks/execute.py $(wildcard notebooks/$(ONLY).ipynb)

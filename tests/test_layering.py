@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,6 +135,26 @@ def test_the_reader_sees_a_breach(package: str, source: str) -> None:
 )
 def test_the_reader_lets_the_rest_through(package: str, source: str) -> None:
     assert breaches(package, source) == []
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [d for name, group in project["optional-dependencies"].items() if name != "dev" for d in group]
+    declared = {_key(d) for d in [*project["dependencies"], *extras]} | {"jaxlib"}
+    sources = importlib.metadata.packages_distributions()
+    missing = set()
+    for file in MODULES:
+        tops = {name.split(".")[0] for name, _, _ in imports(ast.parse(file.read_text()))}
+        for top in tops - set(sys.stdlib_module_names) - {"vtjax"}:
+            names = {_key(d) for d in sources.get(top, [top])}
+            if not names & declared:
+                missing.add(f"{file.relative_to(ROOT)}: {top}")
+    assert missing == set()
+
+
+def _key(requirement: str) -> str:
+    """Normalised name of a distribution: `jax[tpu]>=0.10` -> `jax`."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=~! ]", requirement)[0]).lower()
 
 
 def _loaded(code: str) -> set[str]:

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every notebook runs from its first cell to its last at the size `tiny`, and is committed with its real outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from notebooks.execute import execute
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks() -> None:
+    assert [n.name for n in NOTEBOOKS][:1] == ["00_tour.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path: Path) -> None:
+    before = path.read_bytes()
+    executed = execute(path, size="tiny", timeout=300)
+    assert path.read_bytes() == before
+    outputs = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
+    assert any("image/png" in o.get("data", {}) for o in outputs), "no figure was drawn"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_outputs_are_of_one_clean_run(path: Path) -> None:
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert [o for c in cells for o in c.outputs if o.output_type == "error"] == []
