@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters and multiply-accumulates (MACs), counted from a spec; `walk` counts them from a traced function.
+
+1 MAC = 2 FLOPs. A MAC is a multiply-accumulate of a matrix product or convolution; softmax, norms, activations, biases,
+position embeddings and sums are not counted. The two counts are equal integers for every `ViTSpec` (tests/account).
+
+Published figures follow other conventions; three that matter: LTMP counts as here (patch embedding and head included),
+DGMR's "FLOPs" are 2 x parameters x tokens (no attention scores), and fvcore's "GFLOPs" are GMACs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from vtjax.account.walk import Counts, walk
+from vtjax.errors import InputError
+from vtjax.spec import BlockSpec, ViTSpec
+
+__all__ = ["KINDS", "Counts", "Row", "by_kind", "layers", "macs", "walk"]
+
+KINDS = ("embed", "attention", "mlp", "norm", "pool", "head", "adapter")
+
+
+class Row(NamedTuple):
+    """One layer: its path in the parameter tree, its kind (of `KINDS`), parameters, and MACs per image."""
+
+    name: str
+    kind: str
+    params: int
+    macs: int
+
+
+def layers(spec: ViTSpec, tokens: Sequence[int] | None = None) -> list[Row]:
+    """Parameters and MACs per image of every layer, in the order of execution.
+
+    Args:
+      spec: the model. A layer's row holds all parameters below its path: `block_00/attn` includes the qk-norm,
+        `block_00/mlp` its inner norm. The layer scales count with their branch.
+      tokens: tokens present after 0, 1, ..., L blocks' reducers, `[L + 1]`: block l attends over `tokens[l]` and its
+        MLP sees `tokens[l + 1]`. None = `spec.tokens` everywhere. Parameters do not depend on it.
+
+    Raises:
+      InputError: `tokens` of the wrong length or below 1, or a removed block that changes the count.
+    """
+    n = _token_counts(spec, tokens)
+    d, patches = spec.width, spec.grid[0] * spec.grid[1]
+    pixels = spec.patch**2 * spec.channels
+    prefix = spec.prefix * d
+    pos = (spec.pos_prefix + patches) * d if spec.pos == "learned" else 0
+    embed = _linear(pixels, d, spec.patch_bias) + prefix + pos
+    rows = [Row("embed", "embed", embed, patches * pixels * d)]
+    if spec.norm_before:
+        rows.append(Row("norm_before", "norm", _norm(spec, d), 0))
+    for index, block in enumerate(spec.blocks):
+        rows.extend(_block(spec, block, f"block_{index:02d}", n[index], n[index + 1]))
+    if spec.norm_after:
+        rows.append(Row("norm", "norm", _norm(spec, d), 0))
+    if spec.pooling == "attention":
+        rows.append(_pool(spec, n[-1]))
+    if spec.fc_norm:
+        rows.append(Row("fc_norm", "norm", _norm(spec, d), 0))
+    if spec.classes:
+        read = n[-1] if spec.pooling == "none" else 1
+        head = Row("head", "head", _linear(d, spec.classes, spec.head_bias), read * d * spec.classes)
+        rows.append(head)
+        if spec.distill_token:  # without pooling there is no distillation token to read
+            rows.append(head._replace(name="head_distill", macs=0 if spec.pooling == "none" else head.macs))
+    return rows
+
+
+def macs(spec: ViTSpec, tokens: Sequence[int] | None = None) -> int:
+    """MACs of one forward pass over one image; `tokens` as in `layers`."""
+    return sum(row.macs for row in layers(spec, tokens))
+
+
+def by_kind(rows: Iterable[Row]) -> list[Row]:
+    """One row per kind that occurs, in the order of `KINDS`; name and kind are the kind."""
+    rows = list(rows)
+    groups = {kind: [row for row in rows if row.kind == kind] for kind in KINDS}
+    return [Row(k, k, sum(r.params for r in g), sum(r.macs for r in g)) for k, g in groups.items() if g]
+
+
+def _token_counts(spec: ViTSpec, tokens: Sequence[int] | None) -> list[int]:
+    if tokens is None:
+        return [spec.tokens] * (spec.depth + 1)
+    counts = list(tokens)
+    if len(counts) != spec.depth + 1:
+        raise InputError(f"tokens must hold {spec.depth + 1} counts (before block 0, after each), found {len(counts)}")
+    if any(isinstance(c, bool) or c != int(c) or c < 1 for c in counts):
+        raise InputError(f"tokens must be whole numbers above 0, found {counts}")
+    for index, block in enumerate(spec.blocks):
+        if not block.attn and counts[index] != counts[index + 1]:
+            raise InputError(
+                f"block {index} has no attention, so no reducer: tokens[{index + 1}] must be {counts[index]}, "
+                f"found {counts[index + 1]}"
+            )
+    return [int(c) for c in counts]
+
+
+def _block(spec: ViTSpec, block: BlockSpec, name: str, entering: int, leaving: int) -> list[Row]:
+    d, rows = spec.width, []
+    scale = 0 if spec.layer_scale is None else d
+    if block.attn:
+        inner = block.heads * block.head_dim
+        params = 2 * _linear(d, inner, spec.qkv_bias) + _linear(d, inner, spec.qkv_bias and spec.key_bias)
+        params += _linear(inner, d, spec.out_bias) + scale
+        if spec.qk_norm != "none":
+            params += 2 * _norm(spec, block.head_dim if spec.qk_norm == "head" else inner)
+        work = 4 * entering * d * inner + 2 * entering**2 * inner
+        rows += [Row(f"{name}/norm1", "norm", _norm(spec, d), 0), Row(f"{name}/attn", "attention", params, work)]
+    if block.ffn:
+        params = _mlp(spec, block.mlp, spec.mlp_bias) + scale
+        if spec.mlp_norm:
+            params += _norm(spec, block.mlp)
+        work = leaving * _mlp(spec, block.mlp, bias=False)
+        rows += [Row(f"{name}/norm2", "norm", _norm(spec, d), 0), Row(f"{name}/mlp", "mlp", params, work)]
+    if block.adapter and not block.attn and not block.ffn:
+        h = block.adapter
+        rows.append(Row(f"{name}/adapter", "adapter", _linear(d, h) + _linear(h, d), 2 * entering * d * h))
+    return rows
+
+
+def _pool(spec: ViTSpec, n: int) -> Row:
+    """Attention pooling: one probe over n tokens, then an MLP on one vector."""
+    d = spec.width
+    params = d + 4 * _linear(d, d) + _norm(spec, d) + _mlp(spec, spec.pool_mlp, bias=True)
+    work = 2 * d * d + 2 * n * d * d + 2 * n * d + _mlp(spec, spec.pool_mlp, bias=False)
+    return Row("pool", "pool", params, work)
+
+
+def _mlp(spec: ViTSpec, hidden: int, bias: bool) -> int:
+    """Parameters of an MLP; without biases also its MACs per token."""
+    ups = 2 if spec.activation == "swiglu" else 1
+    return ups * _linear(spec.width, hidden, bias) + _linear(hidden, spec.width, bias)
+
+
+def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
+    return inputs * outputs + (outputs if bias else 0)
+
+
+def _norm(spec: ViTSpec, width: int) -> int:
+    return width if spec.norm == "rmsnorm" else 2 * width
