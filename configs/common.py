@@ -51,19 +51,22 @@ def optim(**leaves: Any) -> ConfigDict:
             "schedule": "cosine",
             "warmup": 0,  # steps
             "end_lr": 0.0,
-            "weight_decay": 0.0,  # decoupled, multiplied by the learning rate, on matrices only
+            "weight_decay": 0.0,  # decoupled, times the learning rate, on kernels only
             "b1": 0.9,
             "b2": 0.999,
             "momentum": 0.9,  # of "sgd"
             "clip": 0.0,  # global norm
-            "groups": {},  # name -> group(...); the first pattern that matches a parameter's path wins
+            "groups": {},  # name -> group(...); by alphabet, the first pattern that matches counts
         }
     )
     return with_leaves(config, leaves)
 
 
-def group(pattern: str, *, lr_scale: float = 1.0, weight_decay: float, frozen: bool = False) -> dict[str, Any]:
-    """One parameter group: a regex over paths such as `block_00/attn/query/kernel`, and what it gets."""
+def group(pattern: str, *, lr_scale: float = 1.0, weight_decay: float = -1.0, frozen: bool = False) -> dict[str, Any]:
+    """One parameter group: a regex over paths such as `block_00/attn/query/kernel`, and what it gets.
+
+    A negative `weight_decay` keeps the optimiser's own, on matrices only.
+    """
     return {"pattern": pattern, "lr_scale": lr_scale, "weight_decay": weight_decay, "frozen": frozen}
 
 

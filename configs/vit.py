@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain ViT classification: `tiny`, `digits`, `ti16`, `s16_i1k`, `b16_i1k` (`configs/vit.py:VARIANT[,option=value...]`).
+"""Plain ViT classification, `configs/vit.py:VARIANT[,option=value...]`: tiny, digits, ti16, s16_i1k, b16_i1k.
 
 Options, from which other leaves are derived: `steps` and `batch_size`; 0 keeps the recipe's own value. Each variant's
 docstring gives command, hardware, time, and the figure to expect with its source.
@@ -60,7 +60,7 @@ def model(**leaves: Any) -> ConfigDict:
 
 
 def pretrained(**leaves: Any) -> ConfigDict:
-    """The model of `config.init_from`; another `classes` gets a fresh head, another `image_size` resampled positions."""
+    """The model of `config.init_from`; other `classes` get a fresh head, another `image_size` resampled positions."""
     return common.with_leaves(ConfigDict({"image_size": (224, 224), "classes": 1000, **execution()}), leaves)
 
 
@@ -117,6 +117,7 @@ def ti16(steps: int, batch_size: int) -> ConfigDict:
     on 2 CPU cores. Expected: top-1 0.880, which is what timm reaches on the same files (data/README.md there).
     `vtjax run ... --workdir=DIR` fine-tunes gently on the 500 calibration photographs and evaluates on the other 500,
     where the weights it starts from are already good: 500 photographs are for trying methods, not for better weights.
+    `--config.optim.groups.backbone.frozen=true` trains the head only.
     Needs `vit_ti16_augreg.safetensors` and `nips17_224.tar` on VTJAX_DATA.
     """
     config = classification(steps or 100, batch_size or 32)
@@ -126,6 +127,7 @@ def ti16(steps: int, batch_size: int) -> ConfigDict:
     config.checkpoint.every = 50
     config.loss.label_smoothing = 0.1
     config.optim.update(lr=1e-5, warmup=config.steps // 10, weight_decay=0.01, clip=1.0)
+    config.optim.groups = {"backbone": common.group("^(embed|block_|norm)"), "head": common.group("^head")}
     config.data.update(name="nips17", train_split="train", eval_split="test", weights_split="all")
     config.data.update(augment="crop", crop_scale=(0.5, 1.0), flip=True)
     config.model = pretrained(image_size=(224, 224), classes=1000)
@@ -145,9 +147,7 @@ def s16_i1k(steps: int, batch_size: int) -> ConfigDict:
     _imagenet(config)
     config.optim.update(lr=1e-3, warmup=10_000, weight_decay=0.1, clip=1.0)
     config.data.update(crop_scale=(0.05, 1.0), randaugment=(2, 10), mixup=0.2)
-    config.model = model(
-        width=384, depth=12, heads=6, class_token=False, pooling="mean", pos="sincos2d", remat="none"
-    )
+    config.model = model(width=384, depth=12, heads=6, class_token=False, pooling="mean", pos="sincos2d", remat="none")
     return config
 
 

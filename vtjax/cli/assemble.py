@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -16,34 +15,39 @@ from vtjax.errors import InputError
 
 READ_LATER = (
     # By the loop, once it runs.
-    *("seed", "steps", "workdir", "mesh", "profile", "log_every", "eval_every", "allow_config_change"),
-    *("checkpoint", "ema", "accumulate", "optim"),
+    *("seed", "steps", "workdir", "profile", "log_every", "eval_every", "allow_config_change", "ema", "accumulate"),
+    *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
+    *(f"checkpoint.{name}" for name in ("every", "keep", "best")),
+    *(f"optim.{name}" for name in ("name", "lr", "schedule", "warmup", "end_lr", "weight_decay", "b1", "b2")),
+    *(f"optim.{name}" for name in ("momentum", "clip", "groups")),
     # By `vtjax eval` only.
     "data.weights_split",
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Assembled:
-    """What a config describes: `task` (train.task.Task), `data` (the Data protocol of data.loader)."""
-
-    config: Config
-    task: Any
-    data: Any
-
-
-def assemble(config: Config) -> Assembled:
-    """Builds the task (spec and weights included) and the data of a config, on the host.
+def task(config: Config) -> Any:
+    """The experiment's `train.task.Task`: spec, weights and functions, on the host.
 
     Raises:
-      InputError: whatever in the config, the data or the weights does not fit, before any device work.
+      InputError: numbers that no run can have, an unknown experiment, a spec that is not defined, missing weights.
     """
     check_numbers(config)
+    return experiment(config.experiment).build(config)
+
+
+def assemble(config: Config) -> tuple[Any, Any]:
+    """(task, data) of a config, checked as far as that is possible without a device.
+
+    Raises:
+      InputError: as `task`; a missing set; data that do not fit the spec; a leaf that nothing reads.
+    """
+    built = task(config)
     module = experiment(config.experiment)
-    task = module.build(config)
-    data = module.data(config, task) if hasattr(module, "data") else image_data(config, task.spec)
-    config_lib.check_read(config, READ_LATER)
-    return Assembled(config, task, data)
+    data = module.data(config, built) if hasattr(module, "data") else image_data(config, built.spec)
+    # A loaded model brings its own spec: the config's stands aside, unless the user has just set a part of it.
+    aside = [n for n, _ in config_lib.flatten(config.model, "model.") if n not in config_lib.overridden(config)]
+    config_lib.check_read(config, (*READ_LATER, *(aside if config.init_from else ())))
+    return built, data
 
 
 def check_numbers(config: Config) -> None:

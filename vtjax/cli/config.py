@@ -8,10 +8,12 @@ that nobody reads is an error (`check_read`), because a setting without effect i
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import importlib.util
 import inspect
+import json
 import math
 import sys
 import traceback
@@ -20,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from vtjax.errors import InputError
@@ -95,6 +98,27 @@ def load_config(path: str | Path, arg: str = "", overrides: Mapping[str, Any] | 
     return config
 
 
+def of_workdir(workdir: str, overrides: Mapping[str, Any]) -> Config:
+    """The config that a run was started with, `DIR/config.json`, with overrides applied.
+
+    Raises:
+      InputError: the file is missing or damaged, or as `load_config`.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise InputError(f"workdir {workdir} must hold a run, found no {path.name}")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} must be JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a JSON object, found {type(values).__name__}")
+    config = from_dict(values, str(path))
+    for name, value in overrides.items():
+        override(config, name, value)
+    return config
+
+
 def from_dict(values: Mapping[str, Any], where: str) -> Config:
     """A config from plain values (JSON's lists become tuples).
 
@@ -133,7 +157,9 @@ def override(config: Config, name: str, value: Any) -> None:
         if inside:
             raise InputError(f"config.{name} is a group, expected one of its leaves, for example config.{inside[0]}")
         last = {leaf.rpartition(".")[2]: leaf for leaf in leaves}
-        close = difflib.get_close_matches(name, leaves, n=1) or [last[k] for k in [name.rpartition(".")[2]] if k in last]
+        close = difflib.get_close_matches(name, leaves, n=1) or [
+            last[k] for k in [name.rpartition(".")[2]] if k in last
+        ]
         hint = f"; did you mean config.{close[0]}?" if close else ""
         raise InputError(f"config.{name} does not exist{hint}")
     *parents, key = name.split(".")
@@ -195,6 +221,20 @@ def _tuple(value: Any, like: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     return tuple(convert(v, like[i], f"{name}[{i}]") for i, v in enumerate(values)) if like else values
 
 
+def arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """The options that every command with a config has; `from_args` reads them."""
+    parser.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]", help="what to run")
+    parser.add_argument(
+        "--config.LEAF", dest="leaf", metavar="VALUE", help="override one leaf, e.g. --config.optim.lr=3e-4"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and stop")
+
+
+def from_args(args: argparse.Namespace) -> Config:
+    """The config that the command line names, overrides applied."""
+    return load_config(args.config, overrides=args.overrides)
+
+
 def split_overrides(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """Takes `--config.a.b=value` and `--config.a.b value` out of an argument list.
 
@@ -231,6 +271,11 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> list[tu
     return leaves
 
 
+def overridden(config: Config) -> frozenset[str]:
+    """The leaves that an override set."""
+    return frozenset(config._record.set)
+
+
 def check_read(config: Config, later: Iterable[str]) -> None:
     """Raises `InputError` if a leaf has not been read by now.
 
@@ -246,7 +291,9 @@ def check_read(config: Config, later: Iterable[str]) -> None:
     ]
     if unread:
         names = ", ".join(f"config.{n}" for n in unread)
-        raise InputError(f"nothing reads {names} with these settings (experiment {config.experiment!r}); remove it or check its name")
+        raise InputError(
+            f"nothing reads {names} with these settings (experiment {config.experiment!r}); remove it or check its name"
+        )
 
 
 def load_module(path: Path, what: str) -> ModuleType:

@@ -63,7 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             code, result = importlib.import_module(f"vtjax.cli.{parsed.command}").run(parsed)
         print(json.dumps(_finite(result), allow_nan=False), flush=True)
         return code
-    except (InputError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+    except (
+        InputError,
+        FileNotFoundError,
+        PermissionError,
+        IsADirectoryError,
+        NotADirectoryError,
+        FileExistsError,
+    ) as error:
         return _fail(EXIT_BAD_INPUT, command, _message(error), debug)
     except NonFiniteError as error:
         return _fail(EXIT_NON_FINITE, command, str(error), debug)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain ViT classification: cross entropy with label smoothing, mixed labels and stochastic depth.
+
+The model is described by `config.model`, field by field, or is the one of `config.init_from` (a workdir, a weights file
+or a named weight), whose class count and image size may be changed. Letters: B batch, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import vtjax
+from vtjax import weights
+from vtjax.account import flops
+from vtjax.errors import InputError
+from vtjax.models.vit import ViT
+from vtjax.ops import losses
+from vtjax.parallel import rules
+from vtjax.spec import Preprocess, ViTSpec
+from vtjax.train import optim
+from vtjax.train.task import Task
+
+HEADS = ("head", "head_distill")
+
+
+def build(config: ConfigDict) -> Task:
+    """The task of a config.
+
+    Raises:
+      InputError: a spec that is not defined, weights that are missing or mis-shaped, or optimiser groups that do not
+        fit the model.
+    """
+    spec, params, fresh = source(config)
+    model = ViT(
+        spec,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.model.remat,
+        scan=config.model.scan,
+        attention=config.model.attention,
+        constrain=rules.constrain,
+    )
+    drop_path = config.model.drop_path
+    if not 0.0 <= drop_path < 1.0:
+        raise InputError(f"config.model.drop_path must be in [0, 1), found {drop_path}")
+    smoothing = config.loss.label_smoothing
+    if not 0.0 <= smoothing < 1.0:
+        raise InputError(f"config.loss.label_smoothing must be in [0, 1), found {smoothing}")
+
+    def init(key: jax.Array) -> tuple[Any, Any, Any]:
+        if params is None:
+            return model.init(key), {}, {}
+        new = {name: tree for name, tree in model.init(key).items() if name in fresh} if fresh else {}
+        return {**params, **new}, {}, {}
+
+    def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
+        logits, _ = model.apply(params, batch["image"], key=key, drop_path=drop_path)
+        per_image = losses.cross_entropy(
+            logits,
+            batch["label"],
+            label_smoothing=knobs["loss.label_smoothing"],
+            labels2=batch.get("label2"),
+            lam=batch.get("lam"),
+        )
+        return per_image.mean(), {"train_top1": losses.top_k_correct(logits, batch["label"], 1).mean()}
+
+    def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
+        logits, _ = model.apply(params, batch["image"])
+        valid = batch["valid"]
+        per_image = {
+            "top1": losses.top_k_correct(logits, batch["label"], 1),
+            "top5": losses.top_k_correct(logits, batch["label"], min(5, spec.classes)),
+            "loss": losses.cross_entropy(logits, batch["label"]),
+        }
+        sums = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
+        return {**sums, "count": valid.sum(dtype=jnp.float32)}
+
+    rows = flops.layers(spec)
+    return Task(
+        spec=spec,
+        init=init,
+        loss=loss,
+        evaluate=evaluate,
+        trainable=optim.group_of(config.optim),
+        knobs={"loss.label_smoothing": smoothing},
+        summary={
+            "macs_per_image": sum(row.macs for row in rows),
+            "params": sum(row.params for row in rows),
+            "init_from": config.init_from,
+        },
+    )
+
+
+def source(config: ConfigDict) -> tuple[ViTSpec, Any, tuple[str, ...]]:
+    """The spec; its parameters where they are loaded, else None; and the parts of those that are to be initialised."""
+    if not config.init_from:
+        return described(config.model), None, ()
+    loaded = vtjax.load(config.init_from)
+    spec, params = loaded.spec, loaded.params
+    if not isinstance(spec, ViTSpec):
+        raise InputError(f"config.init_from={config.init_from!r} must hold a ViTSpec, found {type(spec).__name__}")
+    size = tuple(config.model.image_size)
+    if size != spec.image_size:
+        print(f"image size {spec.image_size} -> {size}: position embeddings are resampled", file=sys.stderr)
+        spec, params = weights.resize(spec, params, image_size=size)
+    fresh: tuple[str, ...] = ()
+    if config.model.classes != spec.classes:
+        was, spec = spec.classes, spec.edit(classes=config.model.classes)
+        fresh = tuple(name for name in HEADS if name == "head" or spec.distill_token)
+        params = {name: tree for name, tree in params.items() if name not in HEADS}
+        print(f"classes {was} -> {spec.classes}: initialised, not loaded: {', '.join(fresh)}", file=sys.stderr)
+    return spec, params, fresh
+
+
+def described(model: ConfigDict) -> ViTSpec:
+    """The spec whose fields are the leaves of `config.model`."""
+    fields = {f.name: model[f.name] for f in dataclasses.fields(ViTSpec) if f.name in model and f.name != "preprocess"}
+    fields["preprocess"] = Preprocess(**model.preprocess)
+    if fields.get("layer_scale") == 0.0:
+        fields["layer_scale"] = None
+    if fields["pos_prefix"] == -1:
+        fields["pos_prefix"] = fields["class_token"] + fields["distill_token"] + fields["registers"]
+    if fields["classes"] < 1:
+        raise InputError(f"config.model.classes must be at least 1, found {fields['classes']}")
+    if model.depth < 1:
+        raise InputError(f"config.model.depth must be at least 1, found {model.depth}")
+    return ViTSpec.uniform(depth=model.depth, heads=model.heads, mlp=model.mlp or None, **fields)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtjax eval`: measures a checkpoint of a workdir, or the weights that a config names. Every example counts once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vtjax.cli import config as config_lib
+from vtjax.errors import InputError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vtjax eval`."""
+    config_lib.arguments(parser, required=False)
+    parser.add_argument("--workdir", default="", help="run to evaluate; without --config, by its own config")
+    parser.add_argument("--which", default="last", choices=("last", "best"), help="checkpoint of the workdir")
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Evaluates; the result is flat, with top1, top5, loss, count and macs_per_image."""
+    from vtjax.cli import assemble
+
+    if args.workdir:
+        assemble.check_workdir(args.workdir, exists=True)
+    if args.config:
+        config = config_lib.from_args(args)
+    elif args.workdir:
+        config = config_lib.of_workdir(args.workdir, args.overrides)
+    else:
+        raise InputError("eval needs --config=FILE.py:VARIANT or --workdir=DIR, found neither")
+    if args.print_config:
+        return 0, config.to_dict()
+
+    import jax
+
+    from vtjax.train import checkpoint, loop
+
+    if args.workdir:
+        spec, params = checkpoint.load_params(args.workdir, which=args.which)
+        if args.config:
+            _check_same(assemble.task(config).spec, spec, args.workdir)
+        # The checkpoint brings its own spec, whatever it was started from.
+        config_lib.override(config, "init_from", args.workdir)
+        task, data = assemble.assemble(config)
+    else:
+        if not config.init_from:
+            raise InputError("eval needs trained parameters: --workdir=DIR, or config.init_from (weights or a workdir)")
+        if config.data.weights_split:
+            config_lib.override(config, "data.eval_split", config.data.weights_split)
+        task, data = assemble.assemble(config)
+        params, _, _ = task.init(jax.random.key(config.seed))
+    result = loop.evaluate(task, data, config, params)
+    return 0, {
+        **result,
+        "macs_per_image": task.summary["macs_per_image"],
+        "source": args.workdir or config.init_from,
+        "split": config.data.eval_split,
+    }
+
+
+def _check_same(expected: Any, found: Any, workdir: str) -> None:
+    if differences := expected.diff(found):
+        first = ", ".join(f"{name} {found!r} for {wanted!r}" for name, (wanted, found) in list(differences.items())[:3])
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise InputError(
+            f"workdir {workdir} holds another model than --config describes: {first}{more}; leave --config out"
+        )

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtjax inspect`: spec, parameters and MACs of a model, or what tells two models apart."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vtjax.cli import config as config_lib
+from vtjax.errors import InputError
+from vtjax.spec import Spec
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vtjax inspect`."""
+    parser.add_argument(
+        "model",
+        metavar="CONFIG_OR_DIR",
+        help="FILE.py:VARIANT (with --config.LEAF=VALUE), a workdir, a spec.json, a weights file or folder, or a name",
+    )
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="a second model: show the difference")
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """One model: model, params, macs_per_image, kinds, spec. Two: pairs of these, and spec_diff."""
+    from vtjax.cli.assemble import say
+
+    first = _model(args.model, args.overrides)
+    if args.other is None:
+        say(_describe(first))
+        return 0, {**first.facts(), "spec": first.spec.to_dict()}
+    second = _model(args.other, args.overrides)
+    say(_compare(first, second))
+    pairs = {name: [value, second.facts()[name]] for name, value in first.facts().items()}
+    return 0, {**pairs, "spec_diff": {k: list(v) for k, v in first.spec.diff(second.spec).items()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspected:
+    """A model by name, its spec, and its parameters (arrays, or abstract where there are none yet)."""
+
+    name: str
+    spec: Spec
+    params: Any
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able: model, params, macs_per_image, and per kind of layer params, macs and their share."""
+        from vtjax.account import flops, params
+
+        kinds = flops.by_kind(flops.layers(self.spec))
+        total = max(sum(row.macs for row in kinds), 1)
+        return {
+            "model": self.name,
+            "params": params.count(self.params),
+            "macs_per_image": flops.macs(self.spec),
+            "kinds": {k.kind: {"params": k.params, "macs": k.macs, "macs_share": k.macs / total} for k in kinds},
+        }
+
+
+def _model(target: str, overrides: Mapping[str, Any]) -> Inspected:
+    import jax
+
+    import vtjax
+    from vtjax import spec as spec_lib
+    from vtjax.cli import assemble
+    from vtjax.models import build
+
+    if target.partition(":")[0].endswith(".py"):
+        task = assemble.task(config_lib.load_config(target, overrides=overrides))
+        return Inspected(target, task.spec, jax.eval_shape(task.init, jax.random.key(0))[0])
+    if target.endswith(".json"):
+        if not Path(target).is_file():
+            raise InputError(f"spec file {target} does not exist")
+        spec = spec_lib.from_json(Path(target).read_text())
+        return Inspected(target, spec, jax.eval_shape(build(spec).init, jax.random.key(0)))
+    model = vtjax.load(target)
+    return Inspected(target, model.spec, model.params)
+
+
+def _describe(model: Inspected) -> str:
+    from vtjax.account import params
+
+    facts = model.facts()
+    return "\n\n".join(
+        [
+            f"{model.name}: {facts['params']:,} parameters, {facts['macs_per_image']:,} MACs per image (1 MAC = 2 FLOPs)",
+            _table(("field", "value"), _fields(model.spec)),
+            _table(
+                ("name", "kind", "arrays", "params", "share", "MB"),
+                (
+                    (r.name, r.kind, r.arrays, r.params, f"{r.share:.1%}", f"{r.mbytes:.2f}")
+                    for r in params.table(model.params)
+                ),
+            ),
+            _kinds_table(facts),
+        ]
+    )
+
+
+def _fields(spec: Spec) -> list[tuple[str, Any]]:
+    """The spec's fields; equal neighbouring blocks share a line."""
+    lines: list[tuple[str, Any]] = []
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if field.name != "blocks":
+            lines.append((field.name, value))
+            continue
+        for block, group in itertools.groupby(enumerate(value), key=lambda item: item[1]):
+            indices = [index for index, _ in group]
+            span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}..{indices[-1]}"
+            lines.append((f"blocks[{span}]", ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(block).items())))
+    return lines
+
+
+def _kinds_table(facts: Mapping[str, Any]) -> str:
+    rows = [(kind, k["params"], k["macs"], f"{k['macs_share']:.1%}") for kind, k in facts["kinds"].items()]
+    return _table(
+        ("kind", "params", "MACs", "share"), [*rows, ("all", facts["params"], facts["macs_per_image"], "100.0%")]
+    )
+
+
+def _compare(first: Inspected, second: Inspected) -> str:
+    a, b = first.facts(), second.facts()
+    rows: list[tuple[Any, ...]] = []
+    for label, name in (("parameters", "params"), ("MACs per image", "macs_per_image")):
+        rows.append((label, a[name], b[name], f"{b[name] / max(a[name], 1):.3f}"))
+    for kind in dict.fromkeys([*a["kinds"], *b["kinds"]]):
+        macs = [facts["kinds"].get(kind, {"macs": 0})["macs"] for facts in (a, b)]
+        if any(macs):
+            rows.append((f"MACs of {kind}", *macs, f"{macs[1] / macs[0]:.3f}" if macs[0] else ""))
+    differences = [(name, x, y) for name, (x, y) in first.spec.diff(second.spec).items()]
+    head = ("", first.name, second.name)
+    spec = _table(("spec", *head[1:]), differences) if differences else "equal specs"
+    return f"{_table((*head, 'ratio'), rows)}\n\n{spec}"
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    from vtjax.viz import tables
+
+    return tables.text(header, list(rows))
