@@ -52,6 +52,13 @@ class Config(ConfigDict):
             self._record.read.add(f"{self._prefix}{key}")
         return value
 
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As `ConfigDict.to_dict`; writing a config down is not reading its leaves."""
+        read = set(self._record.read)
+        plain = super().to_dict(*args, **kwargs)
+        self._record.read = read
+        return plain
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Config:
         return Config(self.to_dict(), self._record, self._prefix)
 
@@ -156,10 +163,8 @@ def override(config: Config, name: str, value: Any) -> None:
         inside = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if inside:
             raise InputError(f"config.{name} is a group, expected one of its leaves, for example config.{inside[0]}")
-        last = {leaf.rpartition(".")[2]: leaf for leaf in leaves}
-        close = difflib.get_close_matches(name, leaves, n=1) or [
-            last[k] for k in [name.rpartition(".")[2]] if k in last
-        ]
+        same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
+        close = same or difflib.get_close_matches(name, leaves, n=1)
         hint = f"; did you mean config.{close[0]}?" if close else ""
         raise InputError(f"config.{name} does not exist{hint}")
     *parents, key = name.split(".")
@@ -224,9 +229,7 @@ def _tuple(value: Any, like: tuple[Any, ...], name: str) -> tuple[Any, ...]:
 def arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The options that every command with a config has; `from_args` reads them."""
     parser.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]", help="what to run")
-    parser.add_argument(
-        "--config.LEAF", dest="leaf", metavar="VALUE", help="override one leaf, e.g. --config.optim.lr=3e-4"
-    )
+    parser.add_argument("--config.LEAF", dest="leaf", metavar="VALUE", help="override, e.g. --config.optim.lr=3e-4")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and stop")
 
 
@@ -291,9 +294,7 @@ def check_read(config: Config, later: Iterable[str]) -> None:
     ]
     if unread:
         names = ", ".join(f"config.{n}" for n in unread)
-        raise InputError(
-            f"nothing reads {names} with these settings (experiment {config.experiment!r}); remove it or check its name"
-        )
+        raise InputError(f"nothing reads {names} under these settings: check the name, or leave it out")
 
 
 def load_module(path: Path, what: str) -> ModuleType:

@@ -85,19 +85,16 @@ def _describe(model: Inspected) -> str:
     from vtjax.account import params
 
     facts = model.facts()
+    head = f"{model.name}: {facts['params']:,} parameters, {facts['macs_per_image']:,} MACs per image (1 MAC = 2 FLOPs)"
+    arrays = [(*row[:4], f"{row.share:.1%}", f"{row.mbytes:.2f}") for row in params.table(model.params)]
+    kinds = [(kind, k["params"], k["macs"], f"{k['macs_share']:.1%}") for kind, k in facts["kinds"].items()]
     return "\n\n".join(
-        [
-            f"{model.name}: {facts['params']:,} parameters, {facts['macs_per_image']:,} MACs per image (1 MAC = 2 FLOPs)",
+        (
+            head,
             _table(("field", "value"), _fields(model.spec)),
-            _table(
-                ("name", "kind", "arrays", "params", "share", "MB"),
-                (
-                    (r.name, r.kind, r.arrays, r.params, f"{r.share:.1%}", f"{r.mbytes:.2f}")
-                    for r in params.table(model.params)
-                ),
-            ),
-            _kinds_table(facts),
-        ]
+            _table(("parameters of", "kind", "arrays", "params", "share", "MB"), arrays),
+            _table(("kind", "params", "MACs", "share of MACs"), kinds),
+        )
     )
 
 
@@ -114,13 +111,6 @@ def _fields(spec: Spec) -> list[tuple[str, Any]]:
             span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}..{indices[-1]}"
             lines.append((f"blocks[{span}]", ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(block).items())))
     return lines
-
-
-def _kinds_table(facts: Mapping[str, Any]) -> str:
-    rows = [(kind, k["params"], k["macs"], f"{k['macs_share']:.1%}") for kind, k in facts["kinds"].items()]
-    return _table(
-        ("kind", "params", "MACs", "share"), [*rows, ("all", facts["params"], facts["macs_per_image"], "100.0%")]
-    )
 
 
 def _compare(first: Inspected, second: Inspected) -> str:

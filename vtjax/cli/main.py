@@ -29,7 +29,8 @@ COMMANDS = {
 }
 
 EPILOG = """\
-exit codes: 0 done, 1 a check missed its tolerance, 2 bad input, 3 training met a non-finite value, 75 preempted (start it again)
+exit codes: 0 done, 1 a check missed its tolerance, 2 bad input, 3 training met a non-finite value,
+            75 preempted (start it again)
 
 examples:
   vtjax run --config=configs/vit.py:digits --workdir=runs/digits
@@ -38,6 +39,9 @@ examples:
   vtjax inspect configs/vit.py:ti16 configs/vit.py:b16_i1k
   vtjax convert HF_FOLDER model.safetensors
 """
+
+
+USER_OS_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,14 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code, result = importlib.import_module(f"vtjax.cli.{parsed.command}").run(parsed)
         print(json.dumps(_finite(result), allow_nan=False), flush=True)
         return code
-    except (
-        InputError,
-        FileNotFoundError,
-        PermissionError,
-        IsADirectoryError,
-        NotADirectoryError,
-        FileExistsError,
-    ) as error:
+    except (InputError, *USER_OS_ERRORS) as error:
         return _fail(EXIT_BAD_INPUT, command, _message(error), debug)
     except NonFiniteError as error:
         return _fail(EXIT_NON_FINITE, command, str(error), debug)
@@ -97,7 +94,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     wanted = next((a for a in rest if not a.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=f"{summary}.".capitalize(), allow_abbrev=False)
+        sub = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+        )
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name == wanted:
             importlib.import_module(f"vtjax.cli.{name}").arguments(sub)
