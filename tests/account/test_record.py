@@ -20,7 +20,9 @@ ROOT = Path(record.__file__).resolve().parent.parent.parent
 
 def test_a_record_says_what_is_needed_to_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sys, "argv", [f"{ROOT}/experiments/vit/x.py", "--workdir=/root/secret/run1", f"--config={ROOT}/configs/vit.py:ti16"]
+        sys,
+        "argv",
+        [f"{ROOT}/experiments/vit/x.py", "--workdir=/root/secret/run1", f"--config={ROOT}/configs/vit.py:ti16"],
     )
     file = tmp_path / "results" / "forward.jsonl"
     written = record.write(file, {"seed": 3, "top1": np.float32(0.5), "count": jnp.int32(4), "shape": np.array([1, 2])})

@@ -181,7 +181,13 @@ def test_what_cannot_be_seen_is_named() -> None:
 
     counts = walk(loop, SQUARE)
     assert counts.macs == CUBE
-    assert counts.unknown == {"pallas_call:square": 3, "ffi_call:my_gemm": 3, "pure_callback": 3, "cholesky": 3, "fft": 3}
+    assert counts.unknown == {
+        "pallas_call:square": 3,
+        "ffi_call:my_gemm": 3,
+        "pure_callback": 3,
+        "cholesky": 3,
+        "fft": 3,
+    }
 
     either = walk(lambda p, x: jax.lax.cond(p, lambda: x @ x, lambda: hidden(x)), True, SQUARE)
     assert either.macs == CUBE and either.unknown["pallas_call:square"] == 1
