@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches for training and evaluation on grain.
+
+A batch is a dict of numpy arrays, the process's rows of the global batch: `image` float32 [b, H, W, 3] normalised,
+`label` int32 [b], `valid` bool [b] (False = padding), `index` int64 [b] (position in the split, -1 = padding); with
+mixup or CutMix also `label2` int32 [b] and `lam` float32 [b].
+
+The global batch of a step is a pure function of (seed, step): example number c = step * batch_size + row of the stream
+is position c mod n of epoch c div n, every epoch is a new order of the whole split, and the augmentation of example c
+draws from (seed, c). So neither resuming nor the number of processes, workers or threads changes anything, a batch may
+reach over the end of an epoch, and a batch may be larger than the split.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import grain
+import numpy as np
+
+from vtjax.data import sources, transforms
+from vtjax.data.augment import Augment
+from vtjax.data.sources import Example, Source, choices
+from vtjax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+SPLITS = ("train", "eval")
+ENDLESS = 2**62
+# Domains of randomness: streams with different ones are independent.
+ORDER, EXAMPLE, MIX, DRAW = range(4)
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Preprocess(Protocol):
+    """What the weights expect of an image; `vtjax.spec.Preprocess` is one."""
+
+    crop: float
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class ImageData:
+    """Training and evaluation batches from two sources.
+
+    Args:
+      train: source of the training examples; None where only evaluation is wanted.
+      eval: source of the evaluation examples.
+      seed: of the order and the augmentation.
+      batch_size: global, over all processes.
+      image_size: (height, width) of the batches.
+      augment: what training images go through.
+      crop, interpolation: evaluation transform (`transforms.evaluate`); sources with `cropped` images are not cropped
+        again, and only resized where their size is another one.
+      mean, std: normalisation, for values in [0, 1].
+      workers: processes that prepare batches; 0 = threads of this process.
+      prefetch: batches that are prepared ahead, by one thread each (with workers: per worker); 0 = none.
+      cache: keep decoded examples in memory; None = if they take less than `sources.CACHE_LIMIT`.
+      process_index, process_count: this process and how many there are.
+
+    Raises:
+      InputError: a value out of range, batch sizes that do not divide, or sources with different classes.
+    """
+
+    def __init__(
+        self,
+        train: Source | None,
+        eval: Source,
+        *,
+        seed: int,
+        batch_size: int,
+        image_size: tuple[int, int],
+        augment: Augment | None = None,
+        crop: float = 0.875,
+        interpolation: str = "bicubic",
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        workers: int = 0,
+        prefetch: int = 2,
+        cache: bool | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        augment = augment or Augment()
+        for name, value, least in [
+            ("seed", seed, 0),
+            ("batch_size", batch_size, 1),
+            ("data.workers", workers, 0),
+            ("data.prefetch", prefetch, 0),
+            ("process_count", process_count, 1),
+            ("image_size", min(image_size), 1),
+        ]:
+            if value < least:
+                raise InputError(f"{name} must be at least {least}, found {value}")
+        if not 0 <= process_index < process_count:
+            raise InputError(f"process_index must be in 0..{process_count - 1}, found {process_index}")
+        if batch_size % process_count:
+            raise InputError(f"batch_size must be a multiple of process_count={process_count}, found {batch_size}")
+        if augment.mixes and (batch_size // process_count) % 2:
+            raise InputError(
+                f"data.mixup and data.cutmix pair rows: batch_size must be a multiple of 2 * process_count = "
+                f"{2 * process_count}, found {batch_size}"
+            )
+        if not 0 < crop <= 1:
+            raise InputError(f"preprocess.crop must be in (0, 1], found {crop}")
+        if interpolation not in transforms.INTERPOLATIONS:
+            expected = choices(interpolation, transforms.INTERPOLATIONS)
+            raise InputError(f"preprocess.interpolation must be one of {expected}, found {interpolation!r}")
+        if min(std) <= 0:
+            raise InputError(f"preprocess.std must be positive, found {std}")
+        if train is not None and train.classes != eval.classes:
+            found = f"{train.classes} (train) and {eval.classes} (eval)"
+            raise InputError(f"both splits must have the same number of classes, found {found}")
+        self.classes = eval.classes
+        self.train_examples, self.eval_examples = 0 if train is None else len(train), len(eval)
+        self._sources = {"eval": sources.cached(eval, cache)}
+        if train is not None:
+            self._sources["train"] = sources.cached(train, cache)
+        self._seed, self._size, self._augment = seed, image_size, augment
+        self._crop, self._interpolation, self._mean, self._std = crop, interpolation, mean, std
+        self._workers, self._prefetch = workers, prefetch
+        self._batch_size, self._rows = batch_size, batch_size // process_count
+        self._first = process_index * self._rows  # the first row of the global batch that is ours
+
+    def train(self, start_step: int) -> Iterator[Batch]:
+        """Endless training batches, from `start_step` on.
+
+        Raises:
+          InputError: there is no training split, or (while iterating) an image that cannot be decoded.
+        """
+        self._source("train")
+        return self._stream(self._train_batch, start_step, ENDLESS)
+
+    def eval(self, split: str = "eval") -> Iterator[Batch]:
+        """The split once, in order, without augmentation; each example is valid in exactly one row of one process, and
+        every process gets the same number of batches."""
+        count = -(-len(self._source(split)) // self._batch_size)
+        return self._stream(functools.partial(self._eval_step, split), 0, count)
+
+    def draw(self, split: str, index: int) -> Batch:
+        """Random batch number `index` of a split without augmentation, a pure function of (seed, split, index).
+
+        Batches of one epoch (len // batch_size of them) share no example; a split smaller than a batch is padded.
+        """
+        size = len(self._source(split))
+        epoch, number = divmod(index, max(1, size // self._batch_size))
+        rows = self._row_numbers(number)
+        order = _order_seed(self._seed, DRAW + SPLITS.index(split), epoch)
+        return self._eval_batch(split, [_shuffled(int(r), size, order) if r < size else -1 for r in rows])
+
+    def _source(self, split: str) -> Source:
+        if split not in self._sources:
+            raise InputError(f"split must be one of {choices(split, sorted(self._sources))}, found {split!r}")
+        return self._sources[split]
+
+    def _row_numbers(self, step: int) -> range:
+        """Our rows of global batch `step`, counted through all batches."""
+        first = step * self._batch_size + self._first
+        return range(first, first + self._rows)
+
+    def _train_batch(self, step: int) -> Batch:
+        source = self._sources["train"]
+        size = len(source)
+        rows = self._row_numbers(step)
+        orders = {e: _order_seed(self._seed, ORDER, e) for e in range(rows[0] // size, rows[-1] // size + 1)}
+        index = [_shuffled(row % size, size, orders[row // size]) for row in rows]
+        examples = [source[i] for i in index]
+        images = [self._augmented(e, row) for e, row in zip(examples, rows, strict=True)]
+        batch = self._batch(images, [e["label"] for e in examples], index)
+        if self._augment.mixes:
+            rng = _rng(self._seed, MIX, step)
+            image, label2, lam = transforms.mix(
+                batch["image"], batch["label"], rng, self._augment.mixup, self._augment.cutmix
+            )
+            batch |= {"image": image, "label2": label2, "lam": np.full(self._rows, lam, np.float32)}
+        return batch
+
+    def _augmented(self, example: Example, row: int) -> np.ndarray:
+        if not self._augment.random:
+            return self._plain("train", example)
+        rng = _rng(self._seed, EXAMPLE, row)
+        return self._augment.apply(example["image"], rng, self._size, self._crop_of("train"), self._interpolation)
+
+    def _eval_step(self, split: str, step: int) -> Batch:
+        size = len(self._sources[split])
+        return self._eval_batch(split, [r if r < size else -1 for r in self._row_numbers(step)])
+
+    def _eval_batch(self, split: str, index: list[int]) -> Batch:
+        """Rows at the given positions; -1 gives padding."""
+        source = self._sources[split]
+        examples = [source[i] for i in index if i >= 0]
+        return self._batch([self._plain(split, e) for e in examples], [e["label"] for e in examples], index)
+
+    def _plain(self, split: str, example: Example) -> np.ndarray:
+        return transforms.evaluate(example["image"], self._size, self._crop_of(split), self._interpolation)
+
+    def _crop_of(self, split: str) -> float:
+        return 1.0 if self._sources[split].cropped else self._crop
+
+    def _batch(self, images: list[np.ndarray], labels: list[int], index: list[int]) -> Batch:
+        """Batch whose first rows are given and whose other rows (index -1) are zero."""
+        image = np.zeros((len(index), *self._size, 3), np.float32)
+        label = np.zeros(len(index), np.int32)
+        if images:
+            image[: len(images)] = transforms.normalise(np.stack(images), self._mean, self._std)
+            label[: len(labels)] = labels
+        position = np.asarray(index, np.int64)
+        return {"image": image, "label": label, "valid": position >= 0, "index": position}
+
+    def _stream(self, make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+        steps = grain.MapDataset.range(start, stop).map(make)
+        reading = grain.ReadOptions(num_threads=self._prefetch, prefetch_buffer_size=self._prefetch)
+        batches = steps.to_iter_dataset(reading)
+        if self._workers:
+            from absl import flags
+
+            # grain reads its flags, which nobody has parsed where absl's app.run is not used.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=max(1, self._prefetch))
+            batches = batches.mp_prefetch(options)
+        return _Stream(iter(batches), copy=self._workers > 0)
+
+
+class _Stream(Iterator[Batch]):
+    """A grain iterator that ends its threads and processes when it is dropped or the interpreter exits."""
+
+    def __init__(self, batches: Any, copy: bool):
+        self._batches, self._copy = batches, copy
+        # Not left to grain's own __del__, which at exit comes after the modules that it needs are gone.
+        self.close = weakref.finalize(self, batches.close)
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        # Arrays of workers live in shared memory that is freed with them, whoever still looks at it.
+        return {k: np.array(v) for k, v in batch.items()} if self._copy else batch
+
+
+def from_config(
+    config: Any,
+    *,
+    seed: int,
+    batch_size: int,
+    image_size: tuple[int, int],
+    preprocess: Preprocess | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> ImageData:
+    """Data that `config.data` describes.
+
+    Args:
+      config: mapping with `name, train_split, eval_split, path, workers, prefetch, augment, crop_scale, flip, jitter,
+        randaugment, mixup, cutmix, erase`; also, where present, `hue`, `cache` and the options `n, classes` of
+        "procedural". An empty `train_split` means evaluation only.
+      seed, batch_size, image_size, process_index, process_count: as for `ImageData`.
+      preprocess: evaluation transform and normalisation; None = crop 0.875, bicubic, mean and std 0.5.
+
+    Raises:
+      InputError: as `sources.open_source`, `Augment` and `ImageData`.
+    """
+    augment = Augment(
+        geometry=config["augment"],
+        flip=config["flip"],
+        crop_scale=tuple(config["crop_scale"]),
+        jitter=config["jitter"],
+        hue=config.get("hue", 0.0),
+        randaugment=tuple(config["randaugment"]),
+        erase=config["erase"],
+        mixup=config["mixup"],
+        cutmix=config["cutmix"],
+    )
+    name, path = config["name"], config["path"]
+    options: dict[str, Any] = {"path": path} if path else {}
+    if name == "procedural":
+        options["image_size"] = image_size
+        options.update({k: config[k] for k in ("n", "classes") if k in config})
+    train_split, eval_split = config["train_split"], config["eval_split"]
+    train = sources.open_source(name, train_split, **options) if train_split else None
+    form = {} if preprocess is None else {k: getattr(preprocess, k) for k in ("crop", "interpolation", "mean", "std")}
+    return ImageData(
+        train,
+        sources.open_source(name, eval_split, **options),
+        seed=seed,
+        batch_size=batch_size,
+        image_size=image_size,
+        augment=augment,
+        workers=config["workers"],
+        prefetch=config["prefetch"],
+        cache=config.get("cache"),
+        process_index=process_index,
+        process_count=process_count,
+        **form,
+    )
+
+
+def to_device(batches: Iterable[Batch], put: Callable[[Batch], T], size: int = 2) -> Iterator[T]:
+    """Batches on the device, `size` of them put ahead of the one that is used.
+
+    Args:
+      batches: host batches.
+      put: starts the transfer of one batch and returns at once, as `jax.device_put` does.
+      size: how many to put ahead; 0 = none.
+    """
+    ahead: collections.deque[T] = collections.deque()
+    for batch in batches:
+        ahead.append(put(batch))
+        if len(ahead) > size:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def _order_seed(seed: int, domain: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, domain, epoch)).generate_state(1)[0])
+
+
+def _shuffled(position: int, size: int, seed: int) -> int:
+    """`position` of a random order of 0..size-1; needs no memory, however large the split."""
+    return grain.experimental.index_shuffle(position, max_index=size - 1, seed=seed, rounds=4)
+
+
+def _rng(seed: int, domain: int, number: int) -> np.random.Generator:
+    return np.random.default_rng((seed, domain, number))
