@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharding as a table: an ordered list of (regex over the path, PartitionSpec); the first match counts.
+
+The table speaks of parameter paths (`block_00/attn/query/kernel`). Patterns are searched, not anchored at the start, so
+optimiser moments and averages (`opt/0/mu/block_00/attn/query/kernel`) are laid out like the parameters they mirror.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vtjax.errors import InputError
+from vtjax.parallel.mesh import BATCH_AXES
+
+logger = logging.getLogger(__name__)
+
+Rules = Sequence[tuple[str, P]]
+
+# Kernels are [in, out]. Layers that widen are split by output over `tensor`, layers that narrow by input, so that a
+# pair of them (query/key/value and out, up/gate and down) needs one reduction; `fsdp` takes the other dimension.
+DEFAULT: Rules = (
+    (r"(^|/)(query|key|value|up|gate)/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)(query|key|value|up|gate)/bias$", P("tensor")),
+    (r"(^|/)mlp/norm/(scale|bias)$", P("tensor")),
+    (r"(^|/)(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"(^|/)head(_distill)?/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)head(_distill)?/bias$", P("tensor")),
+    (r"(^|/)embed/patch/kernel$", P(None, "fsdp")),
+    (r"(^|/)embed/(pos|registers)$", P(None, "fsdp")),
+    (r"(^|/)kernel$", P("fsdp")),
+    (r"", P()),
+)
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """`block_00/attn/query/kernel` from a pytree key path."""
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT) -> Any:
+    """A NamedSharding for every leaf.
+
+    A dimension that its mesh axes do not divide stays whole (logged, once per rule). So does an array with fewer
+    dimensions than its rule names, such as a factored second moment.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`s: parameters, or a whole train state.
+
+    Raises:
+      InputError: a rule names an axis that the mesh lacks, or no rule matches a path.
+    """
+    for pattern, spec in rules:
+        for axis in _axes(spec):
+            if axis not in mesh.shape:
+                raise InputError(f"sharding rule {pattern!r} names the axis {axis!r}, expected {', '.join(mesh.shape)}")
+    fallen: dict[str, list[str]] = {}
+
+    def one(keys: Sequence[Any], leaf: Any) -> NamedSharding:
+        path = path_of(keys)
+        rule = next(((pattern, spec) for pattern, spec in rules if re.search(pattern, path)), None)
+        if rule is None:
+            raise InputError(f"no sharding rule matches {path!r}, expected a last rule that matches everything")
+        spec, dropped = _fit(rule[1], leaf.shape, mesh)
+        if dropped:
+            fallen.setdefault(rule[0], []).append(f"{path} {tuple(leaf.shape)}")
+        return NamedSharding(mesh, spec)
+
+    out = jax.tree_util.tree_map_with_path(one, tree)
+    for pattern, paths in fallen.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        logger.warning(
+            "sharding rule %r does not divide %s%s over %s: kept whole", pattern, paths[0], more, dict(mesh.shape)
+        )
+    return out
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """`x` with its first dimension pinned to the batch axes of the ambient mesh (`jax.set_mesh`).
+
+    Without it the partitioner may replicate activations. The identity where there is no mesh, inside a `shard_map` over
+    the batch axes, and where the batch does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(types.get(axis) != AxisType.Auto for axis in BATCH_AXES):
+        return x
+    if x.ndim == 0 or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    free = [P.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *free))
+
+
+def _axes(spec: P) -> list[str]:
+    return [axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))]
+
+
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> tuple[P, bool]:
+    """The part of `spec` that `shape` allows, and whether a dimension had to stay whole for want of divisibility."""
+    if len(spec) > len(shape):
+        return P(), False
+    entries: list[Any] = []
+    for size, entry in zip(shape, spec, strict=False):
+        axes = entry if isinstance(entry, tuple) else (entry,)
+        whole = entry is not None and size % math.prod(mesh.shape[axis] for axis in axes) != 0
+        entries.append(None if whole else entry)
+    return P(*entries), entries != list(spec)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training loop. A method contributes a `Task`; nothing here knows one.
+
+A step s is counted from 1, when it is done: dispatch s, fetch the batch of s + 1, look at the metrics of s - 1. So the
+host is a step ahead of the device, and a step that is not finite stops the run one step later; the compiled step has
+masked it and the one after it. Where s is evaluated, saved or the last, its own metrics are looked at first, so that no
+bad state is evaluated or saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+
+from vtjax.errors import EXIT_PREEMPTED, InputError, NonFiniteError, Preempted
+from vtjax.parallel import mesh as mesh_lib
+from vtjax.train import log
+from vtjax.train import workdir as workdir_lib
+from vtjax.train.checkpoint import Checkpoints, best_step
+from vtjax.train.preempt import Sigterm
+from vtjax.train.program import Program
+from vtjax.train.state import params_sha256
+from vtjax.train.task import Batch, Data, Task
+
+
+def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Trains and evaluates, or resumes; returns the content of `result.json`.
+
+    Writes `config.json, spec.json, metrics.jsonl, checkpoints/, result.json` into `workdir`; progress goes to stderr. A
+    finished run returns its result at once. `config.init_from` is only recorded: `task.init` has applied it, and a
+    checkpoint in `workdir` goes before it.
+
+    Args:
+      config: needs `experiment, seed, steps, batch_size, init_from, mesh, optim, accumulate, ema, log_every,
+        eval_every, checkpoint, profile, allow_config_change`.
+
+    Raises:
+      InputError: bad settings; a config or spec other than the one that the run began with, unless
+        `config.allow_config_change`; a checkpoint that does not fit.
+      NonFiniteError: a loss, gradient or update that is not finite.
+      Preempted: SIGTERM arrived; the state is saved. Exit code `errors.EXIT_PREEMPTED`.
+    """
+    folder = log.absolute(workdir)
+    with Sigterm() as sigterm:
+        for name in ("steps", "log_every"):
+            if config[name] < 1:
+                raise InputError(f"{name} must be 1 or more, found {config[name]}")
+        workdir_lib.refuse_changes(folder, task, config)
+        if (result := workdir_lib.finished(folder, config.steps)) is not None:
+            print(f"{folder} is finished (step {config.steps}); its result stands", file=sys.stderr)
+            return result
+        program = Program(task, config, mesh_lib.make(config.mesh))
+        with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
+            run = _Run(program, data, config, folder, sigterm, stack)
+            run.loop()
+            return run.result()
+
+
+def evaluate(task: Task, data: Data, config: Any, params: Any, extra: Any = None) -> dict[str, float]:
+    """Metrics of `params` on the evaluation split: every valid example counts once, at any batch size or device count.
+
+    Args:
+      params: nested dict of host or device arrays.
+      extra: the method's state; what `task.init` gives where None.
+
+    Returns:
+      Mean metrics and `count`.
+
+    Raises:
+      InputError: params that do not fit the task's model, by name; no valid example.
+    """
+    program = Program(task, config, mesh_lib.make(config.mesh))
+    with jax.set_mesh(program.mesh):
+        params = program.place_params(params)
+        extra = program.init_extra() if extra is None else jax.device_put(extra, program.shardings.extra)
+        return program.evaluate(params, program.init_frozen(), extra, data.eval("eval")) or {}
+
+
+class _Run:
+    """This process's part of a run: from the step where it starts or resumes to the last."""
+
+    def __init__(
+        self,
+        program: Program,
+        data: Data,
+        config: Any,
+        folder: epath.Path,
+        sigterm: Sigterm,
+        stack: contextlib.ExitStack,
+    ):
+        self.program, self.data, self.config, self.folder, self.sigterm = program, data, config, folder, sigterm
+        self.began = time.time()
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.best)
+        stack.callback(self.checkpoints.close)
+        self.saved = self.checkpoints.latest
+        self.start = max(self.saved, 0)
+        if self.start > config.steps:
+            raise InputError(f"steps must be {self.start} or more, where {folder} stands, found {config.steps}")
+        if self.saved < 0:
+            self.state, self.frozen = program.init()
+        else:
+            self.state, self.frozen = self.checkpoints.restore(self.saved, program.abstract), program.init_frozen()
+        self.meta = {
+            "spec": program.task.spec.to_dict(),
+            "config": log.plain(config),
+            "versions": log.versions(),
+            "frozen_sha256": params_sha256(self.frozen) if jax.tree.leaves(self.frozen) else "",
+        }
+        self._check_frozen()
+        log.write_json(folder / "config.json", self.meta["config"])
+        log.write_text(folder / "spec.json", program.task.spec.to_json())
+        self.values = self.checkpoints.metrics.get(self.saved, {})
+        self.lines = log.Lines(folder / "metrics.jsonl", self.start)
+        self.board = log.TensorBoard(folder)
+        self.progress = log.Progress(config.steps, config.batch_size)
+        stack.callback(self.progress.close)
+        if self.saved < 0:
+            self.progress.say(parameter_overview.get_parameter_overview(self.state.params, include_stats=False))
+        else:
+            self.progress.say(f"resumed from {self.checkpoints.path(self.saved)} (step {self.saved} of {config.steps})")
+
+    def loop(self) -> None:
+        """Runs to the last step, which is evaluated and saved."""
+        config, program = self.config, self.program
+        after_step = program.task.after_step
+        knobs = program.knobs()
+        # A SIGTERM during an evaluation saves at once, and leaves the evaluation to the next start.
+        if self.saved > 0 and self._evaluates(self.saved) and not self.values:
+            if not self._evaluate(self.saved):
+                self._leave()
+            self.checkpoints.annotate(self.saved, self.values)
+        pending: tuple[int, Any] | None = None
+        batches = self.data.train(self.start)
+        with _closing(batches), log.Profile(config.profile, self.folder / "profile") as profile:
+            batch = self._next(batches) if self.start < config.steps else None
+            for step in range(self.start + 1, config.steps + 1):
+                if self.sigterm.agreed(ask=step % config.log_every == 0):
+                    self._stop(step - 1, pending)
+                profile.before(step - 1)
+                count = np.int32(step - 1)
+                self.state, metrics = program.step(self.state, self.frozen, knobs, batch, program.key, count)
+                self.progress.tick()
+                profile.after(step - 1, self.state.step)
+                batch = self._next(batches) if step < config.steps else None
+                if pending is not None:
+                    self._settle(*pending)
+                pending = (step, metrics)
+                if after_step is not None:
+                    self._settle(*pending)
+                    pending = None
+                    state = after_step(self.state, self.frozen, self._draw)
+                    self.state = jax.device_put(state, program.shardings)
+                if self._evaluates(step) or self._saves(step):
+                    if pending is not None:
+                        self._settle(*pending)
+                    pending = None
+                    self._boundary(step)
+        self.checkpoints.wait()
+
+    def result(self) -> dict[str, Any]:
+        """Writes `result.json` and returns it."""
+        config, task, best = self.config, self.program.task, self.config.checkpoint.best
+        top = best_step(self.checkpoints.metrics, best)
+        hashes = {"frozen_sha256": self.meta["frozen_sha256"]} if self.meta["frozen_sha256"] else {}
+        if config.ema:
+            hashes["ema_sha256"] = params_sha256(self.state.ema)
+        result = {
+            "experiment": config.experiment,
+            "seed": config.seed,
+            "step": config.steps,
+            "init_from": config.init_from,
+            **task.summary,
+            **self.values,
+            **({} if top is None else {"best_step": top, f"best_{best}": self.checkpoints.metrics[top][best]}),
+            "params_sha256": params_sha256(self.state.params),
+            **hashes,
+            "spec_sha256": task.spec.sha256,
+            "images_per_s": round(self.progress.images_per_s, 2),
+            "seconds": round(time.time() - self.began, 2),
+            "memory_gib": round(log.memory_gib(), 3),
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "versions": self.meta["versions"],
+        }
+        log.write_json(self.folder / "result.json", result)
+        return log.plain(result)
+
+    def _boundary(self, step: int) -> None:
+        """Evaluates and saves a state whose metrics are known to be good."""
+        whole = True
+        self.values = {}
+        if self._evaluates(step):
+            whole = self._evaluate(step)
+        improved = best_step({**self.checkpoints.metrics, step: self.values}, self.config.checkpoint.best) == step
+        if self._saves(step) or improved or not whole:
+            self._save(step)
+        if not whole:
+            self._leave()
+
+    def _evaluate(self, step: int) -> bool:
+        """Evaluates into `values` and the log; False where SIGTERM broke it off."""
+        self.progress.pause()
+        params, extra = self.program.averaged(self.state), self.state.extra
+        values = self.program.evaluate(params, self.frozen, extra, self.data.eval("eval"), lambda: self.sigterm.local)
+        if values is None:
+            return False
+        self.values = values
+        self._write(step, {f"eval/{name}": value for name, value in values.items()})
+        self.progress.say(f"step {step} evaluation: " + "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
+        return True
+
+    def _save(self, step: int) -> None:
+        self.progress.pause()
+        self.checkpoints.save(self.state, step, self.meta, self.values)
+        self.saved = step
+
+    def _settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Looks at the metrics of a step: stops where they are not finite, logs them where it is time."""
+        if not bool(metrics["finite"]):
+            self.checkpoints.wait()
+            good = self.checkpoints.path(self.checkpoints.latest) if self.checkpoints.latest >= 0 else "none"
+            raise NonFiniteError(
+                f"step {step} has loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])}, "
+                f"expected finite ones; the update was masked, nothing trained on it; last good checkpoint: {good}"
+            )
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
+            self._write(step, values)
+            self.progress.show(step, values)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self.lines.write(step, values)
+        self.board.write(step, values)
+
+    def _stop(self, step: int, pending: tuple[int, Any] | None) -> NoReturn:
+        """SIGTERM between two steps: saves what is new, and leaves."""
+        if pending is not None:
+            self._settle(*pending)
+        if step > self.start and step != self.saved:
+            self._save(step)
+        self._leave()
+
+    def _leave(self) -> NoReturn:
+        self.checkpoints.wait()
+        where = self.checkpoints.path(self.saved) if self.saved >= 0 else "nothing yet"
+        self.progress.say(f"SIGTERM: saved {where}; start again to resume (exit code {EXIT_PREEMPTED})")
+        raise Preempted(EXIT_PREEMPTED)
+
+    def _check_frozen(self) -> None:
+        if self.saved < 0 or self.config.allow_config_change:
+            return
+        began, now = self.checkpoints.meta(self.saved)["frozen_sha256"], self.meta["frozen_sha256"]
+        if began != now:
+            raise InputError(f"the frozen arrays have SHA-256 {now or None}, expected {began or None} as at the start")
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.eval_every
+        return step == self.config.steps or bool(every and step % every == 0)
+
+    def _saves(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return step == self.config.steps or bool(every and step % every == 0)
+
+    def _next(self, batches: Iterator[Batch]) -> dict[str, jax.Array]:
+        return mesh_lib.place(next(batches), self.program.mesh)
+
+    def _draw(self, split: str, index: int) -> dict[str, jax.Array]:
+        return mesh_lib.place(self.data.draw(split, index), self.program.mesh)
+
+
+@contextlib.contextmanager
+def _closing(batches: Iterator[Batch]) -> Iterator[None]:
+    """Ends a generator's workers with the loop."""
+    try:
+        yield
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()

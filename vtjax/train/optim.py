@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers with parameter groups by path regex, learning-rate schedules in steps, exact gradient accumulation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vtjax.errors import InputError
+from vtjax.parallel import mesh as mesh_lib
+from vtjax.parallel.rules import constrain, path_of
+from vtjax.train.state import flatten
+
+DEFAULT_GROUP = "default"
+OPTIMISERS = ("adamw", "sgd", "adafactor")
+SCHEDULES = ("cosine", "constant")
+
+
+def group_of(config: Any) -> Callable[[str], str | None]:
+    """The `trainable` function of a `Task` from the table `config.groups`.
+
+    A group is `{pattern, lr_scale, weight_decay, frozen}`: `pattern` is a regex searched in the parameter's path,
+    groups are tried in the alphabetical order of their names (as ConfigDict keeps them), the first match counts, what
+    none matches is in the group "default". `frozen` parameters are not trained.
+
+    Raises:
+      InputError: a pattern that is not a regex.
+    """
+    table = []
+    for name, group in sorted(config.get("groups", {}).items()):
+        try:
+            table.append((name, re.compile(group["pattern"]), bool(group.get("frozen", False))))
+        except re.error as error:
+            raise InputError(f"optim.groups.{name}.pattern {group['pattern']!r} is not a regex: {error}") from None
+
+    def trainable(path: str) -> str | None:
+        for name, pattern, frozen in table:
+            if pattern.search(path):
+                return None if frozen else name
+        return DEFAULT_GROUP
+
+    return trainable
+
+
+def schedule(config: Any, steps: int) -> optax.Schedule:
+    """Learning rate as a function of the step 0 .. steps - 1.
+
+    Linear from 0 over `warmup` steps to `lr`; then "cosine" to `end_lr` at `steps`, or "constant".
+
+    Raises:
+      InputError: an unknown schedule, or a warm-up that does not end before `steps`.
+    """
+    if config.schedule not in SCHEDULES:
+        raise InputError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, found {config.schedule!r}")
+    if not 0 <= config.warmup < max(steps, 1):
+        raise InputError(f"optim.warmup must be in 0..{steps - 1} (steps={steps}), found {config.warmup}")
+    if config.schedule == "constant":
+        after: optax.Schedule = optax.constant_schedule(config.lr)
+    else:
+        alpha = config.end_lr / config.lr if config.lr else 0.0
+        after = optax.cosine_decay_schedule(config.lr, steps - config.warmup, alpha)
+    if not config.warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), after], [config.warmup])
+
+
+def make(
+    config: Any, steps: int, params: Any, trainable: Callable[[str], str | None]
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of the trained part of `params`, and its learning-rate schedule.
+
+    In this order: clipping by global norm over all groups; adamw (eps 1e-8), sgd with momentum, or adafactor (factored
+    second moment, decay 0.8, update clipped to RMS 1); decoupled weight decay; times the learning rate and the group's
+    `lr_scale`. `config.weight_decay` acts on kernels only (paths that end in `kernel`), not on biases, norms,
+    embeddings or a method's own parameters; a group that states a `weight_decay` of 0 or more applies it to all that it
+    matches.
+
+    Args:
+      config: `optim` of the config.
+      params: the whole tree, arrays or abstract.
+      trainable: path -> group or None, see `Task`.
+
+    Returns:
+      A transformation of the trained part (nested dict, see `state.split`), and the schedule.
+
+    Raises:
+      InputError: an unknown optimiser or schedule, a bad number, or a group whose pattern matches no parameter.
+    """
+    groups = dict(config.get("groups", {}).items())
+    paths = list(flatten(params))
+    for name, group in groups.items():
+        if not any(re.search(group["pattern"], path) for path in paths):
+            raise InputError(f"optim.groups.{name}.pattern {group['pattern']!r} matches no parameter")
+    for name in ("lr", "weight_decay", "clip", "momentum", "end_lr"):
+        if getattr(config, name) < 0:
+            raise InputError(f"optim.{name} must be 0 or more, found {getattr(config, name)}")
+
+    def scale(path: str) -> float:
+        return float(groups.get(trainable(path) or "", {}).get("lr_scale", 1.0))
+
+    def decay(path: str) -> float:
+        stated = float(groups.get(trainable(path) or "", {}).get("weight_decay", -1.0))
+        if stated >= 0.0:
+            return stated
+        return float(config.weight_decay) if path.split("/")[-1] == "kernel" else 0.0
+
+    if config.name == "adamw":
+        direction = optax.scale_by_adam(b1=config.b1, b2=config.b2)
+    elif config.name == "sgd":
+        direction = optax.trace(decay=config.momentum) if config.momentum else optax.identity()
+    elif config.name == "adafactor":
+        direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    else:
+        raise InputError(f"optim.name must be one of {', '.join(OPTIMISERS)}, found {config.name!r}")
+    rate = schedule(config, steps)
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, direction, _decay(decay), optax.scale_by_learning_rate(rate), _scale(scale)), rate
+
+
+def accumulate(grad: Callable[[Any, jax.Array], Any], batch: Any, key: jax.Array, parts: int) -> Any:
+    """Mean of `grad(micro_batch, key)` over `parts` micro-batches, one after the other (`lax.scan`).
+
+    Micro-batch i holds the rows i, i + parts, ..., so that every device keeps the rows it has.
+
+    Args:
+      grad: returns a tree of arrays (loss, metrics, gradients), each a mean over rows.
+      batch: arrays `[B, ...]`, B divisible by `parts`.
+      key: split by `fold_in(key, i)`; used as it is where `parts` is 1.
+    """
+    if parts == 1:
+        return grad(batch, key)
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
+
+    def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        rows, i = part
+        return jax.tree.map(jnp.add, total, grad(jax.tree.map(constrain, rows), jax.random.fold_in(key, i))), None
+
+    first = jax.eval_shape(grad, jax.tree.map(lambda x: x[0], micro), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    total, _ = jax.lax.scan(add, zeros, (micro, jnp.arange(parts)))
+    return jax.tree.map(lambda x: (x / parts).astype(x.dtype), total)
+
+
+def check_batch(batch_size: int, parts: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises `InputError` unless the global batch divides into micro-batches, and these over the mesh."""
+    shards = mesh_lib.batch_shards(mesh)
+    if parts < 1 or batch_size < 1 or batch_size % (parts * shards):
+        raise InputError(
+            f"batch_size must be a multiple of accumulate x (data x fsdp) = {parts} x {shards}, found {batch_size}"
+        )
+
+
+def _decay(rate: Callable[[str], float]) -> optax.GradientTransformation:
+    def update(updates: Any, params: Any) -> Any:
+        return _with_path(lambda path, u, p: u + rate(path) * p if rate(path) else u, updates, params)
+
+    return optax.stateless(update)
+
+
+def _scale(factor: Callable[[str], float]) -> optax.GradientTransformation:
+    def update(updates: Any, params: Any) -> Any:
+        return _with_path(lambda path, u, p: u * factor(path) if factor(path) != 1.0 else u, updates, params)
+
+    return optax.stateless(update)
+
+
+def _with_path(fn: Callable[[str, Any, Any], Any], updates: Any, params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda keys, u, p: fn(path_of(keys), u, p), updates, params)

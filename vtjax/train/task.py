@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method contributes to the one training loop: a `Task`, and the `Data` it is trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from vtjax.spec import Spec
+
+Batch = Mapping[str, np.ndarray]
+"""Host arrays `[b, ...]`, this process's rows: `image`, `label`, `valid`, `index`, ..."""
+
+Params = Any
+"""Nested dict of arrays; names are an API (docs/parameter-names.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A method, as the loop sees it. All functions but `trainable` and `after_step` are traced: they must be pure.
+
+    Attributes:
+      spec: the model's spec; saved as `spec.json` and inside every checkpoint.
+      init: `key -> (params, frozen, extra)`. Traced under jit, so every array is born in its sharding; it may be called
+        more than once. Leaves that are concrete (loaded weights) are placed from the host, shard by shard, and never
+        compiled into the program. `frozen` holds what the result does not contain (a teacher): sharded, never donated,
+        not saved; its hash is recorded. `extra` is method state that is not trained by gradient (bandit preferences,
+        counters): checkpointed, changed only by `after_step`. Use `{}` for an empty one. Empty dicts inside `params`
+        are dropped.
+      loss: `(params, frozen, extra, knobs, batch, key, step) -> (scalar, metrics)`: the mean over the rows of `batch`,
+        and a flat dict of scalars. `batch` holds device arrays. With `accumulate = A` it sees 1/A of the batch (every
+        A-th row) and its own key.
+      evaluate: `(params, frozen, extra, knobs, batch) -> sums`: flat dict of scalar sums over the rows with
+        `batch["valid"]`; `sums["count"]` is the number of these. The reported metric m is `sums[m] / sums["count"]`.
+      trainable: parameter path (`block_00/attn/query/kernel`) -> name of its optimiser group, or None: untrained,
+        without gradient or optimiser state, still saved. Usually `optim.group_of(config.optim)`.
+      after_step: `(state, frozen, draw) -> state`, on the host after every step where a task has one; `draw(split,
+        index)` gives a fresh validation batch as device arrays. Reading a value of `state` waits for the device, so the
+        host no longer runs ahead. It must be a pure function of its arguments, or a resumed run differs.
+      knobs: config leaf -> value. They reach the compiled step as float32 arrays, so other values compile nothing new.
+      summary: static facts for `result.json`, such as `macs_per_image` or where `frozen` comes from.
+    """
+
+    spec: Spec
+    init: Callable[[jax.Array], tuple[Params, Any, Any]]
+    loss: Callable[..., tuple[jax.Array, Mapping[str, jax.Array]]]
+    evaluate: Callable[..., Mapping[str, jax.Array]]
+    trainable: Callable[[str], str | None]
+    after_step: Callable[..., Any] | None = None
+    knobs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Data(Protocol):
+    """Batches as a pure function of a seed and a position; what `vtjax.data.loader` builds and the loop consumes."""
+
+    classes: int
+    train_examples: int
+    eval_examples: int
+
+    def train(self, start_step: int) -> Iterator[Batch]:
+        """Endless; the batch of step s depends on (seed, s) only. Every batch has the same shapes."""
+
+    def eval(self, split: str = "eval") -> Iterator[Batch]:
+        """The split once; the last batch is padded (`valid` False). Equally many batches on every process."""
+
+    def draw(self, split: str, index: int) -> Batch:
+        """Validation batch number `index`, depending on (seed, split, index) only."""
