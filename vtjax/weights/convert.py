@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtjax convert`: one model file or folder to another, with a replay of recorded inputs."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtjax.errors import InputError
+from vtjax.spec import ViTSpec, from_json
+from vtjax.weights import store
+from vtjax.weights.names import Params, flatten
+
+Forward = Callable[[Params, np.ndarray], tuple[Any, dict[str, Any]]]
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    spec: ViTSpec | str | Path | None = None,
+    *,
+    layout: str = "vtjax",
+    check: str | Path | None = None,
+    atol: float = 1e-4,
+    apply: Callable[[ViTSpec], Forward] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Converts a model; DST is written whole or not at all.
+
+    Args:
+      src: as `weights.load`.
+      dst: as `weights.save`; a vtjax DST gets the suffix `.safetensors` where it has none.
+      spec: a spec or its JSON file, for a bare SRC.
+      layout: of DST: "vtjax", "timm" or "hf".
+      check: an npz with `images` `[B,H,W,3]` float32 (normalised) and `logits` or `features` or both, replayed before
+        anything is written.
+      atol: largest absolute difference allowed.
+      apply: builds the model's `(params, images) -> (logits, aux)`; needed for `check` (weights import no model).
+      overwrite: replace a DST that exists.
+
+    Returns:
+      `src`, `dst`, `layout`, `params` (how many numbers), `written`; with a check `max_abs_diff` (over all that was
+      compared), `passed`, and the difference per array. Where the check fails, DST is not written.
+
+    Raises:
+      InputError: bad SRC or spec, SRC and DST the same, a DST that exists, a check that cannot be replayed.
+    """
+    target = Path(dst)
+    if layout == "vtjax" and target.suffix != ".safetensors":
+        target = target.with_name(f"{target.name}.safetensors")
+    if Path(src).exists() and target.exists() and Path(src).resolve() == target.resolve():
+        raise InputError(f"source and destination are the same: {src}")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists; remove it or ask for overwriting")
+    if check is not None and apply is None:
+        raise InputError("a check needs a model: convert(..., apply=...)")
+    loaded, params = store.load(src, _spec(spec))
+    out: dict[str, Any] = {"src": str(src), "dst": str(target), "layout": layout}
+    out["params"] = sum(int(np.asarray(a).size) for _, a in flatten(params))
+    if check is not None and apply is not None:
+        out |= _replay(apply(loaded), loaded, params, Path(check), atol)
+    out["written"] = out.get("passed", True)
+    if out["written"]:
+        store.save(target, loaded, params, layout, overwrite=overwrite)
+    return out
+
+
+def _spec(spec: ViTSpec | str | Path | None) -> ViTSpec | None:
+    if spec is None or isinstance(spec, ViTSpec):
+        return spec
+    try:
+        text = Path(spec).read_text()
+    except OSError as error:
+        raise InputError(f"cannot read the spec {spec}: {error.strerror}") from None
+    return from_json(text)
+
+
+def _replay(forward: Forward, spec: ViTSpec, params: Params, path: Path, atol: float) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            recorded = {k: file[k] for k in ("images", "logits", "features") if k in file.files}
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path} must be an npz file: {error}") from None
+    if "images" not in recorded or len(recorded) < 2:
+        raise InputError(f"{path} must hold images and logits or features, found {', '.join(recorded) or 'neither'}")
+    shape, expected = recorded["images"].shape, (*spec.image_size, spec.channels)
+    if len(shape) != 4 or shape[1:] != expected:
+        raise InputError(f"{path}: images must be [B, {', '.join(map(str, expected))}], found {list(shape)}")
+    y, aux = forward(params, recorded["images"].astype(np.float32))
+    found = {"logits": np.asarray(y), "features": np.asarray(aux["features"])}
+    differences = {}
+    for name in recorded.keys() - {"images"}:
+        if found[name].shape != recorded[name].shape:
+            shapes = f"expected {list(recorded[name].shape)}, found {list(found[name].shape)}"
+            raise InputError(f"{path}: the model's {name} have another shape: {shapes}")
+        difference = np.abs(found[name].astype(np.float64) - recorded[name])
+        differences[name] = float(difference.max()) if difference.size else 0.0
+    worst = max(differences.values())
+    # Also False where the model gives NaN.
+    return {"max_abs_diff": worst, "differences": differences, "atol": atol, "passed": bool(worst <= atol)}

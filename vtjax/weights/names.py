@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From our parameter tree to foreign arrays and back, by the tables of `weights.tables`.
+
+Import splits what export joins, so that export is the inverse of import, bit for bit. Our names are an API:
+`docs/parameter-names.md`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vtjax.errors import InputError
+from vtjax.spec import ViTSpec
+from vtjax.weights.tables import TABLES, Row, Table
+
+Params = dict[str, Any]
+Shape = tuple[int, ...]
+
+LISTED = 20
+"""How many names of each kind of mistake an error message lists."""
+
+ROOTS = re.compile(r"(embed|norm_before|block_\d+|norm|fc_norm|pool|head|head_distill)/")
+"""Our own names; anything else in a parameter tree belongs to a method."""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested dict by "/"-joined name, in the tree's order."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Inverse of `flatten`."""
+    tree: Params = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return tree
+
+
+def shapes(spec: ViTSpec) -> dict[str, Shape]:
+    """Shape of every parameter of the backbone of `spec`, by our names; the same tree as `models.vit.ViT.init`."""
+    d = spec.width
+    out: dict[str, Shape] = {}
+
+    def dense(name: str, rows: int, columns: int, bias: bool = True) -> None:
+        out[f"{name}/kernel"] = (rows, columns)
+        if bias:
+            out[f"{name}/bias"] = (columns,)
+
+    def norm(name: str, width: int) -> None:
+        out[f"{name}/scale"] = (width,)
+        if spec.norm == "layernorm":
+            out[f"{name}/bias"] = (width,)
+
+    dense("embed/patch", spec.patch**2 * spec.channels, d, spec.patch_bias)
+    if spec.class_token:
+        out["embed/class_token"] = (d,)
+    if spec.distill_token:
+        out["embed/distill_token"] = (d,)
+    if spec.registers:
+        out["embed/registers"] = (spec.registers, d)
+    if spec.pos == "learned":
+        out["embed/pos"] = (spec.pos_prefix + spec.grid[0] * spec.grid[1], d)
+    if spec.norm_before:
+        norm("norm_before", d)
+    for i, block in enumerate(spec.blocks):
+        b, inner = f"block_{i:02d}", block.heads * block.head_dim
+        if block.attn:
+            norm(f"{b}/norm1", d)
+            for name, bias in (("query", True), ("key", spec.key_bias), ("value", True)):
+                dense(f"{b}/attn/{name}", d, inner, spec.qkv_bias and bias)
+            if spec.qk_norm != "none":
+                norm(f"{b}/attn/query_norm", inner if spec.qk_norm == "full" else block.head_dim)
+                norm(f"{b}/attn/key_norm", inner if spec.qk_norm == "full" else block.head_dim)
+            dense(f"{b}/attn/out", inner, d, spec.out_bias)
+        if block.ffn:
+            norm(f"{b}/norm2", d)
+            for name in ("up", "gate") if spec.activation == "swiglu" else ("up",):
+                dense(f"{b}/mlp/{name}", d, block.mlp, spec.mlp_bias)
+            if spec.mlp_norm:
+                norm(f"{b}/mlp/norm", block.mlp)
+            dense(f"{b}/mlp/down", block.mlp, d, spec.mlp_bias)
+        for number, used in ((1, block.attn), (2, block.ffn)):
+            if used and spec.layer_scale is not None:
+                out[f"{b}/layer_scale{number}"] = (d,)
+        if block.adapter and not block.attn and not block.ffn:
+            dense(f"{b}/adapter/down", d, block.adapter)
+            dense(f"{b}/adapter/up", block.adapter, d)
+    if spec.norm_after:
+        norm("norm", d)
+    if spec.fc_norm:
+        norm("fc_norm", d)
+    if spec.pooling == "attention":
+        out["pool/probe"] = (d,)
+        for name in ("query", "key", "value", "out"):
+            dense(f"pool/{name}", d, d)
+        norm("pool/norm", d)
+        dense("pool/mlp/up", d, spec.pool_mlp)
+        dense("pool/mlp/down", spec.pool_mlp, d)
+    if spec.classes:
+        for name in ("head", "head_distill") if spec.distill_token else ("head",):
+            dense(name, d, spec.classes, spec.head_bias)
+    return out
+
+
+def rows(spec: ViTSpec, table: Table, prefix: str = "") -> list[Row]:
+    """The table's rows for this spec, with full names on both sides; each of our names occurs exactly once.
+
+    Raises:
+      InputError: parameters of the spec that the table has no place for.
+    """
+    ours = shapes(spec)
+    taken: set[str] = set()
+    out = []
+
+    def take(row: Row, at: str, stem: str) -> None:
+        names = tuple(at + n for n in row.ours)
+        if all(n in ours and n not in taken for n in names) and all(at + n in ours for n in row.needs.split()):
+            taken.update(names)
+            foreign = row.foreign[1:] if row.foreign.startswith("/") else f"{prefix}{stem}{row.foreign}"
+            out.append(Row(names, foreign, row.kind))
+
+    for row in table.top:
+        take(row, "", "")
+    for i in range(spec.depth):
+        for row in table.block:
+            take(row, f"block_{i:02d}/", f"{table.stem.format(i)}.")
+    left = [n for n in ours if n not in taken]
+    if left:
+        raise InputError(f"this naming has no place for {listed(left)}, which the spec asks for")
+    return out
+
+
+def foreign_shapes(spec: ViTSpec, table: Table, prefix: str = "") -> dict[str, Shape]:
+    """Shape of every foreign array of `spec`."""
+    ours = shapes(spec)
+    return {
+        row.foreign: _joined_shape([_outward_shape(ours[n], row.kind, spec) for n in row.ours])
+        for row in rows(spec, table, prefix)
+    }
+
+
+def find_table(names: Iterable[str], candidates: Iterable[str] = TABLES) -> tuple[str, str]:
+    """(table name, prefix) of a set of foreign names; the table with the most telling marks wins.
+
+    Raises:
+      InputError: the names are of none of the tables.
+    """
+    present = set(names)
+    ordered = sorted(candidates, key=lambda n: (TABLES[n].marks == ("",), n != "timm_eva_split"))
+    for name in ordered:
+        table = TABLES[name]
+        for prefix in table.prefixes:
+            if prefix + table.anchor in present and any(mark in n for n in present for mark in table.marks):
+                return name, prefix
+    some = listed(sorted(present), 3)
+    raise InputError(f"the names are neither vtjax's, timm's nor Hugging Face's (for a vision transformer): {some}")
+
+
+def to_ours(spec: ViTSpec, tensors: Mapping[str, np.ndarray], table: Table, prefix: str, where: str) -> Params:
+    """Our parameters from foreign arrays.
+
+    Args:
+      spec: the model.
+      tensors: foreign arrays by name; only what is needed is read.
+      table, prefix: their naming.
+      where: the file, for the error line.
+
+    Returns:
+      Nested dict of float32 arrays of their own memory.
+
+    Raises:
+      InputError: one line with every missing, extra and mis-shaped name.
+    """
+    wanted = rows(spec, table, prefix)
+    expected = foreign_shapes(spec, table, prefix)
+    ignored = [re.compile(pattern) for pattern in table.ignored]
+
+    def means_nothing(name: str) -> bool:
+        return any(p.fullmatch(name) or p.fullmatch(name.removeprefix(prefix)) for p in ignored)
+
+    found = {n: shape for n, shape in shapes_of(tensors).items() if n in expected or not means_nothing(n)}
+    check(expected, found, where)
+    ours = shapes(spec)
+    flat: dict[str, np.ndarray] = {}
+    for row in wanted:
+        array = tensors[row.foreign]
+        if array.dtype.kind != "f":
+            raise InputError(f"{where}: {row.foreign} must hold floating-point numbers, found {array.dtype}")
+        start = 0
+        for name in row.ours:
+            size = _outward_shape(ours[name], row.kind, spec)[0]
+            part = array[start : start + size] if len(row.ours) > 1 else array
+            flat[name] = np.array(_inward(part, row.kind, ours[name]), np.float32, order="C")
+            start += size
+    return unflatten({name: flat[name] for name in ours})
+
+
+def to_foreign(spec: ViTSpec, params: Params, table: Table, prefix: str) -> dict[str, np.ndarray]:
+    """Foreign arrays from our parameters; the inverse of `to_ours`.
+
+    Raises:
+      InputError: parameters that do not fit the spec, or that the table has no place for (a method's, for example).
+    """
+    flat = {name: np.asarray(a, np.float32) for name, a in flatten(params)}
+    check(shapes(spec), {n: a.shape for n, a in flat.items()}, "the parameters")
+    out = {}
+    for row in rows(spec, table, prefix):
+        parts = [_outward(flat[n], row.kind, spec) for n in row.ours]
+        out[row.foreign] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+    for name in table.fill:
+        out[prefix + name] = np.zeros((1, spec.width), np.float32)
+    return out
+
+
+def with_pos_prefix(spec: ViTSpec, params: Params, count: int) -> tuple[ViTSpec, Params]:
+    """The same function with a position embedding over the first `count` prefix tokens.
+
+    Rows that go away are added to their tokens, as the model does; new rows are zero. Libraries differ: DINOv2 with
+    registers has a row for the class token in Hugging Face and none in timm.
+    """
+    if count == spec.pos_prefix or spec.pos != "learned":
+        return spec, params
+    edited = spec.edit(pos_prefix=count)
+    embed: dict[str, Any] = dict(params["embed"])
+    pos, old = np.asarray(embed["pos"], np.float32), spec.pos_prefix
+    embed["pos"] = np.concatenate([pos[:count], np.zeros((max(count - old, 0), spec.width), np.float32), pos[old:]])
+    singles = ["class_token"] * spec.class_token + ["distill_token"] * spec.distill_token
+    for i in range(count, old):
+        name = singles[i] if i < len(singles) else "registers"
+        token = np.array(embed[name], np.float32)
+        token[... if i < len(singles) else i - len(singles)] += pos[i]
+        embed[name] = token
+    return edited, {**params, "embed": embed}
+
+
+def check(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
+    """Raises one InputError line that lists every missing, extra and mis-shaped name."""
+    missing = [n for n in expected if n not in found]
+    extra = sorted(n for n in found if n not in expected)
+    shaped = [
+        f"{n} expected {list(expected[n])} found {list(found[n])}"
+        for n in expected
+        if n in found and tuple(found[n]) != tuple(expected[n])
+    ]
+    kinds = (("missing", missing), ("extra", extra), ("mis-shaped", shaped))
+    faults = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds if names]
+    if faults:
+        raise InputError(f"{where} do not fit the spec; {'; '.join(faults)}")
+
+
+def listed(names: list[str], limit: int = LISTED) -> str:
+    """Names with commas, the first `limit` of them."""
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def shapes_of(tensors: Mapping[str, np.ndarray]) -> Mapping[str, Shape]:
+    """Shapes without reading arrays that are still on disk."""
+    known = getattr(tensors, "shapes", None)
+    return known if known is not None else {n: a.shape for n, a in tensors.items()}
+
+
+def _joined_shape(parts: list[Shape]) -> Shape:
+    return (sum(p[0] for p in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+
+
+def _outward_shape(shape: Shape, kind: str, spec: ViTSpec) -> Shape:
+    if kind == "linear":
+        return shape[::-1]
+    if kind == "conv":
+        return (shape[1], spec.channels, spec.patch, spec.patch)
+    return {"same": shape, "lead": (1, *shape), "token": (1, 1, *shape)}[kind]
+
+
+def _outward(array: np.ndarray, kind: str, spec: ViTSpec) -> np.ndarray:
+    if kind == "linear":
+        return array.T
+    if kind == "conv":
+        return array.reshape(spec.patch, spec.patch, spec.channels, -1).transpose(3, 2, 0, 1)
+    return array.reshape(_outward_shape(array.shape, kind, spec))
+
+
+def _inward(array: np.ndarray, kind: str, shape: Shape) -> np.ndarray:
+    if kind == "linear":
+        return array.T
+    if kind == "conv":
+        return array.transpose(2, 3, 1, 0).reshape(shape)
+    return array.reshape(shape)

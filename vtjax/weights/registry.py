@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named weights: a short name, a hub id or a path -> a local file or folder.
+
+A name is looked for along `VTJAX_DATA` (`vtjax.paths`), then on the Hugging Face hub. Size, normalisation and crop come
+with the weights: from the folder's configs, or from the entry here where the local form is a bare file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import re
+from pathlib import Path
+
+from vtjax import paths
+from vtjax.errors import InputError
+from vtjax.spec import ViTSpec
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", "model.safetensors.index.json"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Where a named model comes from.
+
+    Attributes:
+      hub: its id on the Hugging Face hub.
+      architecture: timm's name, for a bare file; "" where only the folder form exists.
+      sha256: of the bare file, where known.
+    """
+
+    hub: str
+    architecture: str = ""
+    sha256: str = ""
+
+    def spec(self) -> ViTSpec | None:
+        """The spec of the bare file, preprocessing included; None where only a config.json tells."""
+        from vtjax.weights import timm
+
+        return timm.spec_from_name(self.architecture) if self.architecture else None
+
+
+def _timm(architecture: str, tag: str, sha256: str = "") -> Named:
+    return Named(f"timm/{architecture}.{tag}", architecture, sha256)
+
+
+_AUGREG = "augreg_in21k_ft_in1k"
+
+NAMED: dict[str, Named] = {
+    "vit_ti16_augreg": _timm(
+        "vit_tiny_patch16_224", _AUGREG, "3f1f07da5e1337265ac1eb0234d13841467caf730b3c4240bd3f98c49bc16a92"
+    ),
+    "vit_s16_augreg": _timm("vit_small_patch16_224", _AUGREG),
+    "vit_s32_augreg": _timm("vit_small_patch32_224", _AUGREG),
+    "vit_b16_augreg": _timm("vit_base_patch16_224", _AUGREG),
+    "vit_b32_augreg": _timm("vit_base_patch32_224", _AUGREG),
+    "vit_l16_augreg": _timm("vit_large_patch16_224", _AUGREG),
+    "deit_ti16": _timm("deit_tiny_patch16_224", "fb_in1k"),
+    "deit_s16": _timm("deit_small_patch16_224", "fb_in1k"),
+    "deit_b16": _timm("deit_base_patch16_224", "fb_in1k"),
+    "deit_ti16_distilled": _timm("deit_tiny_distilled_patch16_224", "fb_in1k"),
+    "deit_s16_distilled": _timm("deit_small_distilled_patch16_224", "fb_in1k"),
+    "deit_b16_distilled": _timm("deit_base_distilled_patch16_224", "fb_in1k"),
+    "dinov2_s14": Named("facebook/dinov2-small"),
+    "dinov2_b14": Named("facebook/dinov2-base"),
+    "dinov2_l14": Named("facebook/dinov2-large"),
+    "dinov2_g14": Named("facebook/dinov2-giant"),
+    "dinov2_s14_reg4": Named("facebook/dinov2-with-registers-small"),
+    "dinov2_b14_reg4": Named("facebook/dinov2-with-registers-base"),
+    "dinov2_l14_reg4": Named("facebook/dinov2-with-registers-large"),
+    "dinov2_g14_reg4": Named("facebook/dinov2-with-registers-giant"),
+    "clip_b32": Named("openai/clip-vit-base-patch32"),
+    "clip_b16": Named("openai/clip-vit-base-patch16"),
+    "clip_l14": Named("openai/clip-vit-large-patch14"),
+    "clip_l14_336": Named("openai/clip-vit-large-patch14-336"),
+    "siglip_b16": Named("google/siglip-base-patch16-224"),
+    "siglip_l16_384": Named("google/siglip-large-patch16-384"),
+    "siglip_so400m14_384": Named("google/siglip-so400m-patch14-384"),
+}
+
+
+def resolve(name: str) -> Path:
+    """The local file or folder of a path, a name or a hub id.
+
+    Raises:
+      InputError: one line: what was looked for, where, and how to get it.
+    """
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    entry = NAMED.get(name)
+    is_file = name.endswith((".safetensors", ".bin", ".pth", ".pt", ".npz"))
+    hub = entry.hub if entry else name if _HUB_ID.fullmatch(name) and not is_file and name[0] != "." else ""
+    if not hub and ("/" in name or is_file):
+        local = paths.find(name)
+        if local is not None:
+            return local
+        raise InputError(f"the weights {name!r} do not exist, neither as a path nor in {_searched()}")
+    for candidate in dict.fromkeys(
+        [f"{name}.safetensors", name, hub, hub.split("/")[-1]] if hub else [f"{name}.safetensors", name]
+    ):
+        local = paths.find(candidate)
+        if local is not None:
+            return local
+    if not hub:
+        close = difflib.get_close_matches(name, NAMED, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known names: {', '.join(NAMED)}"
+        raise InputError(f"the weights {name!r} are neither a path, a known name nor in {_searched()}; {hint}")
+    return _download(name, hub)
+
+
+def _searched() -> str:
+    return ", ".join(map(str, paths.search_path())) + " (search path VTJAX_DATA)"
+
+
+def _download(name: str, hub: str) -> Path:
+    looked = f"the weights {name!r} were not found in {_searched()}"
+    put = f"put the folder of https://huggingface.co/{hub} there as {hub.split('/')[-1]!r}"
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise InputError(f"{looked}; {put}, or let vtjax fetch it: pip install 'vtjax[hub]'")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub, allow_patterns=_PATTERNS))
+    except Exception as error:  # offline, unknown or gated repository: each version of the hub raises its own types
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{looked}, and the hub did not give {hub} ({type(error).__name__}: {reason}); {put}"
+        ) from None
