@@ -85,6 +85,7 @@ def data(**leaves: Any) -> ConfigDict:
             "crop_scale": (0.08, 1.0),
             "flip": False,
             "jitter": 0.0,
+            "hue": 0.0,
             "randaugment": (0, 0),
             "mixup": 0.0,
             "cutmix": 0.0,

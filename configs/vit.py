@@ -128,7 +128,7 @@ def ti16(steps: int, batch_size: int) -> ConfigDict:
     config.loss.label_smoothing = 0.1
     config.optim.update(lr=1e-5, warmup=config.steps // 10, weight_decay=0.01, clip=1.0)
     config.optim.groups = {"backbone": common.group("^(embed|block_|norm)"), "head": common.group("^head")}
-    config.data.update(name="nips17", train_split="train", eval_split="test", weights_split="all")
+    config.data.update(name="nips17", train_split="calibration", eval_split="evaluation", weights_split="all")
     config.data.update(augment="crop", crop_scale=(0.5, 1.0), flip=True)
     config.model = pretrained(image_size=(224, 224), classes=1000)
     return config

@@ -20,7 +20,7 @@ from vtjax import weights
 from vtjax.account import flops
 from vtjax.errors import InputError
 from vtjax.models.vit import ViT
-from vtjax.ops import losses
+from vtjax.ops import attention, losses
 from vtjax.parallel import rules
 from vtjax.spec import Preprocess, ViTSpec
 from vtjax.train import optim
@@ -45,6 +45,9 @@ def build(config: ConfigDict) -> Task:
         attention=config.model.attention,
         constrain=rules.constrain,
     )
+    if model.attention not in attention.IMPLEMENTATIONS:
+        known = ", ".join(attention.IMPLEMENTATIONS)
+        raise InputError(f"config.model.attention must be one of {known}, found {model.attention!r}")
     drop_path = config.model.drop_path
     if not 0.0 <= drop_path < 1.0:
         raise InputError(f"config.model.drop_path must be in [0, 1), found {drop_path}")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from configs import common
 from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
@@ -91,7 +92,17 @@ def test_a_bad_override_is_one_line_that_names_the_leaf(name, given, message):
 
 def test_overrides_are_split_from_the_other_arguments():
     rest, overrides = config_lib.split_overrides(
-        ["run", "--config=c.py:a", "--config.a.b=1", "--config.c", "-1", "--workdir", "d", "--config.e=x=y", "--config.a.b=2"]
+        [
+            "run",
+            "--config=c.py:a",
+            "--config.a.b=1",
+            "--config.c",
+            "-1",
+            "--workdir",
+            "d",
+            "--config.e=x=y",
+            "--config.a.b=2",
+        ]
     )
     assert rest == ["run", "--config=c.py:a", "--workdir", "d"]
     assert overrides == {"c": "-1", "e": "x=y", "a.b": "2"}

@@ -31,8 +31,7 @@ def task(config: Config) -> Any:
     Raises:
       InputError: numbers that no run can have, an unknown experiment, a spec that is not defined, missing weights.
     """
-    check_numbers(config)
-    return experiment(config.experiment).build(config)
+    return _build(config)[1]
 
 
 def assemble(config: Config) -> tuple[Any, Any]:
@@ -41,13 +40,18 @@ def assemble(config: Config) -> tuple[Any, Any]:
     Raises:
       InputError: as `task`; a missing set; data that do not fit the spec; a leaf that nothing reads.
     """
-    built = task(config)
-    module = experiment(config.experiment)
+    module, built = _build(config)
     data = module.data(config, built) if hasattr(module, "data") else image_data(config, built.spec)
     # A loaded model brings its own spec: the config's stands aside, unless the user has just set a part of it.
     aside = [n for n, _ in config_lib.flatten(config.model, "model.") if n not in config_lib.overridden(config)]
     config_lib.check_read(config, (*READ_LATER, *(aside if config.init_from else ())))
     return built, data
+
+
+def _build(config: Config) -> tuple[ModuleType, Any]:
+    check_numbers(config)
+    module = experiment(config.experiment)
+    return module, module.build(config)
 
 
 def check_numbers(config: Config) -> None:

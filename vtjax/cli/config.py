@@ -66,6 +66,9 @@ class Config(ConfigDict):
         return Config, (self.to_dict(), None, self._prefix)
 
 
+Mapping.register(Config)  # it has all of a mapping's methods, and functions ask for one
+
+
 class Record:
     """Dotted names of the leaves that were read, and of those that an override set."""
 

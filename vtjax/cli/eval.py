@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def _check_same(expected: Any, found: Any, workdir: str) -> None:
     if differences := expected.diff(found):
-        first = ", ".join(f"{name} {found!r} for {wanted!r}" for name, (wanted, found) in list(differences.items())[:3])
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        first = "; ".join(
+            f"{name} {there!r}, expected {here!r}" for name, (here, there) in list(differences.items())[:3]
+        )
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise InputError(f"workdir {workdir} holds another model than --config describes: {first}{more}")

@@ -109,8 +109,13 @@ def _fields(spec: Spec) -> list[tuple[str, Any]]:
         for block, group in itertools.groupby(enumerate(value), key=lambda item: item[1]):
             indices = [index for index, _ in group]
             span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}..{indices[-1]}"
-            lines.append((f"blocks[{span}]", ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(block).items())))
+            lines.append((f"blocks[{span}]", _line(dataclasses.asdict(block))))
     return lines
+
+
+def _line(value: Any) -> Any:
+    """A value for a cell; the fields of a block in one line."""
+    return ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else value
 
 
 def _compare(first: Inspected, second: Inspected) -> str:
@@ -122,7 +127,7 @@ def _compare(first: Inspected, second: Inspected) -> str:
         macs = [facts["kinds"].get(kind, {"macs": 0})["macs"] for facts in (a, b)]
         if any(macs):
             rows.append((f"MACs of {kind}", *macs, f"{macs[1] / macs[0]:.3f}" if macs[0] else ""))
-    differences = [(name, x, y) for name, (x, y) in first.spec.diff(second.spec).items()]
+    differences = [(name, _line(x), _line(y)) for name, (x, y) in first.spec.diff(second.spec).items()]
     head = ("", first.name, second.name)
     spec = _table(("spec", *head[1:]), differences) if differences else "equal specs"
     return f"{_table((*head, 'ratio'), rows)}\n\n{spec}"

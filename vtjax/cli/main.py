@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import logging
 import math
 import os
 import sys
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     command = next((a for a in arguments if not a.startswith("-")), "")
+    # Orbax warns about files that it can do without; before an error they would hide the one line that counts.
+    logging.getLogger("absl").setLevel(logging.DEBUG if debug else logging.ERROR)
     try:
         parsed = _parse([a for a in arguments if a != "--debug"])
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is for people
