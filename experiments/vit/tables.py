@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of experiments/vit/README.md, rebuilt from results/*.jsonl.
+
+python -m experiments.vit.tables           writes them between their markers
+python -m experiments.vit.tables --check   exits 1 where the README differs
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from vtjax.viz import tables
+
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+
+
+def build(results: Path = HERE / "results") -> dict[str, str]:
+    """Markdown by table name; a table whose records do not exist is absent."""
+    found = {}
+    file = results / "beside_torch.jsonl"
+    if file.exists():
+        found["beside_torch"] = beside_torch(tables.read_jsonl(file))
+    return found
+
+
+def beside_torch(records: list[dict[str, Any]]) -> str:
+    """The latest record of every case, and the circumstances below."""
+    latest = {(r["kind"], r["model"], r["batch"]): r for r in records}
+    rows = []
+    for (kind, model, batch), r in latest.items():
+        low, high = r["ratio_range"]
+        times = [f"{1000 * r[side]['median_s']:.2f} ms" for side in ("vtjax", "torch")]
+        other = "not known" if r["other_cores"] is None else f"{r['other_cores']:.2f}"
+        work = "training step" if kind == "train" else "forward"
+        speed = f"{r['images_per_s']['vtjax']:.1f}"
+        rows.append((work, model, batch, *times, speed, f"**{r['ratio']:.2f}**", f"{low:.2f} to {high:.2f}", other))
+    header = ("work", "model", "batch", "vtjax", "PyTorch", "vtjax images/s", "ratio", "p10 to p90", "other busy cores")
+    lines = [tables.markdown(header, rows)]
+    for text in dict.fromkeys(_circumstances(r) for r in latest.values()):
+        lines.append(text)
+    return "\n\n".join(lines)
+
+
+def _circumstances(r: dict[str, Any]) -> str:
+    parts = [
+        r["hardware"]["cpu"],
+        f"{r['threads']} threads, float32",
+        f"jax {r['versions']['jax']}, torch {r['torch_version']}, timm {r['timm_version']}",
+        f"AdamW {r['adamw']}, OpenMP waits: {r['omp_wait_policy']}",
+        f"{r['vtjax']['calls']} calls each, {r['date'][:10]}, commit {r['commit']}",
+    ]
+    return "; ".join(parts) + ". Medians; ratio = PyTorch's time over ours."
+
+
+if __name__ == "__main__":
+    check = "--check" in sys.argv[1:]
+    changed = tables.refresh(README, build(), check=check)
+    print(f"{', '.join(changed) or 'nothing'} {'differs' if check else 'rewritten'}", file=sys.stderr)
+    sys.exit(1 if check and changed else 0)
