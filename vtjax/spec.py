@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vtjax.errors import InputError
@@ -307,7 +307,7 @@ def _choice(spec: Any, field: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{type(spec).__name__}.{field} must be one of {', '.join(allowed)}, found {getattr(spec, field)!r}")
 
 
-def _known(cls: type, names: typing.Iterable[str], where: str) -> None:
+def _known(cls: type, names: Iterable[str], where: str) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in names:
         if name not in known:

@@ -98,7 +98,7 @@ class Attention(nn.Module):
             v,
             size=tokens.size,
             alive=tokens.alive,
-            implementation=self.implementation,  # type: ignore[arg-type]
+            implementation=self.implementation,
             want=tuple(w for w in want if w in attention_op.STATISTICS),
         )
         if "keys" in want:
@@ -312,7 +312,7 @@ class AttentionPool(nn.Module):
             v,
             size=tokens.size,
             alive=tokens.alive,
-            implementation=self.implementation,  # type: ignore[arg-type]
+            implementation=self.implementation,
         )
         y = dense(d, "out", bias=True, dtype=self.dtype)(y.reshape(*y.shape[:2], d))
         mlp = Mlp(spec.pool_mlp, spec.activation, dtype=self.dtype, name="mlp")
@@ -320,14 +320,14 @@ class AttentionPool(nn.Module):
 
 
 class Head(nn.Module):
-    """Linear head `[B,D] -> [B,classes]`, starting at 0; output in float32."""
+    """Linear head `[..., D] -> [..., classes]`, starting at 0; output in float32."""
 
     classes: int
     bias: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B K"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B K"]:
         zeros = nn.initializers.zeros
         y = x.astype(jnp.float32) if self.dtype == jnp.float32 else x
         kernel = self.param("kernel", zeros, (x.shape[-1], self.classes))

@@ -122,7 +122,7 @@ class ViT:
         want: tuple[str, ...] = (),
         key: Array | None = None,
         drop_path: float = 0.0,
-    ) -> tuple[Float[Array, "B K"], dict[str, Any]]:
+    ) -> tuple[Float[Array, "B *N K"], dict[str, Any]]:
         """Runs the model.
 
         Args:

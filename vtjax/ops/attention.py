@@ -10,13 +10,10 @@ A dead key takes no part. `alive` multiplies numerator and denominator of the so
 from __future__ import annotations
 
 import functools
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Implementation = Literal["auto", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 STATISTICS = ("importance", "lse")
@@ -34,7 +31,7 @@ def attention(
     size: Float[Array, "B M"] | None = None,
     alive: Float[Array, "B M"] | None = None,
     scale: float | None = None,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
     want: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B N H D"], dict[str, Array]]:
     """Softmax attention.
@@ -70,7 +67,8 @@ def attention(
     if implementation in kernels:
         return kernels[implementation](q, k, v, size, alive)
     fast = {}
-    if q.dtype in (jnp.bfloat16, jnp.float16):
+    # cuDNN is looked for while tracing, so a machine without it must not trace that branch.
+    if q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
         fast["cuda"] = kernels["cudnn"]
     if k.shape[1] >= _SPLASH_FROM:
         fast["tpu"] = kernels["splash"]
