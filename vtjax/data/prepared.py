@@ -166,7 +166,7 @@ def _no_progress_bar() -> Iterator[None]:
 def _digits_builder() -> Any:
     import tensorflow_datasets as tfds
 
-    class Digits(tfds.core.GeneratorBasedBuilder):
+    class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Handwritten digits of scikit-learn (UCI "Optical Recognition of Handwritten Digits", test part)."""
 
         VERSION = tfds.core.Version("1.0.0")
@@ -227,7 +227,7 @@ def _splits(folder: str) -> Splits:
             f"tfds convert_format --root_data_dir={folder} --out_file_format=array_record"
         )
     image, label = info.supervised_keys if len(info.supervised_keys or ()) == 2 else ("image", "label")
-    if image not in info.features or not hasattr(info.features.get(label), "num_classes"):
+    if image not in info.features or label not in info.features or not hasattr(info.features[label], "num_classes"):
         found = ", ".join(info.features)
         raise InputError(f"prepared set {folder} must have an image and a class label, found {found}")
 
