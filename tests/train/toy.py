@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task and data small enough to train in a second, and a process that trains them: `python -m tests.train.toy DIR`."""
+"""A task and data small enough to train in a second, and a process: `python -m tests.train.toy DIR`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def task(config: ConfigDict, hidden: int = 8, noise: float = 0.1, teacher: bool 
     def init(key: jax.Array) -> tuple[Any, Any, Any]:
         up, head = jax.random.split(key)
         params = {
-            "block_00": {"mlp": {"up": {"kernel": jax.random.normal(up, (FEATURES, hidden)), "bias": jnp.zeros(hidden)}}},
+            "block_00": {
+                "mlp": {"up": {"kernel": jax.random.normal(up, (FEATURES, hidden)), "bias": jnp.zeros(hidden)}}
+            },
             "head": {"kernel": jax.random.normal(head, (hidden, SPEC.classes)), "bias": jnp.zeros(SPEC.classes)},
         }
         frozen = {"teacher": np.linspace(0.0, 1.0, FEATURES * SPEC.classes, dtype=np.float32)} if teacher else {}
@@ -135,7 +137,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--fsdp", type=int, default=1)
     parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--die-before-manifest", type=int, default=0, help="SIGKILL in the n-th save, between its parts")
+    parser.add_argument(
+        "--die-before-manifest", type=int, default=0, help="SIGKILL in the n-th save, between its parts"
+    )
     parser.add_argument("--term-in", default="", choices=("", "init", "eval", "save"), help="SIGTERM to oneself there")
     args = parser.parse_args()
     settings = config(

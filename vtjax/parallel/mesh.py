@@ -21,12 +21,12 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make(config: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over all devices of all processes (or over `devices`).
 
     Args:
-      config: size per axis, `{"data": -1, "fsdp": 1, "tensor": 1}`; one axis may be -1, "all the rest".
-        Absent axes have size 1.
+      config: size per axis, a dict or ConfigDict as `{"data": -1, "fsdp": 1, "tensor": 1}`; one axis may be -1, "all
+        the rest". Absent axes have size 1.
 
     Raises:
       InputError: an unknown axis, a size that is neither positive nor -1, two axes of -1, or a product that is not the

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtjax.errors import InputError
@@ -45,7 +45,7 @@ def path_of(keys: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT) -> Any:
     """A NamedSharding for every leaf.
 
     A dimension that its mesh axes do not divide stays whole (logged, once per rule). So does an array with fewer
@@ -102,7 +102,7 @@ def _axes(spec: P) -> list[str]:
     return [axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))]
 
 
-def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> tuple[P, bool]:
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[P, bool]:
     """The part of `spec` that `shape` allows, and whether a dimension had to stay whole for want of divisibility."""
     if len(spec) > len(shape):
         return P(), False

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -127,9 +127,10 @@ class Progress:
     Args:
       steps: last step of the run.
       images: images per step.
+      stream: text stream; standard error where None.
     """
 
-    def __init__(self, steps: int, images: int, stream: TextIO | None = None):
+    def __init__(self, steps: int, images: int, stream: Any = None):
         self._steps, self._images = steps, images
         self._stream = sys.stderr if stream is None else stream
         self._seconds = 0.0

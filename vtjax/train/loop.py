@@ -10,6 +10,7 @@ bad state is evaluated or saved.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ from vtjax.train.preempt import Sigterm
 from vtjax.train.program import Program
 from vtjax.train.state import params_sha256
 from vtjax.train.task import Batch, Data, Task
+
+logger = logging.getLogger(__name__)
 
 
 def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -213,6 +216,11 @@ class _Run:
         if values is None:
             return False
         self.values = values
+        best = self.config.checkpoint.best
+        if best and best not in values:
+            logger.warning(
+                "checkpoint.best names %r, which the evaluation does not report (%s)", best, ", ".join(values)
+            )
         self._write(step, {f"eval/{name}": value for name, value in values.items()})
         self.progress.say(f"step {step} evaluation: " + "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
         return True

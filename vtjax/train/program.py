@@ -178,13 +178,13 @@ class Program:
         (value, reported), grads = optim.accumulate(
             lambda rows, key: grad(trained, rows, key), batch, jax.random.fold_in(key, state.step), self._accumulate
         )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = self.optimiser.update(grads, state.opt, trained)
         new = optax.apply_updates(trained, updates)
         ema = {}
         if self._decay:
             ema = jax.tree.map(lambda e, p: self._decay * e + (1.0 - self._decay) * p, state.ema, new)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         good = finite & (state.step == step)
         changed = (state.step + 1, new, opt, ema)
         before = (state.step, trained, state.opt, state.ema)

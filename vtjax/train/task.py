@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -55,6 +55,7 @@ class Task:
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@runtime_checkable
 class Data(Protocol):
     """Batches as a pure function of a seed and a position; what `vtjax.data.loader` builds and the loop consumes."""
 
