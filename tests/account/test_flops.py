@@ -101,6 +101,19 @@ def test_the_same_work_however_it_is_run(options: dict) -> None:
     assert traced(spec, **options)[0].macs == flops.macs(spec)
 
 
+def test_a_kernel_that_hides_the_scores_is_named() -> None:
+    """From 1024 keys on, a TPU runs a kernel: exactly its products are missing, and it is listed."""
+    spec = ViTSpec.uniform(depth=2, width=24, heads=3, image_size=32, patch=1)
+    model = ViT(spec)
+    tree = jax.eval_shape(model.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    cpu, tpu = (flops.walk(lambda p, x: model.apply(p, x)[0], tree, images, platform=p) for p in ("cpu", "tpu"))
+    assert cpu.macs == flops.macs(spec) and cpu.unknown == {}
+    assert tpu.macs == flops.macs(spec) - spec.depth * 2 * 1025**2 * 24
+    ((name, calls),) = tpu.unknown.items()
+    assert name.startswith("pallas_call:splash") and calls == spec.depth
+
+
 def test_a_batch_costs_as_many_images() -> None:
     for name in ("plain", "siglip"):
         assert traced(specs()[name], batch=5)[0].macs == 5 * flops.macs(specs()[name])
