@@ -22,11 +22,11 @@ def python_blocks(file: Path) -> list[tuple[int, str]]:
 
 def run_blocks(file: Path) -> dict[str, Any]:
     """Runs the blocks of a document in one namespace; a traceback gives the document's own line numbers."""
-    namespace: dict[str, Any] = {"__name__": f"document_{file.stem.replace('-', '_')}"}
+    namespace: dict[str, Any] = {"__name__": "document"}
     blocks = python_blocks(file)
     assert blocks, f"{file} has no python blocks"
     for line, source in blocks:
-        exec(compile("\n" * (line - 1) + source, str(file), "exec"), namespace)
+        exec(compile("\n" * (line - 1) + source, str(file), "exec", dont_inherit=True), namespace)
     return namespace
 
 
