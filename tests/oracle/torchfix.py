@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imported before timm by the recording scripts: timm needs torchvision's Python part only, which refuses to import when
-its compiled operators were built for another torch. Declaring the two operators that it looks up at import is enough.
+"""Imported before timm by the recording scripts.
+
+timm needs torchvision's Python part only, which refuses to import when its compiled operators were built for another
+torch. Declaring the two operators that it looks up at import is enough.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,8 @@ def convert(
 
     Returns:
       `src`, `dst`, `layout`, `params` (how many numbers), `written`; with a check `max_abs_diff` (over all that was
-      compared), `passed`, and the difference per array. Where the check fails, DST is not written.
+      compared; None where it is not finite), `differences` (per array), `atol`, `passed`. Where the check fails, DST
+      is not written.
 
     Raises:
       InputError: bad SRC or spec, SRC and DST the same, a DST that exists, a check that cannot be replayed.
@@ -81,10 +83,15 @@ def _spec(spec: ViTSpec | str | Path | None) -> ViTSpec | None:
 
 def _replay(forward: Forward, spec: ViTSpec, params: Params, path: Path, atol: float) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} must be an npz file, found a single array")
+        with file:
             recorded = {k: file[k] for k in ("images", "logits", "features") if k in file.files}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except InputError:
+        raise
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path} must be an npz file: {error}") from None
     if "images" not in recorded or len(recorded) < 2:
@@ -101,6 +108,8 @@ def _replay(forward: Forward, spec: ViTSpec, params: Params, path: Path, atol: f
             raise InputError(f"{path}: the model's {name} have another shape: {shapes}")
         difference = np.abs(found[name].astype(np.float64) - recorded[name])
         differences[name] = float(difference.max()) if difference.size else 0.0
-    worst = max(differences.values())
-    # Also False where the model gives NaN.
-    return {"max_abs_diff": worst, "differences": differences, "atol": atol, "passed": bool(worst <= atol)}
+    worst = float(np.max(list(differences.values())))
+    passed = bool(worst <= atol)  # False where the model gives NaN, which is no JSON number
+    finite = [d if math.isfinite(d) else None for d in (worst, *differences.values())]
+    per_array = dict(zip(differences, finite[1:], strict=True))
+    return {"max_abs_diff": finite[0], "differences": per_array, "atol": atol, "passed": passed}

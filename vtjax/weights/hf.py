@@ -195,21 +195,22 @@ def _square(value: Any, where: str) -> int:
 
 def _preprocess(processor: Mapping[str, Any] | None, side: int, where: str) -> Preprocess:
     """Resize and crop of an image processor, as a crop fraction. A processor that squashes the image to a square
-    has no crop; it is evaluated with a centre crop of the same size, which a warning says."""
+    has no crop; it is evaluated with a centre crop of the same size, and a warning says so."""
     if processor is None:
         return Preprocess()
-    size = processor.get("size")
-    size = {"shortest_edge": size} if isinstance(size, int) else (size or {})
-    crop = processor.get("crop_size")
+    size, crop = processor.get("size") or {}, processor.get("crop_size")
+    does_crop = processor.get("do_center_crop", crop is not None)
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if does_crop else {"height": size, "width": size}
     cropped = crop if isinstance(crop, int) else (crop or {}).get("height", side)
     fraction = 1.0
-    if processor.get("do_center_crop", "shortest_edge" in size and crop is not None):
+    if does_crop:
         edge = size.get("shortest_edge", size.get("height", cropped))
         fraction = cropped / edge
         if math.floor(cropped / fraction) != edge:  # so that the fraction gives the edge back
             fraction = math.nextafter(fraction, 0)
-    elif "height" in size and processor.get("do_resize", True):
-        _LOG.warning("%s: the image processor squashes images to a square; vtjax takes a centre crop instead", where)
+    if "height" in size and processor.get("do_resize", True):
+        _LOG.warning("%s: the image processor squashes images to a square; vtjax keeps their shape and crops", where)
     resample = _RESAMPLE.get(processor.get("resample", 2))
     if resample is None:
         raise InputError(f"{where}: resample must be one of {_RESAMPLE}, found {processor['resample']!r}")

@@ -235,7 +235,8 @@ def with_pos_prefix(spec: ViTSpec, params: Params, count: int) -> tuple[ViTSpec,
     edited = spec.edit(pos_prefix=count)
     embed: dict[str, Any] = dict(params["embed"])
     pos, old = np.asarray(embed["pos"], np.float32), spec.pos_prefix
-    embed["pos"] = np.concatenate([pos[:count], np.zeros((max(count - old, 0), spec.width), np.float32), pos[old:]])
+    zeros = np.zeros((max(count - old, 0), spec.width), np.float32)
+    embed["pos"] = np.concatenate([pos[: min(count, old)], zeros, pos[old:]])
     singles = ["class_token"] * spec.class_token + ["distill_token"] * spec.distill_token
     for i in range(count, old):
         name = singles[i] if i < len(singles) else "registers"
@@ -243,6 +244,15 @@ def with_pos_prefix(spec: ViTSpec, params: Params, count: int) -> tuple[ViTSpec,
         token[... if i < len(singles) else i - len(singles)] += pos[i]
         embed[name] = token
     return edited, {**params, "embed": embed}
+
+
+def with_head_bias(spec: ViTSpec, params: Params, wanted: bool) -> tuple[ViTSpec, Params]:
+    """The same function with or without a bias in the head, where it has none or a zero one (CLIP's projection has
+    a zero bias in timm and none in Hugging Face)."""
+    if not spec.classes or spec.head_bias == wanted or (not wanted and np.any(np.asarray(params["head"]["bias"]))):
+        return spec, params
+    head = {"kernel": params["head"]["kernel"]} | ({"bias": np.zeros(spec.classes, np.float32)} if wanted else {})
+    return spec.edit(head_bias=wanted), {**params, "head": head}
 
 
 def check(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:

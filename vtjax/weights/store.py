@@ -44,9 +44,9 @@ def load(source: str | Path, spec: ViTSpec | None = None) -> tuple[ViTSpec, Para
     path = registry.resolve(str(source))
     if named is not None and named.sha256 and path.is_file():
         io.check_sha256(path, named.sha256)
-    if named is not None and spec is None and path.is_file():
-        spec = named.spec()
-    return _load_folder(path, spec) if path.is_dir() else _load_file(path, spec)
+    if path.is_dir():
+        return _load_folder(path, spec)
+    return _load_file(path, spec, named.spec() if named is not None else None)
 
 
 def save(path: str | Path, spec: ViTSpec, params: Params, layout: str = "vtjax", *, overwrite: bool = True) -> Path:
@@ -86,15 +86,16 @@ def save(path: str | Path, spec: ViTSpec, params: Params, layout: str = "vtjax",
     return path
 
 
-def _load_file(path: Path, spec: ViTSpec | None) -> tuple[ViTSpec, Params]:
+def _load_file(path: Path, spec: ViTSpec | None, usual: ViTSpec | None) -> tuple[ViTSpec, Params]:
+    """A file; `usual` is the spec of the name it was found by, for a file that does not say."""
     io.refuse_pickle(path)
     file = io.File(path)
     if file.metadata.get("format") == FORMAT:
         stored = from_json(file.metadata.get("spec", ""))
         return _own(spec or stored, file, str(path))
-    if spec is None and (path.parent / "config.json").exists():
+    if spec is None and usual is None and (path.parent / "config.json").exists():
         return _load_foreign(path.parent, file)
-    return _load_bare(file, spec, str(path))
+    return _load_bare(file, spec or usual, str(path))
 
 
 def _load_folder(folder: Path, spec: ViTSpec | None) -> tuple[ViTSpec, Params]:
@@ -110,18 +111,22 @@ def _load_folder(folder: Path, spec: ViTSpec | None) -> tuple[ViTSpec, Params]:
 
 def _load_foreign(folder: Path, tensors: Mapping[str, np.ndarray]) -> tuple[ViTSpec, Params]:
     config, where = io.read_json(folder / "config.json"), str(folder)
-    if "architecture" in config:
-        spec = timm.spec_from_config(config, where)
-        return _load_bare(tensors, spec, where, candidates=[n for n in TABLES if n.startswith("timm")])
-    if "model_type" not in config:
-        raise InputError(
-            f"{where}/config.json must have model_type (Hugging Face) or architecture (timm), found neither"
-        )
     processor = folder / "preprocessor_config.json"
-    spec, table = hf.spec_from_config(
-        config, names.shapes_of(tensors), io.read_json(processor) if processor.exists() else None, where
-    )
-    return _load_bare(tensors, spec, where, candidates=[table])
+    try:
+        if "architecture" in config:
+            spec, candidates = timm.spec_from_config(config, where), [n for n in TABLES if n.startswith("timm")]
+        elif "model_type" in config:
+            images = io.read_json(processor) if processor.exists() else None
+            spec, table = hf.spec_from_config(config, names.shapes_of(tensors), images, where)
+            candidates = [table]
+        else:
+            raise InputError("must have model_type (Hugging Face) or architecture (timm), found neither")
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(where) else f"{where}/config.json: {text}") from None
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(f"{where}/config.json is malformed ({type(error).__name__}: {error})") from None
+    return _load_bare(tensors, spec, where, candidates)
 
 
 def _load_bare(
@@ -158,6 +163,7 @@ def _own_arrays(spec: ViTSpec, params: Params) -> dict[str, np.ndarray]:
 
 def _save_timm(path: Path, spec: ViTSpec, params: Params, is_file: bool) -> None:
     spec, params = names.with_pos_prefix(spec, params, spec.prefix if spec.pos_prefix == spec.prefix else 0)
+    spec, params = names.with_head_bias(spec, params, True)
     tensors = names.to_foreign(spec, params, timm.table(spec), "")
     if is_file:
         io.write(path, tensors, {"format": "pt"})
@@ -168,6 +174,8 @@ def _save_timm(path: Path, spec: ViTSpec, params: Params, is_file: bool) -> None
 def _save_hf(path: Path, spec: ViTSpec, params: Params) -> None:
     count = min(spec.prefix, 1 if spec.layer_scale is not None else 2)
     spec, params = names.with_pos_prefix(spec, params, count)
+    if spec.norm_before:
+        spec, params = names.with_head_bias(spec, params, False)
     config, table, prefix = hf.config(spec)
     tensors = names.to_foreign(spec, params, TABLES[table], prefix)
     _write_folder(path, tensors, {"config.json": config, "preprocessor_config.json": hf.processor(spec)})

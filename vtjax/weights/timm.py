@@ -277,6 +277,8 @@ def _choice(value: Any, choices: Mapping[Any, Any], where: str) -> Any:
 def _preprocess(cfg: Mapping[str, Any], usual: Preprocess, where: str) -> Preprocess:
     if cfg.get("crop_mode", "center") != "center":
         _LOG.warning("%s: crop_mode=%r is evaluated with a centre crop", where, cfg["crop_mode"])
+    if any("quickgelu" in str(note).lower() for note in cfg.get("notes") or ()) and "quickgelu" not in where:
+        _LOG.warning("%s: these weights were trained with quick GELU, which timm's architecture name leaves out", where)
     return Preprocess(
         crop=float(cfg.get("crop_pct", usual.crop)),
         interpolation=cfg.get("interpolation", usual.interpolation),
@@ -327,6 +329,7 @@ def config(spec: ViTSpec) -> dict[str, Any]:
         },
         **{"qk_norm": spec.qk_norm == "head", "init_values": spec.layer_scale, "class_token": spec.class_token},
         "no_embed_class": spec.pos_prefix == 0 and spec.prefix > 0,
+        "global_pool": {v: k for k, v in _POOLS.items()}[spec.pooling],
     }
     if eva:
         architecture = "eva02_enormous_patch14_clip_224" if spec.norm_position == "post" else "eva_giant_patch14_224"
@@ -342,10 +345,9 @@ def config(spec: ViTSpec) -> dict[str, Any]:
             args["act_layer"] = spec.activation
         if spec.norm == "rmsnorm":
             args["norm_layer"] = "rmsnorm"
-    pools = {v: k for k, v in _POOLS.items()}
     out = {
         **{"architecture": architecture, "num_classes": spec.classes, "num_features": width},
-        **{"global_pool": pools[spec.pooling], "model_args": args},
+        **{"global_pool": args["global_pool"], "model_args": args},
         "pretrained_cfg": {
             **{"tag": "vtjax", "custom_load": False, "input_size": [spec.channels, *spec.image_size]},
             **{
@@ -363,7 +365,10 @@ def config(spec: ViTSpec) -> dict[str, Any]:
     faults = {k: v for k, v in rebuilt.diff(spec).items() if not k.startswith("lineage")}
     if faults:
         field, (theirs, wanted) = next(iter(faults.items()))
-        raise InputError(f"a timm config cannot express {field}={wanted!r} (timm would build {theirs!r})")
+        raise InputError(
+            f"a timm config cannot express {field}={wanted!r} (timm would build {theirs!r}); a single "
+            ".safetensors file carries timm's names without a config"
+        )
     return out
 
 
