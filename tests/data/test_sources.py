@@ -108,7 +108,7 @@ from PIL import Image
 save, calls = Image.Image.save, []
 def pause(*args, **options):
     calls.append(1)
-    if len(calls) == 1000: os.write(1, b'now\n'); time.sleep(120)  # sys.stdout is redirected here
+    if len(calls) == 1000: os.write(1, b'now\\n'); time.sleep(120)  # sys.stdout is redirected here
     save(*args, **options)
 Image.Image.save = pause
 """,

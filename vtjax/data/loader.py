@@ -31,7 +31,7 @@ Batch = dict[str, np.ndarray]
 SPLITS = ("train", "eval")
 ENDLESS = 2**62
 # Domains of randomness: streams with different ones are independent.
-ORDER, EXAMPLE, MIX, DRAW = range(4)
+ORDER, EXAMPLE, MIX, DRAW = range(4)  # DRAW + number of the split
 
 T = TypeVar("T")
 
@@ -151,8 +151,8 @@ class ImageData:
         size = len(self._source(split))
         epoch, number = divmod(index, max(1, size // self._batch_size))
         rows = self._row_numbers(number)
-        order = _order_seed(self._seed, DRAW + SPLITS.index(split), epoch)
-        return self._eval_batch(split, [_shuffled(int(r), size, order) if r < size else -1 for r in rows])
+        order = _order(self._seed, DRAW + SPLITS.index(split), epoch, size)
+        return self._eval_batch(split, [int(order[r]) if r < size else -1 for r in rows])
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:
@@ -168,8 +168,7 @@ class ImageData:
         source = self._sources["train"]
         size = len(source)
         rows = self._row_numbers(step)
-        orders = {e: _order_seed(self._seed, ORDER, e) for e in range(rows[0] // size, rows[-1] // size + 1)}
-        index = [_shuffled(row % size, size, orders[row // size]) for row in rows]
+        index = [int(_order(self._seed, ORDER, row // size, size)[row % size]) for row in rows]
         examples = [source[i] for i in index]
         images = [self._augmented(e, row) for e, row in zip(examples, rows, strict=True)]
         batch = self._batch(images, [e["label"] for e in examples], index)
@@ -232,14 +231,20 @@ class _Stream(Iterator[Batch]):
     """A grain iterator that ends its threads and processes when it is dropped or the interpreter exits."""
 
     def __init__(self, batches: Any, copy: bool):
-        self._batches, self._copy = batches, copy
+        self._held, self._copy = [batches], copy
         # Not left to grain's own __del__, which at exit comes after the modules that it needs are gone.
-        self.close = weakref.finalize(self, batches.close)
+        self.close = weakref.finalize(self, _release, self._held)
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
+        if not self._held:
+            raise StopIteration
+        batch = next(self._held[0])
         # Arrays of workers live in shared memory that is freed with them, whoever still looks at it.
         return {k: np.array(v) for k, v in batch.items()} if self._copy else batch
+
+
+def _release(held: list[Any]) -> None:
+    held.pop().close()
 
 
 def from_config(
@@ -315,13 +320,10 @@ def to_device(batches: Iterable[Batch], put: Callable[[Batch], T], size: int = 2
     yield from ahead
 
 
-def _order_seed(seed: int, domain: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((seed, domain, epoch)).generate_state(1)[0])
-
-
-def _shuffled(position: int, size: int, seed: int) -> int:
-    """`position` of a random order of 0..size-1; needs no memory, however large the split."""
-    return grain.experimental.index_shuffle(position, max_index=size - 1, seed=seed, rounds=4)
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, domain: int, epoch: int, size: int) -> np.ndarray:
+    """The order of one epoch: a permutation of 0..size-1, int64."""
+    return _rng(seed, domain, epoch).permutation(size)
 
 
 def _rng(seed: int, domain: int, number: int) -> np.random.Generator:

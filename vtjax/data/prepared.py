@@ -166,7 +166,7 @@ def _no_progress_bar() -> Iterator[None]:
 def _digits_builder() -> Any:
     import tensorflow_datasets as tfds
 
-    class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """Handwritten digits of scikit-learn (UCI "Optical Recognition of Handwritten Digits", test part)."""
 
         VERSION = tfds.core.Version("1.0.0")
