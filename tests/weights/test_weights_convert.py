@@ -84,11 +84,24 @@ def test_refusals_come_before_any_work(oracle, src, tmp_path):
             convert(dst, same, overwrite=True)
     with pytest.raises(InputError, match="source and destination are the same"):
         convert(src, src, layout="hf", overwrite=True)
+    with pytest.raises(InputError, match="source and destination are the same"):
+        convert(src, src / "model.safetensors", overwrite=True)
+    with pytest.raises(InputError, match="source and destination are the same"):
+        convert(src / "model.safetensors", src, layout="timm", overwrite=True)
     with pytest.raises(InputError, match="needs a model"):
         convert(src, tmp_path / "n", check=tmp_path / "io.npz")
     with pytest.raises(InputError, match="layout must be one of"):
         convert(src, tmp_path / "n", layout="gguf")
     assert not list(tmp_path.glob("n*"))
+
+
+def test_a_named_source_is_not_overwritten_either(src, tmp_path, monkeypatch):
+    monkeypatch.setenv("VTJAX_DATA", str(tmp_path))
+    convert(src, tmp_path / "vit_s16_augreg")
+    before = (tmp_path / "vit_s16_augreg.safetensors").read_bytes()
+    with pytest.raises(InputError, match="source and destination are the same"):
+        convert("vit_s16_augreg", tmp_path / "vit_s16_augreg", overwrite=True)
+    assert (tmp_path / "vit_s16_augreg.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

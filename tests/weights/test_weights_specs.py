@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.weights import oracles
@@ -142,6 +144,35 @@ def test_hf_defaults_and_whole_models():
 def test_refused_hf_configs(config, word):
     with pytest.raises(InputError, match=word):
         hf_spec(config)
+
+
+@pytest.mark.parametrize("name, whole", [("hf_clip", "clip"), ("hf_siglip", "siglip")])
+def test_the_vision_part_of_a_whole_model(tmp_path, name, whole):
+    oracle = oracles.read(name)
+    expected = weights.load(oracle.write(tmp_path / "tower"))
+    text = {"text_model.embeddings.token_embedding.weight": np.zeros((3, 4), np.float32)}
+    text |= {"logit_scale": np.zeros((), np.float32), "text_model.embeddings.position_ids": np.zeros((1, 3), np.int64)}
+    tower = {
+        k if k.startswith(("vision_model", "visual")) else f"vision_model.{k}": v for k, v in oracle.tensors.items()
+    }
+    ids = {"vision_model.embeddings.position_ids": np.zeros((1, 17), np.int64)}
+    both = dataclasses.replace(
+        oracle, config={"model_type": whole, "vision_config": oracle.config}, tensors={**tower, **text, **ids}
+    )
+    spec, params = weights.load(both.write(tmp_path / "whole"))
+    assert spec == expected[0]
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(*map(names.flatten, (params, expected[1])), strict=True))
+
+
+def test_what_hugging_face_cannot_hold(tmp_path):
+    spec, params = weights.load(oracles.read("hf_clip").write(tmp_path / "src"))
+    wide = weights.resize(spec, params, (16, 64))
+    with pytest.raises(InputError, match="square image_size"):
+        weights.save(tmp_path / "out", *wide, "hf")
+    odd = spec.edit(preprocess=Preprocess(interpolation="hermite"))
+    with pytest.raises(InputError, match="interpolation must be one of"):
+        weights.save(tmp_path / "out", odd, params, "hf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_dinov2_classifier_is_refused():

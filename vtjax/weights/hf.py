@@ -230,6 +230,8 @@ def config(spec: ViTSpec) -> tuple[dict[str, Any], str, str]:
     kind, architecture, prefix = _kind(spec)
     table, _ = FAMILIES[kind]
     block = spec.blocks[0]
+    if table in ("hf_clip", "hf_siglip") and spec.image_size[0] != spec.image_size[1]:
+        raise InputError(f"a Hugging Face {kind} must have a square image_size, found {spec.image_size}")
     activations = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "swiglu": "gelu"}
     image = spec.image_size[0] if len(set(spec.image_size)) == 1 else list(spec.image_size)
     out: dict[str, Any] = {
@@ -271,6 +273,8 @@ def processor(spec: ViTSpec) -> dict[str, Any]:
     """The `preprocessor_config.json` of a spec."""
     side, preprocess = spec.image_size[0], spec.preprocess
     numbers = {name: number for number, name in _RESAMPLE.items()}
+    if preprocess.interpolation not in numbers:
+        raise InputError(f"interpolation must be one of {', '.join(numbers)}, found {preprocess.interpolation!r}")
     return {
         **{"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True},
         **{"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "do_convert_rgb": True},
