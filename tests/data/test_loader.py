@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def test_the_order_of_this_release() -> None:
     first, second = take(make(10**6, cache=False).train(0), 2)
     assert first["index"].tolist() == [199324, 558177, 725969, 424404, 359130, 933493, 753958, 333164]
     assert second["index"].tolist() == [883577, 2334, 54883, 745570, 924231, 954749, 801916, 482904]
-    assert make(10**6, cache=False).draw("train", 0)["index"].tolist() == [4785, 615500, 189606, 719183, 798749, 56883, 65655, 244044]
+    drawn = make(10**6, cache=False).draw("train", 0)
+    assert drawn["index"].tolist() == [4785, 615500, 189606, 719183, 798749, 56883, 65655, 244044]
 
 
 def test_a_batch_larger_than_the_split_goes_through_several_epochs() -> None:
@@ -402,6 +404,45 @@ for batch in batches: pass
 """
     )
     assert done.returncode == 1 and "terminated unexpectedly with exit code -9" in done.stderr
+
+
+def test_workers_outlive_a_signal_to_the_group_but_not_their_parent() -> None:
+    code = f"""{PRELUDE}
+import multiprocessing
+batches = stream(2)
+for _ in range(2): next(batches)  # one of each worker
+print(*[c.pid for c in multiprocessing.active_children()], flush=True)
+input()
+print(sum(len(next(batches)['label']) for _ in range(20)), flush=True)
+input()
+"""
+    main = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert main.stdin is not None and main.stdout is not None
+    workers = [int(pid) for pid in main.stdout.readline().split()]
+    assert len(workers) == 2
+    for worker, number in itertools.product(workers, [signal.SIGTERM, signal.SIGINT]):
+        os.kill(worker, number)
+    main.stdin.write("\n")
+    main.stdin.flush()
+    assert main.stdout.readline() == "80\n"
+    main.kill()
+    main.communicate()
+    deadline = time.monotonic() + 20
+    while any(map(running, workers)):
+        assert time.monotonic() < deadline, "workers stayed behind"
+        time.sleep(0.1)
+
+
+def running(pid: int) -> bool:
+    """Whether the process exists and is no zombie, which a container without an init leaves for ever."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state) and not state.startswith("Z")
 
 
 def test_to_device_puts_ahead_in_order() -> None:

@@ -13,8 +13,13 @@ reach over the end of an epoch, and a batch may be larger than the split.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -223,28 +228,57 @@ class ImageData:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=max(1, self._prefetch))
-            batches = batches.mp_prefetch(options)
+            batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         return _Stream(iter(batches), copy=self._workers > 0)
 
 
 class _Stream(Iterator[Batch]):
-    """A grain iterator that ends its threads and processes when it is dropped or the interpreter exits."""
+    """A grain iterator whose threads and processes end when it is closed or dropped, or when the interpreter exits."""
 
     def __init__(self, batches: Any, copy: bool):
-        self._held, self._copy = [batches], copy
-        # Not left to grain's own __del__, which at exit comes after the modules that it needs are gone.
-        self.close = weakref.finalize(self, _release, self._held)
+        self._batches, self._copy = batches, copy
+        _streams.add(self)
 
     def __next__(self) -> Batch:
-        if not self._held:
+        if self._batches is None:
             raise StopIteration
-        batch = next(self._held[0])
+        batch = next(self._batches)
         # Arrays of workers live in shared memory that is freed with them, whoever still looks at it.
         return {k: np.array(v) for k, v in batch.items()} if self._copy else batch
 
+    def close(self) -> None:
+        """Ends the stream; a second time does nothing."""
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
 
-def _release(held: list[Any]) -> None:
-    held.pop().close()
+    __del__ = close
+
+
+_streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+
+
+# Registered after multiprocessing's own hook (grain imports it), so it runs before: that hook waits for workers to obey
+# SIGTERM, and grain's __del__ comes when the modules that it needs are gone.
+@atexit.register
+def _close_streams() -> None:
+    for stream in list(_streams):
+        stream.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Ties a worker to its parent: signals to the whole group are the parent's affair (it saves, then closes the
+    stream), and a worker whose parent was killed must not stay behind."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def from_config(
