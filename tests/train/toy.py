@@ -134,19 +134,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=8)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--ema", type=float, default=0.0)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--fsdp", type=int, default=1)
-    parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument(
         "--die-before-manifest", type=int, default=0, help="SIGKILL in the n-th save, between its parts"
     )
-    parser.add_argument("--term-in", default="", choices=("", "init", "eval", "save"), help="SIGTERM to oneself there")
+    parser.add_argument("--term-in-init", action="store_true", help="SIGTERM to oneself, there")
     args = parser.parse_args()
-    settings = config(
-        steps=args.steps, eval_every=args.eval_every, ema=args.ema, batch_size=args.batch_size,
-        checkpoint__every=args.every, mesh__fsdp=args.fsdp, mesh__tensor=args.tensor,
-    )  # fmt: skip
-    data: Any = Data(settings, args.delay)
+    settings = config(steps=args.steps, eval_every=args.eval_every, ema=args.ema, checkpoint__every=args.every)
+    data = Data(settings, args.delay)
     if args.die_before_manifest:
         write, calls = checkpoint._write_manifest, []
 
@@ -156,21 +150,14 @@ def main() -> None:
 
         checkpoint._write_manifest = dying
     toy = task(settings, args.hidden)
-    if args.term_in:
+    if args.term_in_init:
+        init = toy.init
 
-        def then(function: Any) -> Any:
-            def wrapped(*arguments: Any, **named: Any) -> Any:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return function(*arguments, **named)
+        def with_signal(key: jax.Array) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return init(key)
 
-            return wrapped
-
-        if args.term_in == "init":
-            toy = dataclasses.replace(toy, init=then(toy.init))
-        elif args.term_in == "eval":
-            data.eval = then(data.eval)
-        else:
-            checkpoint.Checkpoints.save = then(checkpoint.Checkpoints.save)  # type: ignore[method-assign]
+        toy = dataclasses.replace(toy, init=with_signal)
     print(loop.train(toy, data, settings, args.workdir)["params_sha256"])
 
 

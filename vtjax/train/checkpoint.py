@@ -312,19 +312,17 @@ def _metrics(path: epath.Path) -> dict[str, float]:
 
 
 def _read_meta(path: epath.Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(path / "meta")
+    return ocp.JsonCheckpointHandler().restore(path / "meta")
 
 
 def _saved(path: epath.Path) -> Any:
-    with ocp.PyTreeCheckpointer() as reader:
-        return reader.metadata(path).item_metadata.tree
+    """Shapes and dtypes of one item."""
+    return ocp.PyTreeCheckpointHandler().metadata(path).tree
 
 
 def _read_arrays(path: epath.Path) -> Any:
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _saved(path))
-    with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return ocp.PyTreeCheckpointHandler().restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def _same_tree(path: epath.Path, tree: Any, item: str) -> None:

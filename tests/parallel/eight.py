@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `test_eight_devices.py` runs on eight CPU devices, and again on one: `python -m tests.parallel.eight DIR`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.train import toy
+from vtjax.errors import InputError, Preempted
+from vtjax.models.vit import ViT
+from vtjax.parallel import mesh as mesh_lib
+from vtjax.parallel import rules
+from vtjax.spec import ViTSpec
+from vtjax.train import loop, optim
+from vtjax.train.program import Program
+from vtjax.train.task import Task
+
+SPEC = ViTSpec.uniform(depth=1, width=16, heads=2, image_size=8, patch=4, classes=4)
+
+
+def config(**leaves: Any) -> Any:
+    return toy.config(batch_size=16, accumulate=2, ema=0.9, eval_every=5, **leaves)
+
+
+def vit_task(settings: Any) -> Task:
+    model = ViT(SPEC, constrain=rules.constrain)
+
+    def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: Any, step: Any) -> Any:
+        logits, _ = model.apply(params, batch["image"])
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1).mean(), {}
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key), {}, {}
+
+    return Task(SPEC, init, loss, lambda *_: {}, optim.group_of(settings.optim))
+
+
+def vit_losses(settings: Any, steps: int = 3) -> tuple[list[float], Program, Any]:
+    """Losses of the first steps of a ViT."""
+    program = Program(vit_task(settings), settings, mesh_lib.make(settings.mesh))
+    losses = []
+    with jax.set_mesh(program.mesh):
+        state, frozen = program.init()
+        for step in range(steps):
+            rng = np.random.default_rng(step)
+            image, label = rng.standard_normal((16, 8, 8, 3)), rng.integers(0, 4, 16)
+            batch = {"image": image.astype(np.float32), "label": label.astype(np.int32)}
+            placed = mesh_lib.place(batch, program.mesh)
+            state, metrics = program.step(state, frozen, {}, placed, program.key, np.int32(step))
+            losses.append(float(metrics["loss"]))
+    return losses, program, state
+
+
+def refusal(function: Any, *args: Any) -> str:
+    try:
+        function(*args)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def main(folder: Path) -> None:
+    out: dict[str, Any] = {"devices": jax.device_count()}
+    # Preempted in the middle; the parent goes on with one device.
+    settings = config()
+    data, task = toy.Data(settings), toy.task(settings)
+    save = loop.Checkpoints.save
+
+    def save_and_preempt(self: Any, state: Any, step: int, *rest: Any) -> None:
+        save(self, state, step, *rest)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.Checkpoints.save = save_and_preempt  # type: ignore[method-assign]
+    try:
+        loop.train(task, data, settings, folder / "half")
+    except Preempted:
+        out["preempted"] = True
+    loop.Checkpoints.save = save  # type: ignore[method-assign]
+
+    split = config(mesh__fsdp=2, mesh__tensor=2)
+    loop.train(toy.task(split), data, split, folder / "split")
+
+    losses, program, state = vit_losses(config(mesh__fsdp=2, mesh__tensor=2))
+    out["losses"] = losses
+    query = state.params["block_00"]["attn"]["query"]["kernel"]
+    moment = state.opt[1].mu["block_00"]["attn"]["query"]["kernel"]
+    out["query"] = [list(x.sharding.shard_shape(x.shape)) for x in (query, moment)]
+    out["steps_compiled"] = program.step._cache_size()
+
+    with jax.set_mesh(program.mesh):
+        halves = jax.jit(rules.constrain)(jnp.ones((8, 3)))
+        uneven = jax.jit(rules.constrain)(jnp.ones((3, 3)))
+    out["constrained"] = list(halves.sharding.shard_shape(halves.shape))
+    out["uneven"] = uneven.tolist() == [[1.0] * 3] * 3
+    out["uneven_batch"] = refusal(mesh_lib.place, {"x": np.zeros(6)}, program.mesh)
+    out["shape"] = dict(mesh_lib.make({"data": -1, "tensor": 2}).shape)
+    out["three"] = refusal(mesh_lib.make, {"data": -1, "fsdp": 3})
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same program on eight (forced) CPU devices and on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel import eight
+from tests.train import toy
+from vtjax.train import checkpoint, loop
+from vtjax.train.state import flatten
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("eight")
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "tests.parallel.eight", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout.splitlines()[-1])
+    assert out["devices"] == 8
+    return out, folder
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    settings = eight.config()
+    loop.train(toy.task(settings), toy.Data(settings), settings, folder)
+    return folder
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def close(a: Path, b: Path) -> None:
+    for x, y in zip(lines(a), lines(b), strict=True):
+        assert x.keys() == y.keys()
+        np.testing.assert_allclose(list(x.values()), list(y.values()), rtol=1e-5, atol=1e-6)
+    for ema in (False, True):
+        one, other = (flatten(checkpoint.load_params(folder, ema=ema)[1]) for folder in (a, b))
+        for path, value in one.items():
+            np.testing.assert_allclose(value, other[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_a_split_run_is_the_run_on_one_device(child: Any, straight: Path) -> None:
+    close(straight, child[1] / "split")
+
+
+def test_a_checkpoint_of_eight_devices_resumes_on_one(child: Any, straight: Path) -> None:
+    assert child[0]["preempted"] and checkpoint.load_meta(child[1] / "half")["step"] == 4
+    settings = eight.config()
+    loop.train(toy.task(settings), toy.Data(settings), settings, child[1] / "half")
+    close(straight, child[1] / "half")
+
+
+def test_first_steps_of_a_vit_agree_with_one_device(child: Any) -> None:
+    losses, _, _ = eight.vit_losses(eight.config())
+    np.testing.assert_allclose(losses, child[0]["losses"], rtol=1e-5)
+
+
+def test_parameters_and_their_moments_are_split_and_the_step_compiles_once(child: Any) -> None:
+    assert child[0]["query"] == [[8, 8], [8, 8]]
+    assert child[0]["steps_compiled"] == 1
+
+
+def test_activations_are_pinned_where_they_divide(child: Any) -> None:
+    assert child[0]["constrained"] == [2, 3]
+    assert child[0]["uneven"] is True
+
+
+def test_meshes_and_batches_of_eight(child: Any) -> None:
+    assert child[0]["shape"] == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert child[0]["three"] == "mesh data=-1, fsdp=3, tensor=1 does not fit 8 devices, expected that many as product"
+    assert child[0]["uneven_batch"] == "a batch of 6 does not divide over data x fsdp = 4 devices"
