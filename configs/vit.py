@@ -99,14 +99,25 @@ def digits(steps: int, batch_size: int) -> ConfigDict:
     Command: `vtjax run --config=configs/vit.py:digits --workdir=runs/digits`. Hardware: 2 CPU cores.
     Time and accuracy: see experiments/vit/README.md, measured here; `make demo` asks for at least 96 %.
     """
-    config = classification(steps or 800, batch_size or 96)
+    config = classification(steps or 800, batch_size or 64)
     config.log_every = 50
     config.eval_every = 200
     config.checkpoint.every = 200
     config.loss.label_smoothing = 0.1
-    config.optim.update(lr=2e-3, warmup=config.steps // 10, weight_decay=0.05, clip=1.0)
-    config.data.update(name="digits", train_split="train", eval_split="test", augment="crop", crop_scale=(0.6, 1.0))
-    config.model = model(image_size=(8, 8), patch=1, width=64, depth=4, heads=4, mlp=128, classes=10, pooling="mean")
+    config.optim.update(lr=3e-3, warmup=config.steps // 10, weight_decay=0.05, clip=1.0)
+    config.data.update(name="digits", train_split="train", eval_split="test", augment="shift")
+    config.model = model(
+        image_size=(8, 8),
+        patch=1,
+        width=48,
+        depth=3,
+        heads=3,
+        mlp=96,
+        classes=10,
+        class_token=False,
+        pos="sincos2d",
+        pooling="mean",
+    )
     return config
 
 

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
+
+SAY_EVERY = 2.0  # seconds between two lines of progress
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +54,36 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             config_lib.override(config, "data.eval_split", config.data.weights_split)
         task, data = assemble.assemble(config)
         params, _, _ = task.init(jax.random.key(config.seed))
-    result = loop.evaluate(task, data, config, params)
+    result = loop.evaluate(task, _Watched(data), config, params)
     return 0, {
         **result,
         "macs_per_image": task.summary["macs_per_image"],
         "source": args.workdir or config.init_from,
         "split": config.data.eval_split,
     }
+
+
+class _Watched:
+    """Data whose evaluation split says every few seconds how far it is."""
+
+    def __init__(self, data: Any):
+        self._data = data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def eval(self, split: str = "eval") -> Iterator[Any]:
+        from vtjax.cli.assemble import say
+
+        done, total, began = 0, self._data.eval_examples, time.monotonic()
+        said = began
+        for batch in self._data.eval(split):
+            yield batch
+            done += int(batch["valid"].sum())
+            now = time.monotonic()
+            if now - said > SAY_EVERY or done >= total:
+                say(f"evaluated {done} of {total}, {done / (now - began):.0f} images/s")
+                said = now
 
 
 def _check_same(expected: Any, found: Any, workdir: str) -> None:
