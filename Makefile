@@ -13,7 +13,7 @@ export VTJAX_DATA := $(or $(VTJAX_DATA),$(CURDIR)/data)$(if $(SHARED),:$(SHARED)
 .PHONY: help venv demo test test-slow lint format notebooks
 
 help:
-	@echo "make demo       train a small ViT on real handwritten digits, evaluate it, draw its curves (minutes)"
+	@echo "make demo       train a small ViT on real handwritten digits, evaluate it, draw it (minutes; FRESH=1: once more)"
 	@echo "make test       linters, type checker and the tests (minutes)"
 	@echo "make test-slow  the long and statistical tests"
 	@echo "make lint       ruff (rules and format) and mypy"
@@ -30,8 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+FRESH ?=
 demo: $(STAMP)
-	@$(BIN)/python experiments/vit/demo.py
+	@FRESH=$(FRESH) $(BIN)/python experiments/vit/demo.py
 
 test: lint
 	@$(BIN)/python -m pytest -q --durations=10

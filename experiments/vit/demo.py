@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make demo`: trains the digits config through the command line, evaluates it, prints a table and draws a page.
+
+The run lies in `runs/demo`. An interrupted one is resumed and a finished one is shown again; `make demo FRESH=1` trains
+anew, in the next free folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/vit.py:digits"
+LEAST = 0.96
+
+
+def main(fresh: bool) -> int:
+    """Runs the demo in the root of the checkout; 1 where the accuracy is below `LEAST`."""
+    os.chdir(ROOT)
+    workdir = folder(fresh)
+    finished = (workdir / "result.json").exists()
+    if finished:
+        say(f"{workdir} holds a finished run, shown again below; `make demo FRESH=1` trains a new one.")
+    else:
+        say("A vision transformer, from scratch, on 1437 real handwritten digits of 8 x 8 pixels: one token per pixel.")
+    run = vtjax("run", f"--config={CONFIG}", f"--workdir={workdir}")
+    measured = vtjax("eval", f"--workdir={workdir}")
+    picture = draw(workdir, measured["top1"])
+
+    from vtjax.viz import tables
+
+    right = round(measured["top1"] * measured["count"])
+    rows = [
+        ("test accuracy", f"{measured['top1']:.2%}", f"{right} of {measured['count']:.0f} digits; guessing gives 10 %"),
+        ("test loss", f"{measured['loss']:.3f}", f"guessing gives {2.3026:.3f}"),
+        ("parameters", f"{run['params']:,}", ""),
+        ("MACs per image", f"{run['macs_per_image']:,}", "1 MAC = 2 FLOPs"),
+        (
+            "training",
+            f"{run['seconds']:.0f} s",
+            f"{run['step']} steps, {run['images_per_s']:,.0f} images/s, {run['devices']}",
+        ),
+    ]
+    print(f"\n{tables.text(('', 'measured', ''), rows)}\n\nfigure: {picture}\n\n{what_next(workdir)}", flush=True)
+    if measured["top1"] < LEAST:
+        say(f"test accuracy must be at least {LEAST:.0%}, found {measured['top1']:.2%}")
+        return 1
+    return 0
+
+
+def folder(fresh: bool) -> Path:
+    """`runs/demo`, or with `fresh` the first of `runs/demo`, `runs/demo-2`, ... that does not exist."""
+    path, number = Path("runs/demo"), 2
+    while fresh and path.exists():
+        path, number = Path(f"runs/demo-{number}"), number + 1
+    return path
+
+
+def vtjax(*arguments: str) -> dict[str, Any]:
+    """Runs a command as a user would, and returns the JSON of its last line. A failure ends the demo."""
+    say("\n$ vtjax " + " ".join(arguments))
+    done = subprocess.run([sys.executable, "-m", "vtjax", *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        say("(`make demo FRESH=1` starts in a new folder)")
+        sys.exit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def draw(workdir: Path, top1: float) -> Path:
+    """One page: curves, confusion matrix, and test digits with what the model says."""
+    import jax
+    import numpy as np
+
+    import vtjax as package
+    from vtjax.cli import config as config_lib
+    from vtjax.data import loader
+    from vtjax.viz import curves
+
+    config = config_lib.load_config(CONFIG)
+    m = package.load(workdir)
+    data = loader.from_config(
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        image_size=m.spec.image_size,
+        preprocess=m.spec.preprocess,
+    )
+    predict = jax.jit(lambda params, images: m.apply(params, images)[0].argmax(-1))
+    batches = [
+        [a[batch["valid"]] for a in (batch["image"], batch["label"], np.asarray(predict(m.params, batch["image"])))]
+        for batch in data.eval("eval")
+    ]
+    images, labels, said = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    title = f"Handwritten digits, {m.spec.depth}-layer ViT: {top1:.1%} of {len(labels)} test images"
+    return curves.save(
+        curves.report(curves.series(workdir), images[..., 0], labels, said, title=title), workdir / "demo.png"
+    )
+
+
+def what_next(workdir: Path) -> str:
+    """A few commands that work from here."""
+    return f"""\
+what to try next (vtjax lies in .venv/bin):
+  vtjax inspect {workdir}                                    where the parameters and the MACs are
+  vtjax run --config={CONFIG} --workdir=runs/narrow --config.model.width=32 --config.steps=400
+  vtjax inspect {workdir} runs/narrow                        what that changed
+  vtjax eval --config=configs/vit.py:ti16                      pretrained weights on 1000 photographs, where they are
+  notebooks/00_tour.ipynb                                      the same from Python, step by step"""
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(fresh=os.environ.get("FRESH", "") not in ("", "0")))
