@@ -66,7 +66,7 @@ def main() -> int:
     options = parser.parse_args()
     random.seed(options.seed)
     counts = {"step": 0, "save": 0, "unfinished": 0}
-    shas = []
+    shas: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         straight = finish(Path(temporary) / "straight", ARGS)
         while counts["step"] + counts["save"] < options.kills:

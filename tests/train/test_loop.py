@@ -280,6 +280,16 @@ def test_lines_drop_what_lies_beyond_and_what_is_torn(tmp_path: Path) -> None:
     assert kept[2:] == [{"step": 4, "eval/top1": 0.5}, {"step": 5, "loss": "nan", "n": 3, "x": 0.5}]
 
 
+def test_lines_are_the_same_where_files_cannot_be_appended_to(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(log, "is_local", lambda path: False)  # as on gs://
+    path = log.absolute(tmp_path / "metrics.jsonl")
+    written = log.Lines(path, 0)
+    for step in (1, 2):
+        written.write(step, {"loss": 1.0})
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_the_progress_line_is_rewritten_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
