@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.train.conftest import compilations  # noqa: F401  (these tests, too, build one program again and again)
 from vtjax.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +47,8 @@ def vtjax(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="package")
+def finished(tmp_path_factory: pytest.TempPathFactory, compilations: None) -> Path:  # noqa: F811
     """A finished run of tiny: 4 steps, checkpoints after 2 and 4. Only to be read."""
     workdir = tmp_path_factory.mktemp("cli") / "finished"
     assert main(["run", TINY, f"--workdir={workdir}", "--config.checkpoint.every=2"]) == 0
