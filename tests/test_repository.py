@@ -76,3 +76,15 @@ def test_links_in_the_documents_lead_somewhere(tracked: list[Path]) -> None:
             if not re.match(r"[a-z]+:", target) and not (file.parent / target).exists():
                 dead.append(f"{file.relative_to(ROOT)} -> {target}")
     assert dead == []
+
+
+def test_the_accuracy_table_of_the_readme_is_its_records() -> None:
+    from experiments.vit import accuracy
+    from vtjax.viz import tables
+
+    if not accuracy.RECORDS.exists():
+        pytest.skip(f"no records yet ({accuracy.RECORDS.relative_to(ROOT)})")
+    text = accuracy.table(tables.read_jsonl(accuracy.RECORDS))
+    assert tables.refresh(ROOT / "README.md", {"accuracy": text}, check=True) == [], (
+        "run python -m experiments.vit.accuracy"
+    )

@@ -77,19 +77,12 @@ def draw(workdir: Path, top1: float) -> Path:
     import numpy as np
 
     import vtjax as package
-    from vtjax.cli import config as config_lib
-    from vtjax.data import loader
+    from vtjax.cli import assemble
+    from vtjax.cli.config import load_config
     from vtjax.viz import curves
 
-    config = config_lib.load_config(CONFIG)
+    _, data = assemble.assemble(load_config(CONFIG))
     m = package.load(workdir)
-    data = loader.from_config(
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        image_size=m.spec.image_size,
-        preprocess=m.spec.preprocess,
-    )
     predict = jax.jit(lambda params, images: m.apply(params, images)[0].argmax(-1))
     batches = [
         [a[batch["valid"]] for a in (batch["image"], batch["label"], np.asarray(predict(m.params, batch["image"])))]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of configs, measured through the command line and recorded; the README's table is made from the records.
+
+python -m experiments.vit.accuracy digits   trains (minutes), evaluates, appends to results/accuracy.jsonl
+python -m experiments.vit.accuracy ti16     evaluates the pretrained weights on all 1000 photographs
+python -m experiments.vit.accuracy          rewrites the table in README.md; --check exits 1 where it differs
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vtjax.viz import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "experiments" / "vit" / "results" / "accuracy.jsonl"
+WHAT = {
+    "digits": "small ViT trained from scratch on scikit-learn's digits",
+    "ti16": "pretrained ViT-Ti/16 (AugReg) on 1000 photographs with ImageNet labels",
+}
+KEPT = ("top1", "loss", "count", "params", "macs_per_image", "seconds", "step", "seed", "params_sha256")
+
+
+def measure(variant: str) -> dict[str, Any]:
+    """Runs the commands of a variant of configs/vit.py; the figures worth keeping."""
+    config = f"--config=configs/vit.py:{variant}"
+    if variant == "ti16":
+        result = vtjax("eval", config)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = vtjax("run", config, f"--workdir={folder}/run")
+    return {"variant": variant, **{name: result[name] for name in KEPT if name in result}}
+
+
+def vtjax(*arguments: str) -> dict[str, Any]:
+    """The JSON of a command's last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vtjax", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: the latest record of each variant."""
+    latest = {r["variant"]: r for r in records}
+    rows = [
+        (
+            WHAT[variant],
+            f"**{r['top1']:.1%}**",
+            f"{r['count']:,.0f}",
+            f"`python -m experiments.vit.accuracy {variant}`",
+            f"{r['date'][:10]}, {r['hardware']['cpu']}, jax {r['versions']['jax']}",
+        )
+        for variant, r in sorted(latest.items())
+    ]
+    return tables.markdown(("what", "top-1", "test images", "command", "when and where"), rows)
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's text."""
+    from vtjax.account import record
+
+    for variant in [a for a in arguments if not a.startswith("-")]:
+        written = record.write(RECORDS, measure(variant))
+        print(f"{variant}: top-1 {written['top1']:.2%} of {written['count']:.0f}", file=sys.stderr)
+    check = "--check" in arguments
+    changed = tables.refresh(ROOT / "README.md", {"accuracy": table(tables.read_jsonl(RECORDS))}, check=check)
+    print(f"README.md {'differs' if check else 'rewritten'}: {', '.join(changed) or 'nothing'}", file=sys.stderr)
+    return int(check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
