@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 1_000_000
-# A file of somebody's machine, or the address of a package index. Split, so that this file passes its own test.
-MACHINE = re.compile(r"(?<![\w.~-])/(?:wo" r"rk|ho" r"me/\w|Us" r"ers/\w|ro" r"ot|op" r"t/pypi)/")
+# A folder of somebody's machine, or the address of a package index. Split, so that this file passes its own test.
+MACHINE = re.compile(r"(?<![\w.~-])/(?:wo" r"rk/|ho" r"me/\w+/|Us" r"ers/\w+/|ro" r"ot/\.|op" r"t/pypi)")
 INDEX = re.compile(r"--(?:extra-)?index" r"-url|--find" r"-links|https?://[\w.-]*pypi[\w.-]*/simp" r"le|file:/" r"//")
 
 
