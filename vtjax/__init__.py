@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vtjax: vision transformers and multimodal LLMs made cheaper, five ways.
 
-    import vtjax
-    m = vtjax.load("vit_ti16_augreg")     # a name, a workdir, a weights file, a timm or Hugging Face folder
-    y, aux = m.apply(m.params, images)    # images [B,H,W,3] float32, normalised as m.spec.preprocess says
+import vtjax
+m = vtjax.load("vit_ti16_augreg")     # a name, a workdir, a weights file, a timm or Hugging Face folder
+y, aux = m.apply(m.params, images)    # images [B,H,W,3] float32, normalised as m.spec.preprocess says
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vtjax.errors import InputError
@@ -182,22 +182,32 @@ class ViTSpec:
             raise InputError(f"ViTSpec.image_size must be (height, width), found {self.image_size}")
         for side in self.image_size:
             if side <= 0 or side % self.patch:
-                raise InputError(f"ViTSpec.image_size must be a positive multiple of patch={self.patch}, found {self.image_size}")
+                raise InputError(
+                    f"ViTSpec.image_size must be a positive multiple of patch={self.patch}, found {self.image_size}"
+                )
         if not self.blocks:
             raise InputError("ViTSpec.blocks must hold at least one block, found none")
         for i, block in enumerate(self.blocks):
             if block.attn and (block.heads <= 0 or block.head_dim <= 0):
-                raise InputError(f"ViTSpec.blocks[{i}] needs heads and head_dim above 0, found {block.heads} and {block.head_dim}")
+                raise InputError(
+                    f"ViTSpec.blocks[{i}] needs heads and head_dim above 0, found {block.heads} and {block.head_dim}"
+                )
             if block.ffn and block.mlp <= 0:
                 raise InputError(f"ViTSpec.blocks[{i}].mlp must be positive (or set ffn=False), found {block.mlp}")
             if block.adapter < 0:
                 raise InputError(f"ViTSpec.blocks[{i}].adapter must be 0 or more, found {block.adapter}")
             if block.reduce is not None and not block.attn:
-                raise InputError(f"ViTSpec.blocks[{i}].reduce={block.reduce!r} needs the block's attention, which was removed")
+                raise InputError(
+                    f"ViTSpec.blocks[{i}].reduce={block.reduce!r} needs the block's attention, which was removed"
+                )
         if self.registers < 0 or self.classes < 0:
-            raise InputError(f"ViTSpec.registers and classes must be 0 or more, found {self.registers} and {self.classes}")
+            raise InputError(
+                f"ViTSpec.registers and classes must be 0 or more, found {self.registers} and {self.classes}"
+            )
         if self.pos != "none" and not 0 <= self.pos_prefix <= self.prefix:
-            raise InputError(f"ViTSpec.pos_prefix must be in 0..{self.prefix} (the prefix tokens), found {self.pos_prefix}")
+            raise InputError(
+                f"ViTSpec.pos_prefix must be in 0..{self.prefix} (the prefix tokens), found {self.pos_prefix}"
+            )
         if self.pooling == "class" and not self.class_token:
             raise InputError("ViTSpec.pooling='class' needs class_token=True, found False")
         if self.distill_token and not self.class_token:
@@ -205,7 +215,9 @@ class ViTSpec:
         if self.pooling == "attention" and self.pool_mlp <= 0:
             raise InputError(f"ViTSpec.pooling='attention' needs pool_mlp > 0, found {self.pool_mlp}")
         if self.feature_layer is not None and not -self.depth <= self.feature_layer < self.depth:
-            raise InputError(f"ViTSpec.feature_layer must be in [-{self.depth}, {self.depth}), found {self.feature_layer}")
+            raise InputError(
+                f"ViTSpec.feature_layer must be in [-{self.depth}, {self.depth}), found {self.feature_layer}"
+            )
 
     @property
     def depth(self) -> int:
@@ -304,7 +316,9 @@ def _nested(*lists: Any) -> bool:
 
 def _choice(spec: Any, field: str, allowed: tuple[str, ...]) -> None:
     if getattr(spec, field) not in allowed:
-        raise InputError(f"{type(spec).__name__}.{field} must be one of {', '.join(allowed)}, found {getattr(spec, field)!r}")
+        raise InputError(
+            f"{type(spec).__name__}.{field} must be one of {', '.join(allowed)}, found {getattr(spec, field)!r}"
+        )
 
 
 def _known(cls: type, names: Iterable[str], where: str) -> None:
@@ -327,7 +341,7 @@ def _edit(spec: Any, changes: dict[str, Any]) -> Any:
             _known(type(edited[index]), fields, f"blocks[{index}]")
             edited[index] = dataclasses.replace(edited[index], **fields)
         changes = {**changes, "blocks": tuple(edited)}
-    elif isinstance(blocks, Callable):  # type: ignore[arg-type]
+    elif callable(blocks):
         changes = {**changes, "blocks": tuple(blocks(i, b) for i, b in enumerate(spec.blocks))}
     # By way of the JSON form, which checks the types of the new values.
     fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}

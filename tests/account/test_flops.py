@@ -124,7 +124,7 @@ def test_training_costs_three_forwards_less_the_gradient_of_the_images() -> None
     model = ViT(spec)
     tree = jax.eval_shape(model.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((1, *spec.image_size, spec.channels), jnp.float32)
-    counts = flops.walk(jax.grad(lambda p, x: model.apply(p, x)[0].sum()), tree, images)
+    counts = flops.walk(jax.value_and_grad(lambda p, x: model.apply(p, x)[0].sum()), tree, images)
     assert counts.macs == 3 * flops.macs(spec) - flops.layers(spec)[0].macs
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 from vtjax.errors import InputError
 
@@ -68,7 +69,7 @@ def walk(
     multiplied). A scan counts its body times its length. Of the branches of a `cond` the dearest is counted, and
     `assumed` says so where they differ; of `lax.platform_dependent` the branch of `platform`. A `shard_map` body counts
     once per device of its manual axes, replicated work included. jit, remat, custom_jvp, custom_vjp and the like are
-    entered.
+    entered. What no output depends on is not counted: XLA drops it too.
 
     Args:
       fn: the function; static arguments must be bound.
@@ -83,7 +84,9 @@ def walk(
         platform = jax.default_backend()
         platform = "cuda" if platform == "gpu" else platform
     walker = _Walker(while_trips, platform)
-    tally = walker.jaxpr(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    tally = walker.jaxpr(used)
     return Counts(tally.total, dict(tally.macs), dict(tally.unknown), tuple(dict.fromkeys(walker.assumed)))
 
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vtjax.ops import attention as attention_op
-from vtjax.ops import norms
+from vtjax.ops import linear, norms
 from vtjax.ops.tokens import Tokens
 from vtjax.spec import BlockSpec, ViTSpec
 
@@ -26,27 +26,32 @@ Adapter = Callable[[Array, Knobs], Array]
 DropPath = Callable[[Array, int], Array]
 
 ADAPTER_SITES = ("attn_in", "attn", "mlp_in", "mlp", "out", "skip")
-"""Where an adapter acts: on the input of attention or MLP (its result replaces the normed input), parallel to
-attention or MLP (it reads the residual stream, its result is added), after the block, or in place of a removed block."""
+"""Where an adapter acts: on the input of attention or MLP (its result replaces the normed input), parallel to attention
+or MLP (it reads the residual stream, its result is added), after the block, or in place of a removed block."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": linear.gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "swiglu": jax.nn.silu,
 }
 
 
-def dense(features: int, name: str, *, bias: bool, dtype: Any, init: Any = None) -> nn.Dense:
-    """A linear layer, kernel `[in, out]`. In float32 it is float32 on every backend."""
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=nn.initializers.xavier_uniform() if init is None else init,
-        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-        name=name,
-    )
+class Dense(nn.Module):
+    """A linear layer, kernel `[in, out]`; computes in `dtype`."""
+
+    features: int
+    bias: bool = True
+    dtype: Any = jnp.float32
+    init: Any = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B M"]:
+        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
+        y = linear.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.bias:
+            return y
+        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
 
 
 class Norm(nn.Module):
@@ -81,7 +86,7 @@ class Attention(nn.Module):
         x, d = tokens.x, tokens.x.shape[-1]
 
         def project(name: str, bias: bool) -> Array:
-            return dense(heads * head_dim, name, bias=bias, dtype=self.dtype)(x)
+            return Dense(heads * head_dim, bias, self.dtype, name=name)(x)
 
         q, k = project("query", family.qkv_bias), project("key", family.qkv_bias and family.key_bias)
         v = project("value", family.qkv_bias)
@@ -104,7 +109,7 @@ class Attention(nn.Module):
         if "keys" in want:
             aux["keys"] = k
         y = checkpoint_name(y.reshape(*y.shape[:2], heads * head_dim), "attention")
-        return dense(d, "out", bias=family.out_bias, dtype=self.dtype)(y), aux
+        return Dense(d, family.out_bias, self.dtype, name="out")(y), aux
 
 
 class Mlp(nn.Module):
@@ -120,15 +125,15 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         act = ACTIVATIONS[self.activation]
-        hidden = dense(self.hidden, "up", bias=self.bias, dtype=self.dtype)(x)
+        hidden = Dense(self.hidden, self.bias, self.dtype, name="up")(x)
         if self.activation == "swiglu":
-            hidden = act(dense(self.hidden, "gate", bias=self.bias, dtype=self.dtype)(x)) * hidden
+            hidden = act(Dense(self.hidden, self.bias, self.dtype, name="gate")(x)) * hidden
         else:
             hidden = act(hidden)
         if self.norm is not None:
             hidden = Norm(self.norm, self.eps, name="norm")(hidden)
         hidden = checkpoint_name(hidden, "mlp")
-        return dense(x.shape[-1], "down", bias=self.bias, dtype=self.dtype)(hidden)
+        return Dense(x.shape[-1], self.bias, self.dtype, name="down")(hidden)
 
 
 class SkipAdapter(nn.Module):
@@ -139,9 +144,9 @@ class SkipAdapter(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        hidden = nn.relu(dense(self.hidden, "down", bias=True, dtype=self.dtype)(x))
+        hidden = nn.relu(Dense(self.hidden, True, self.dtype, name="down")(x))
         zeros = nn.initializers.zeros
-        return dense(x.shape[-1], "up", bias=True, dtype=self.dtype, init=zeros)(hidden)
+        return Dense(x.shape[-1], True, self.dtype, zeros, name="up")(hidden)
 
 
 class Block(nn.Module):
@@ -249,7 +254,7 @@ class Embed(nn.Module):
         x = images.astype(self.dtype).reshape(-1, rows, p, columns, p, spec.channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, p * p * spec.channels)
         lecun = nn.initializers.lecun_normal()
-        x = dense(d, "patch", bias=spec.patch_bias, dtype=self.dtype, init=lecun)(x)
+        x = Dense(d, spec.patch_bias, self.dtype, lecun, name="patch")(x)
 
         small = nn.initializers.normal(0.02)
         prefix = []
@@ -302,9 +307,9 @@ class AttentionPool(nn.Module):
         heads, d = spec.blocks[-1].heads, spec.width
         probe = self.param("probe", nn.initializers.normal(0.02), (d,)).astype(x.dtype)
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, d))
-        q = dense(d, "query", bias=True, dtype=self.dtype)(probe)
-        k = dense(d, "key", bias=True, dtype=self.dtype)(x)
-        v = dense(d, "value", bias=True, dtype=self.dtype)(x)
+        q = Dense(d, True, self.dtype, name="query")(probe)
+        k = Dense(d, True, self.dtype, name="key")(x)
+        v = Dense(d, True, self.dtype, name="value")(x)
         q, k, v = (a.reshape(*a.shape[:2], heads, d // heads) for a in (q, k, v))
         y, _ = attention_op.attention(
             q,
@@ -314,7 +319,7 @@ class AttentionPool(nn.Module):
             alive=tokens.alive,
             implementation=self.implementation,
         )
-        y = dense(d, "out", bias=True, dtype=self.dtype)(y.reshape(*y.shape[:2], d))
+        y = Dense(d, True, self.dtype, name="out")(y.reshape(*y.shape[:2], d))
         mlp = Mlp(spec.pool_mlp, spec.activation, dtype=self.dtype, name="mlp")
         return (y + mlp(Norm(spec.norm, spec.eps, name="norm")(y)))[:, 0]
 
@@ -331,5 +336,7 @@ class Head(nn.Module):
         zeros = nn.initializers.zeros
         y = x.astype(jnp.float32) if self.dtype == jnp.float32 else x
         kernel = self.param("kernel", zeros, (x.shape[-1], self.classes))
-        y = jnp.matmul(y, kernel.astype(y.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        y = jnp.matmul(
+            y, kernel.astype(y.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
         return y + self.param("bias", zeros, (self.classes,)) if self.bias else y

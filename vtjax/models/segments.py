@@ -7,10 +7,12 @@ without remat costs memory, so scan is only accepted together with remat.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -20,7 +22,7 @@ from vtjax.models.layers import Block, DropPath, Knobs
 from vtjax.ops.tokens import Tokens
 
 REMAT = ("none", "full", "dots", "names")
-"""What is kept for the backward pass: everything; nothing but block inputs; matmul outputs; attention and MLP hidden."""
+"""What the backward pass keeps: everything; only block inputs; matmul outputs; attention output and MLP hidden."""
 
 
 def block_name(index: int) -> str:
@@ -91,7 +93,7 @@ def run(
 
     def call(block: Block, p: Any, tokens: Tokens, k: Knobs, rate: Any, drop_key: Any) -> tuple[Tokens, dict[str, Any]]:
         drop = None if drop_key is None else _drop_path(rate, drop_key)
-        tokens, aux = block.apply({"params": p}, tokens, k, tuple(w for w in want if w != "tokens"), drop)
+        tokens, aux = call_module(block, p, tokens, k, tuple(w for w in want if w != "tokens"), drop)
         tokens = tokens.replace(x=constrain(tokens.x))
         return tokens, {**aux, "tokens": tokens} if "tokens" in want else aux
 
@@ -112,13 +114,22 @@ def run(
         one = body(block)
         if scan and plain and len(layers) > 1:
             stacked = jax.tree.map(lambda *a: jnp.stack(a), *arguments)
-            tokens, _ = jax.lax.scan(lambda t, a, one=one: (one(a[0], t, *a[1:])[0], None), tokens, stacked)
+            tokens, _ = jax.lax.scan(functools.partial(_carry, one), tokens, stacked)
             auxes.extend({} for _ in layers)
         else:
             for p, k, rate, drop_key in arguments:
                 tokens, aux = one(p, tokens, k, rate, drop_key)
                 auxes.append(aux)
     return tokens, auxes
+
+
+def call_module(module: nn.Module, params: Any, *args: Any) -> Any:
+    """A Linen module as a function of its parameters; what it returns is the module's affair."""
+    return module.apply({"params": params}, *args)
+
+
+def _carry(one: Any, tokens: Tokens, layer: tuple[Any, ...]) -> tuple[Tokens, None]:
+    return one(layer[0], tokens, *layer[1:])[0], None
 
 
 def _policy(remat: str) -> Any:

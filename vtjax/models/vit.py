@@ -28,6 +28,7 @@ from vtjax.models.layers import (
     Norm,
     Reducer,
 )
+from vtjax.models.segments import call_module
 from vtjax.ops.tokens import Tokens
 from vtjax.spec import ViTSpec
 
@@ -147,16 +148,16 @@ class ViT:
         expected = (*spec.image_size, spec.channels)
         if tuple(images.shape[1:]) != expected:
             raise InputError(f"images must be [B, {', '.join(map(str, expected))}], found {list(images.shape)}")
-        x = self.constrain(Embed(spec, self.dtype).apply({"params": params["embed"]}, images))
+        x = self.constrain(call_module(Embed(spec, self.dtype), params["embed"], images))
         if spec.norm_before:
-            x = self._norm.apply({"params": params["norm_before"]}, x)
+            x = call_module(self._norm, params["norm_before"], x)
         feature_layer = None if spec.feature_layer is None else spec.feature_layer % spec.depth
         tokens, blocks = self._run(params, Tokens(x), knobs, want, key, drop_path, feature_layer)
         aux: dict[str, Any] = {"tokens": tokens, "blocks": blocks}
 
         x = tokens.x
         if spec.norm_after:
-            x = self._norm.apply({"params": params["norm"]}, x)
+            x = call_module(self._norm, params["norm"], x)
         aux["features"] = x if feature_layer is None else blocks[feature_layer].pop("features")
         final = tokens.replace(x=x)
         if spec.pooling == "none":
@@ -165,11 +166,11 @@ class ViT:
         aux["pooled"] = pooled
         if not spec.classes:
             return pooled.astype(jnp.float32), aux
-        y = self._head.apply({"params": params["head"]}, pooled)
+        y = call_module(self._head, params["head"], pooled)
         if spec.distill_token:
             distill = self._normed_pool(params, x[:, 1])
             aux["logits_class"] = y
-            aux["logits_distill"] = self._head.apply({"params": params["head_distill"]}, distill)
+            aux["logits_distill"] = call_module(self._head, params["head_distill"], distill)
             y = (y + aux["logits_distill"]) / 2
         return y, aux
 
@@ -200,7 +201,7 @@ class ViT:
     def _pooled(self, params: Params, tokens: Tokens) -> Float[Array, "B D"]:
         spec, x = self.spec, tokens.x
         if spec.pooling == "attention":
-            return self._normed_pool(params, self._pool.apply({"params": params["pool"]}, tokens))
+            return self._normed_pool(params, call_module(self._pool, params["pool"], tokens))
         if spec.pooling == "class":
             return self._normed_pool(params, x[:, 0])
         weights = tokens.weights()
@@ -213,12 +214,12 @@ class ViT:
         return self._normed_pool(params, mean.astype(x.dtype))
 
     def _normed_pool(self, params: Params, pooled: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        return self._norm.apply({"params": params["fc_norm"]}, pooled) if self.spec.fc_norm else pooled
+        return call_module(self._norm, params["fc_norm"], pooled) if self.spec.fc_norm else pooled
 
     def _unpooled(self, params: Params, x: Array, aux: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
         if not self.spec.classes:
             return x.astype(jnp.float32), aux
-        return self._head.apply({"params": params["head"]}, x), aux
+        return call_module(self._head, params["head"], x), aux
 
     @property
     def _norm(self) -> Norm:

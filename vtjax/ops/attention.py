@@ -10,9 +10,12 @@ A dead key takes no part. `alive` multiplies numerator and denominator of the so
 from __future__ import annotations
 
 import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from vtjax.ops import linear
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
@@ -112,7 +115,7 @@ def statistics(
 def _reference(q, k, v, size, alive, *, scale, want):
     weight, total, top = _softmax_parts(_scores(q, k, size, scale), alive)
     share = weight * _inverse(total)
-    y = jnp.einsum("bhnm,bmhd->bnhd", share.astype(v.dtype), v, precision=_precision(v))
+    y = jnp.einsum("bhnm,bmhd->bnhd", share.astype(v.dtype), v, precision=linear.precision(v))
     aux = {}
     if "importance" in want:
         rows = _query_weights(q.shape[1], k.shape[1], alive, q.shape[0])
@@ -124,7 +127,7 @@ def _reference(q, k, v, size, alive, *, scale, want):
 
 def _scores(q, k, size, scale):
     """`[B, H, N, M]` float32 logits, ln(size) included."""
-    s = jnp.einsum("bnhd,bmhd->bhnm", q * scale, k, precision=_precision(q), preferred_element_type=jnp.float32)
+    s = jnp.einsum("bnhd,bmhd->bhnm", q * scale, k, precision=linear.precision(q), preferred_element_type=jnp.float32)
     return s if size is None else s + jnp.log(size)[:, None, None, :]
 
 
@@ -160,11 +163,6 @@ def _query_weights(n, m, alive, b):
         return jnp.full((b, n), 1.0 / n, jnp.float32)
     live = jax.lax.stop_gradient((alive > 0.5).astype(jnp.float32))
     return live / jnp.maximum(live.sum(-1, keepdims=True), 1.0)
-
-
-def _precision(x):
-    """float32 means float32 on every backend (TPUs and GPUs would round to bfloat16 or TF32 by default)."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _with_kernel(name, q, k, v, size, alive, *, scale, want):

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix product and exact GELU, written so that XLA's CPU backend is as quick backwards as forwards.
+
+Letters: D input width, M output width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*B D"], kernel: Float[Array, "D M"]) -> Float[Array, "*B M"]:
+    """x @ kernel in x's dtype. float32 means float32 on every backend (TPUs and GPUs round it by default).
+
+    The kernel's gradient is contracted straight to `[D, M]`. JAX's own rule makes `[M, D]` and transposes, which costs
+    a ViT training step on CPU a quarter of its time. The price: no forward-mode differentiation (`jax.jvp`).
+    """
+    return _dot(x, kernel, ((x.ndim - 1,), (0,)))
+
+
+def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, kernel), (x, kernel)
+
+
+def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - 1))
+    return _dot(g, kernel, ((g.ndim - 1,), (1,))), _dot(x, g, (rows, rows))
+
+
+matmul.defvjp(_forward, _backward)
+
+
+def _dot(a: Array, b: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
+    return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision(a))
+
+
+def precision(x: Array) -> jax.lax.Precision:
+    """HIGHEST for float32, the backend's default for anything narrower."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Exact GELU, x (1 + erf(x / sqrt 2)) / 2; `jax.nn.gelu` goes by erfc, which costs CPUs twice as much."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
