@@ -96,23 +96,26 @@ def tiny(steps: int, batch_size: int) -> ConfigDict:
 def digits(steps: int, batch_size: int) -> ConfigDict:
     """A small ViT from scratch on scikit-learn's digits: 8 x 8 pixels, patch 1, 64 tokens, 1437 training images.
 
-    Command: `vtjax run --config=configs/vit.py:digits --workdir=runs/digits`. Hardware: 2 CPU cores.
-    Time and accuracy: see experiments/vit/README.md, measured here; `make demo` asks for at least 96 %.
+    Command: `vtjax run --config=configs/vit.py:digits --workdir=runs/digits`. Hardware: 2 CPU cores. Time: about a
+    minute. Expected: top-1 about 0.98 on the 360 test images, measured here (experiments/vit/README.md); `make demo`
+    asks for 0.96. Many small batches learn more per image here than few large ones, and fixed positions more than
+    learned ones, which start small beside the pixels' own embedding.
     """
-    config = classification(steps or 800, batch_size or 64)
-    config.log_every = 50
-    config.eval_every = 200
-    config.checkpoint.every = 200
+    config = classification(steps or 3200, batch_size or 16)
+    config.log_every = 100
+    config.eval_every = 800
+    config.checkpoint.every = 800
+    config.ema = 0.995
     config.loss.label_smoothing = 0.1
-    config.optim.update(lr=3e-3, warmup=config.steps // 10, weight_decay=0.05, clip=1.0)
+    config.optim.update(lr=3e-3, warmup=config.steps // 10, weight_decay=0.05, b2=0.95, clip=1.0)
     config.data.update(name="digits", train_split="train", eval_split="test", augment="shift")
     config.model = model(
         image_size=(8, 8),
         patch=1,
-        width=48,
-        depth=3,
-        heads=3,
-        mlp=96,
+        width=64,
+        depth=2,
+        heads=8,
+        mlp=256,
         classes=10,
         class_token=False,
         pos="sincos2d",
