@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,46 @@ def test_a_non_finite_loss_stops_the_run_with_its_own_code(tmp_path):
     assert "Traceback" not in done.stderr
     assert "step" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "w" / "result.json").exists()
+
+
+def test_two_processes_share_one_run(tmp_path):
+    """Each holds half of every batch; both tell the same result, which is that of one process on two devices."""
+    workdir, port = tmp_path / "w", free_port()
+    argv = ["run", TINY, "--config.steps=4", "--config.checkpoint.every=2", "--config.optim.warmup=0"]
+
+    def start(index: int) -> subprocess.Popen[str]:
+        variables = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [*VTJAX, *argv, f"--workdir={workdir}"]
+        environment = {**os.environ, **variables}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+
+    children = [start(index) for index in range(2)]
+    results = []
+    for child in children:
+        output, errors = child.communicate(timeout=200)
+        assert child.returncode == 0, errors
+        results.append(json.loads(output.splitlines()[-1]))
+    assert results[0]["count"] == results[1]["count"] == 256
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    assert results[0]["devices"].startswith("2 x")
+    alone = json.loads(vtjax("eval", f"--workdir={workdir}").stdout.splitlines()[-1])
+    assert (alone["top1"], alone["count"]) == (results[0]["top1"], 256)
+
+
+def test_half_of_the_description_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    done = vtjax("run", TINY, f"--workdir={tmp_path / 'w'}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "JAX_PROCESS_ID=None" in done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]

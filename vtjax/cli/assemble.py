@@ -25,6 +25,30 @@ READ_LATER = (
 )
 
 
+def join_processes(multihost: bool) -> None:
+    """Joins the processes of one run; the first thing to do with JAX.
+
+    With `multihost` the cluster says who they are (Cloud TPU, SLURM, Kubernetes); JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say it anywhere else. Without either, this process is alone.
+
+    Raises:
+      InputError: the three variables are not complete, or no cluster is recognised.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, index = (os.environ.get(name, "") for name in names)
+    if not (multihost or count or index):
+        return
+    if not multihost and not (address and count.isdigit() and index.isdigit() and int(index) < int(count)):
+        found = ", ".join(f"{name}={os.environ.get(name)!r}" for name in names)
+        raise InputError(f"several processes need HOST:PORT, their number and each one's index, found {found}")
+    import jax
+
+    try:
+        jax.distributed.initialize(*(() if multihost else (address, int(count), int(index))))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the processes of this run cannot be joined: {error}") from error
+
+
 def task(config: Config) -> Any:
     """The experiment's `train.task.Task`: spec, weights and functions, on the host.
 

@@ -233,6 +233,9 @@ def arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     """The options that every command with a config has; `from_args` reads them."""
     parser.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]", help="what to run")
     parser.add_argument("--config.LEAF", dest="leaf", metavar="VALUE", help="override, e.g. --config.optim.lr=3e-4")
+    parser.add_argument(
+        "--multihost", action="store_true", help="one of several processes of a cluster, which is asked"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and stop")
 
 

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if args.print_config:
         return 0, config.to_dict()
 
+    assemble.join_processes(args.multihost)
     import jax
 
     from vtjax.train import checkpoint, loop

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from vtjax.cli import assemble
 
     assemble.check_workdir(config.workdir)
+    assemble.join_processes(args.multihost)
     task, data = assemble.assemble(config)
 
     from vtjax.train import loop
