@@ -132,4 +132,6 @@ def described(model: ConfigDict) -> ViTSpec:
         raise InputError(f"config.model.classes must be at least 1, found {fields['classes']}")
     if model.depth < 1:
         raise InputError(f"config.model.depth must be at least 1, found {model.depth}")
+    if model.pos == "sincos2d" and model.width % 4:
+        raise InputError(f"config.model.width must be a multiple of 4 for pos='sincos2d', found {model.width}")
     return ViTSpec.uniform(depth=model.depth, heads=model.heads, mlp=model.mlp or None, **fields)

@@ -79,6 +79,10 @@ RUN = {
     "no classes": ([TINY, "--config.model.classes=0"], ["config.model.classes must be at least 1, found 0"]),
     "width that heads do not divide": ([TINY, "--config.model.heads=5"], ["multiple of heads", "heads=5"]),
     "patch that does not divide": ([TINY, "--config.model.patch=5"], ["image_size", "multiple of patch=5"]),
+    "width that positions do not divide": (
+        [DIGITS, "--config.model.width=50", "--config.model.heads=5"],
+        ["config.model.width must be a multiple of 4", "found 50"],
+    ),
     "unknown pooling": ([TINY, "--config.model.pooling=max"], ["pooling must be one of", "'max'"]),
     "no layers": ([TINY, "--config.model.depth=0"], ["config.model.depth must be at least 1"]),
     "unknown remat policy": ([TINY, "--config.model.remat=all"], ["remat", "'all'"]),
