@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vtjax.errors import InputError
@@ -240,3 +242,25 @@ def test_bad_input_is_named(make, says):
 def test_build_makes_the_model_of_the_spec():
     assert build(TINY, remat="full") == ViT(TINY, remat="full")
     assert segments.block_name(3) == "block_03"
+
+
+@pytest.mark.slow
+def test_jitted_init_compiles_faster_than_the_training_step():
+    spec = ViTSpec.uniform(depth=12, width=192, heads=3, classes=1000)
+    model, optimiser = ViT(spec), optax.adamw(1e-3)
+    params = jax.eval_shape(model.init, KEY)
+
+    def step(params, state, x):
+        grads = jax.grad(lambda p: jnp.square(model.apply(p, x)[0]).sum())(params)
+        updates, state = optimiser.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def seconds(lowered):
+        start = time.process_time()
+        lowered.compile()
+        return time.process_time() - start
+
+    shape = jax.ShapeDtypeStruct((16, *spec.image_size, 3), jnp.float32)
+    init = seconds(jax.jit(model.init).lower(KEY))
+    train = seconds(jax.jit(step).lower(params, jax.eval_shape(optimiser.init, params), shape))
+    assert init < train, f"init {init:.1f} s, training step {train:.1f} s"
