@@ -64,15 +64,20 @@ class Lineage:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the model's input: resize (shorter side), centre crop, normalise.
+    """How an image becomes the model's input: resize, centre crop, normalise.
 
-    The resized side is `floor(size / crop)`, as in timm; `mean` and `std` are for pixel values in [0, 1].
+    Attributes:
+      crop: share of the resized side that the crop keeps, in (0, 1]; the side is `floor(size / crop)`, as in timm.
+      interpolation: of the resize.
+      mean, std: per channel, for pixel values in [0, 1].
+      squash: resize both sides to their target, whatever the image's aspect; else the shorter side, keeping it.
     """
 
     crop: float = 0.875
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    squash: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -290,6 +290,30 @@ def test_from_config_takes_the_preprocessing_of_the_weights() -> None:
     batches = [take(build(p).eval(), 1)[0]["image"] for p in (None, Preprocess(mean=mean, std=std))]
     pixels = (batches[0] * 0.5 + 0.5).astype(np.float64)
     np.testing.assert_allclose(batches[1], (pixels - mean) / std, atol=1e-5)
+    assert build(Preprocess(squash=True))._squash
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_squashed_images_hold_the_whole_picture(augment: str) -> None:
+    """A wide image whose ends alone are white: squashed, they are in the batch; with a centre crop, they are not."""
+    wide = np.zeros((16, 64, 3), np.uint8)
+    wide[:, :8] = wide[:, -8:] = 255
+
+    class Wide:
+        classes, cropped = 2, False
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"image": wide, "label": 0, "id": str(index)}
+
+    for squash in (True, False):
+        options: dict[str, Any] = {"seed": 0, "batch_size": 4, "image_size": (16, 16), "crop": 1.0, "squash": squash}
+        loader = ImageData(Wide(), Wide(), augment=Augment(augment), prefetch=0, **options)
+        for batches in (loader.train(0), loader.eval()):
+            image = next(iter(batches))["image"]
+            assert (image[:, :, [0, -1]].min() > 0.9) == squash and image[:, :, 8].max() < -0.9
 
 
 def test_from_config_of_a_config_that_counts_reads() -> None:

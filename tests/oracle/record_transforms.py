@@ -24,16 +24,20 @@ from torchvision.transforms import functional
 
 # Smooth and noisy parts, sides odd and even, upright and lying; one smaller than the targets.
 SHAPES = {"tall": (53, 40), "wide": (41, 66), "small": (9, 12)}
-CASES = [  # (image, target, crop, interpolation)
-    ("tall", (24, 24), 0.875, "bicubic"),
-    ("wide", (24, 24), 0.875, "bicubic"),
-    ("wide", (24, 24), 0.9, "bicubic"),
-    ("tall", (32, 32), 1.0, "bicubic"),
-    ("small", (24, 24), 0.875, "bicubic"),
-    ("wide", (21, 21), 0.95, "bilinear"),
-    ("tall", (16, 28), 0.875, "bicubic"),
-    ("wide", (28, 20), 0.8, "bicubic"),
-    ("wide", (41, 41), 1.0, "bicubic"),
+CASES = [  # (image, target, crop, interpolation, squash)
+    ("tall", (24, 24), 0.875, "bicubic", False),
+    ("wide", (24, 24), 0.875, "bicubic", False),
+    ("wide", (24, 24), 0.9, "bicubic", False),
+    ("tall", (32, 32), 1.0, "bicubic", False),
+    ("small", (24, 24), 0.875, "bicubic", False),
+    ("wide", (21, 21), 0.95, "bilinear", False),
+    ("tall", (16, 28), 0.875, "bicubic", False),
+    ("wide", (28, 20), 0.8, "bicubic", False),
+    ("wide", (41, 41), 1.0, "bicubic", False),
+    ("wide", (24, 24), 1.0, "bicubic", True),
+    ("tall", (21, 21), 0.9, "bilinear", True),
+    ("small", (24, 24), 1.0, "bicubic", True),
+    ("wide", (16, 28), 0.875, "bicubic", True),
 ]
 COLOURS = [
     ("brightness", 1.3),
@@ -58,9 +62,10 @@ def image(shape: tuple[int, int], seed: int) -> np.ndarray:
 
 def main() -> None:
     arrays: dict[str, np.ndarray] = {name: image(shape, i) for i, (name, shape) in enumerate(SHAPES.items())}
-    for i, (name, size, crop, interpolation) in enumerate(CASES):
+    for i, (name, size, crop, interpolation, squash) in enumerate(CASES):
+        mode = "squash" if squash else "center"
         transform = create_transform(
-            (3, *size), crop_pct=crop, crop_mode="center", interpolation=interpolation, mean=MEAN, std=STD
+            (3, *size), crop_pct=crop, crop_mode=mode, interpolation=interpolation, mean=MEAN, std=STD
         )
         arrays[f"evaluate_{i}"] = transform(Image.fromarray(arrays[name])).permute(1, 2, 0).numpy()
     for i, (kind, amount) in enumerate(COLOURS):

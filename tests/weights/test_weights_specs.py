@@ -113,7 +113,11 @@ def test_timm_preprocessing_and_its_warnings(caplog):
         spec = timm.spec_from_config({"architecture": "vit_base_patch16_clip_384", "pretrained_cfg": cfg}, "here")
     assert spec.preprocess.crop == 0.95 and spec.preprocess.interpolation == "bilinear"
     assert spec.preprocess.mean == (0.1, 0.2, 0.3) and spec.preprocess.std == (1.0, 1.0, 1.0)
-    assert "crop_mode='squash'" in caplog.text and "quick GELU" in caplog.text
+    assert spec.preprocess.squash and "crop_mode" not in caplog.text and "quick GELU" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        cfg["crop_mode"] = "border"
+        spec = timm.spec_from_config({"architecture": "vit_base_patch16_clip_384", "pretrained_cfg": cfg}, "here")
+    assert not spec.preprocess.squash and "crop_mode='border'" in caplog.text
 
 
 def hf_spec(config, shapes=None, processor=None):
@@ -181,7 +185,7 @@ def test_dinov2_classifier_is_refused():
 
 
 @pytest.mark.parametrize(
-    "processor, edge, interpolation, warned",
+    "processor, edge, interpolation, squash",
     [
         ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True,
           "resample": 3}, 256, "bicubic", False),
@@ -189,26 +193,39 @@ def test_dinov2_classifier_is_refused():
         ({"size": {"height": 224, "width": 224}, "resample": 2}, 224, "bilinear", True),
         ({"size": 224, "do_resize": True}, 224, "bilinear", True),
         ({"size": {"shortest_edge": 248}, "crop_size": 224, "resample": 1}, 248, "lanczos", False),
+        ({"size": {"height": 256, "width": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True,
+          "resample": 3}, 256, "bicubic", True),
+        # What one number means depends on the class: old files of DeiT and of CLIP differ in nothing else.
+        ({"size": 256, "crop_size": 224, "feature_extractor_type": "DeiTFeatureExtractor"}, 256, "bilinear", True),
+        ({"size": 256, "crop_size": 224, "feature_extractor_type": "CLIPFeatureExtractor"}, 256, "bilinear", False),
+        ({"size": {"height": 224, "width": 224}, "do_resize": False, "resample": 3}, 224, "bicubic", False),
     ],
 )  # fmt: skip
-def test_hf_preprocessing(caplog, processor, edge, interpolation, warned):
-    with caplog.at_level(logging.WARNING):
-        found = hf_spec({"model_type": "vit"}, processor=processor).preprocess
+def test_hf_preprocessing(processor, edge, interpolation, squash):
+    found = hf_spec({"model_type": "vit"}, processor=processor).preprocess
     assert math.floor(224 / found.crop) == edge
     assert found.interpolation == interpolation
-    assert ("squashes" in caplog.text) == warned
+    assert found.squash == squash
 
 
-def test_preprocessing_survives_both_exports(tmp_path):
+def test_a_squashed_image_that_the_model_sees_in_part():
+    """so400m/14 reads 378 of the 384 pixels: resized to 384, cropped to 378."""
+    vision = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}
+    found = hf_spec(vision, processor={"size": {"height": 384, "width": 384}, "resample": 3}).preprocess
+    assert found.squash and math.floor(378 / found.crop) == 384
 
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_preprocessing_survives_both_exports(tmp_path, squash):
     spec, params = weights.load(oracles.read("timm_vit").write(tmp_path / "src"))
-    wanted = Preprocess(crop=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    wanted = Preprocess(crop=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), squash=squash)
     spec = spec.edit(preprocess=wanted)
     for layout in ("timm", "hf"):
         weights.save(tmp_path / layout, spec, params, layout)
         found = weights.load(tmp_path / layout)[0].preprocess
         assert math.floor(32 / found.crop) == math.floor(32 / 0.9)
         assert (found.interpolation, found.mean, found.std) == ("bilinear", wanted.mean, wanted.std)
+        assert found.squash == squash
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["ViTForImageClassification"]
 
 

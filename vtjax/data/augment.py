@@ -79,12 +79,13 @@ class Augment:
         size: tuple[int, int],
         crop: float,
         interpolation: str,
+        squash: bool = False,
     ) -> UInt8[np.ndarray, "h w 3"]:
-        """One training image of (h, w) = `size`; `crop` and `interpolation` as for `transforms.evaluate`."""
+        """One training image of (h, w) = `size`; `crop`, `interpolation` and `squash` as for `transforms.evaluate`."""
         if self.geometry == "crop":
             image = transforms.random_resized_crop(image, size, rng, self.crop_scale, interpolation=interpolation)
         else:
-            image = transforms.evaluate(image, size, crop, interpolation)
+            image = transforms.evaluate(image, size, crop, interpolation, squash=squash)
         if self.geometry == "shift":
             image = transforms.random_shift(image, rng, max(1, min(size) // 8))
         flip = {"none": 0.0, "flip": 0.5}.get(self.geometry, 0.5 if self.flip is True else self.flip)

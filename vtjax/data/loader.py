@@ -49,6 +49,7 @@ class Preprocess(Protocol):
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    squash: bool
 
 
 class ImageData:
@@ -61,7 +62,7 @@ class ImageData:
       batch_size: global, over all processes.
       image_size: (height, width) of the batches.
       augment: what training images go through.
-      crop, interpolation: evaluation transform (`transforms.evaluate`); sources with `cropped` images are not cropped
+      crop, interpolation, squash: evaluation transform (`transforms.evaluate`); sources with `cropped` images are not cropped
         again, and only resized where their size is another one.
       mean, std: normalisation, for values in [0, 1].
       workers: processes that prepare batches; 0 = threads of this process.
@@ -86,6 +87,7 @@ class ImageData:
         interpolation: str = "bicubic",
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        squash: bool = False,
         workers: int = 0,
         prefetch: int = 2,
         cache: bool | None = None,
@@ -128,7 +130,7 @@ class ImageData:
         if train is not None:
             self._sources["train"] = sources.cached(train, cache)
         self._seed, self._size, self._augment = seed, image_size, augment
-        self._crop, self._interpolation, self._mean, self._std = crop, interpolation, mean, std
+        self._crop, self._interpolation, self._squash, self._mean, self._std = crop, interpolation, squash, mean, std
         self._workers, self._prefetch = workers, prefetch
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._first = process_index * self._rows  # the first row of the global batch that is ours
@@ -189,7 +191,8 @@ class ImageData:
         if not self._augment.random:
             return self._plain("train", example)
         rng = _rng(self._seed, EXAMPLE, row)
-        return self._augment.apply(example["image"], rng, self._size, self._crop_of("train"), self._interpolation)
+        form = self._crop_of("train"), self._interpolation, self._squash
+        return self._augment.apply(example["image"], rng, self._size, *form)
 
     def _eval_step(self, split: str, step: int) -> Batch:
         size = len(self._sources[split])
@@ -202,7 +205,8 @@ class ImageData:
         return self._batch([self._plain(split, e) for e in examples], [e["label"] for e in examples], index)
 
     def _plain(self, split: str, example: Example) -> np.ndarray:
-        return transforms.evaluate(example["image"], self._size, self._crop_of(split), self._interpolation)
+        crop = self._crop_of(split)
+        return transforms.evaluate(example["image"], self._size, crop, self._interpolation, squash=self._squash)
 
     def _crop_of(self, split: str) -> float:
         return 1.0 if self._sources[split].cropped else self._crop
@@ -321,7 +325,8 @@ def from_config(
         options.update({k: config[k] for k in ("n", "classes") if k in config})
     train_split, eval_split = config["train_split"], config["eval_split"]
     train = sources.open_source(name, train_split, **options) if train_split else None
-    form = {} if preprocess is None else {k: getattr(preprocess, k) for k in ("crop", "interpolation", "mean", "std")}
+    names = ("crop", "interpolation", "mean", "std", "squash")
+    form = {} if preprocess is None else {k: getattr(preprocess, k) for k in names}
     return ImageData(
         train,
         sources.open_source(name, eval_split, **options),

@@ -30,11 +30,13 @@ def evaluate(
     crop: float = 0.875,
     interpolation: str = "bicubic",
     resize: bool = True,
+    squash: bool = False,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """timm's evaluation geometry (crop mode "center"): resize with antialiasing, keeping the aspect, and centre crop.
+    """timm's evaluation geometry (crop modes "center" and "squash"): resize with antialiasing, and centre crop.
 
     A square target is reached by way of a shorter side of floor(size / crop) pixels; one that is not square by way of
-    the smallest image that covers (floor(h / crop), floor(w / crop)). Rounding as torchvision's.
+    the smallest image that covers (floor(h / crop), floor(w / crop)), which `squash` makes the size itself, whatever
+    the aspect. Rounding as torchvision's.
 
     Args:
       image: one image.
@@ -42,6 +44,7 @@ def evaluate(
       crop: share of the resized side that the crop keeps, in (0, 1].
       interpolation: one of `INTERPOLATIONS`.
       resize: False for images that are cropped already: they are returned as they are.
+      squash: do not keep the aspect.
 
     Raises:
       InputError: without `resize`, where the image does not have the target size.
@@ -51,8 +54,10 @@ def evaluate(
         if (height, width) != size:
             raise InputError(f"an image that is not to be resized must be {size[0]}x{size[1]}, found {height}x{width}")
         return image
-    through = tuple(math.floor(s / crop) for s in size)
-    if through[0] == through[1]:
+    through = math.floor(size[0] / crop), math.floor(size[1] / crop)
+    if squash:
+        new = through
+    elif through[0] == through[1]:
         # torchvision's Resize(int): the longer side is cut to an integer, not rounded.
         shorter = min(height, width)
         new = int(through[0] * height / shorter), int(through[0] * width / shorter)

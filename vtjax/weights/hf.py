@@ -7,15 +7,12 @@ Facts (defaults, class names) are those of transformers 5.24; files written by o
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from vtjax.errors import InputError
 from vtjax.spec import Preprocess, ViTSpec
-
-_LOG = logging.getLogger(__name__)
 
 # model_type -> (table, defaults of fields that a config may leave out)
 _COMMON: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3}
@@ -194,30 +191,34 @@ def _square(value: Any, where: str) -> int:
 
 
 def _preprocess(processor: Mapping[str, Any] | None, side: int, where: str) -> Preprocess:
-    """Resize and crop of an image processor, as a crop fraction. A processor that squashes the image to a square
-    has no crop; it is evaluated with a centre crop of the same size, and a warning says so."""
+    """Resize and crop of an image processor, as a crop fraction of the resized height, and whether it squashes. An
+    image that is larger than the `side` that the model sees (SigLIP so400m/14 reads 378 of 384) is cropped to it."""
     if processor is None:
         return Preprocess()
     size, crop = processor.get("size") or {}, processor.get("crop_size")
     does_crop = processor.get("do_center_crop", crop is not None)
     if isinstance(size, int):
-        size = {"shortest_edge": size} if does_crop else {"height": size, "width": size}
+        size = {"shortest_edge": size} if _keeps_aspect(processor, does_crop) else {"height": size, "width": size}
+    squash = "height" in size and bool(processor.get("do_resize", True))
     cropped = crop if isinstance(crop, int) else (crop or {}).get("height", side)
-    fraction = 1.0
-    if does_crop:
-        edge = size.get("shortest_edge", size.get("height", cropped))
-        fraction = cropped / edge
-        if math.floor(cropped / fraction) != edge:  # so that the fraction gives the edge back
-            fraction = math.nextafter(fraction, 0)
-    if "height" in size and processor.get("do_resize", True):
-        _LOG.warning("%s: the image processor squashes images to a square; vtjax keeps their shape and crops", where)
+    cropped = cropped if does_crop else side
+    edge = size.get("shortest_edge", size.get("height", cropped)) if does_crop or squash else cropped
+    fraction = cropped / edge
+    if math.floor(cropped / fraction) != edge:  # so that the fraction gives the edge back
+        fraction = math.nextafter(fraction, 0)
     resample = _RESAMPLE.get(processor.get("resample", 2))
     if resample is None:
         raise InputError(f"{where}: resample must be one of {_RESAMPLE}, found {processor['resample']!r}")
     if not processor.get("do_normalize", True):
-        return Preprocess(fraction, resample, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        return Preprocess(fraction, resample, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), squash)
     mean, std = (processor.get(name, [0.5, 0.5, 0.5]) for name in ("image_mean", "image_std"))
-    return Preprocess(fraction, resample, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+    return Preprocess(fraction, resample, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), squash)
+
+
+def _keeps_aspect(processor: Mapping[str, Any], does_crop: bool) -> bool:
+    """Whether a `size` that is one number is the shorter side: each processor class has its own default."""
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
+    return kind.startswith(("CLIP", "Bit", "Siglip")) if kind else does_crop
 
 
 def config(spec: ViTSpec) -> tuple[dict[str, Any], str, str]:
@@ -271,17 +272,16 @@ def config(spec: ViTSpec) -> tuple[dict[str, Any], str, str]:
 
 def processor(spec: ViTSpec) -> dict[str, Any]:
     """The `preprocessor_config.json` of a spec."""
-    side, preprocess = spec.image_size[0], spec.preprocess
+    preprocess = spec.preprocess
+    height, width = (math.floor(side / preprocess.crop) for side in spec.image_size)
     numbers = {name: number for number, name in _RESAMPLE.items()}
     if preprocess.interpolation not in numbers:
         raise InputError(f"interpolation must be one of {', '.join(numbers)}, found {preprocess.interpolation!r}")
     return {
         **{"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True},
         **{"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "do_convert_rgb": True},
-        **{
-            "size": {"shortest_edge": math.floor(side / preprocess.crop)},
-            "resample": numbers[preprocess.interpolation],
-        },
+        "size": {"height": height, "width": width} if preprocess.squash else {"shortest_edge": height},
+        "resample": numbers[preprocess.interpolation],
         **{"crop_size": {"height": spec.image_size[0], "width": spec.image_size[1]}},
         **{"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)},
     }

@@ -275,8 +275,9 @@ def _choice(value: Any, choices: Mapping[Any, Any], where: str) -> Any:
 
 
 def _preprocess(cfg: Mapping[str, Any], usual: Preprocess, where: str) -> Preprocess:
-    if cfg.get("crop_mode", "center") != "center":
-        _LOG.warning("%s: crop_mode=%r is evaluated with a centre crop", where, cfg["crop_mode"])
+    mode = cfg.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        _LOG.warning("%s: crop_mode=%r is evaluated with a centre crop", where, mode)
     if any("quickgelu" in str(note).lower() for note in cfg.get("notes") or ()) and "quickgelu" not in where:
         _LOG.warning("%s: these weights were trained with quick GELU, which timm's architecture name leaves out", where)
     return Preprocess(
@@ -284,6 +285,7 @@ def _preprocess(cfg: Mapping[str, Any], usual: Preprocess, where: str) -> Prepro
         interpolation=cfg.get("interpolation", usual.interpolation),
         mean=tuple(cfg.get("mean", usual.mean)),
         std=tuple(cfg.get("std", usual.std)),
+        squash=mode == "squash",
     )
 
 
@@ -355,7 +357,8 @@ def config(spec: ViTSpec) -> dict[str, Any]:
                 "interpolation": spec.preprocess.interpolation,
                 "crop_pct": spec.preprocess.crop,
             },
-            **{"crop_mode": "center", "mean": list(spec.preprocess.mean), "std": list(spec.preprocess.std)},
+            "crop_mode": "squash" if spec.preprocess.squash else "center",
+            **{"mean": list(spec.preprocess.mean), "std": list(spec.preprocess.std)},
             **{"num_classes": spec.classes, "pool_size": None, "first_conv": "patch_embed.proj"},
             "classifier": ["head", "head_dist"] if spec.distill_token else "head",
         },
