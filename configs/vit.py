@@ -54,7 +54,13 @@ def model(**leaves: Any) -> ConfigDict:
         "activation": "gelu",
         "layer_scale": 0.0,
         "classes": 1000,
-        "preprocess": {"crop": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+        "preprocess": {
+            "crop": 0.875,
+            "interpolation": "bicubic",
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "squash": False,
+        },
     }
     return common.with_leaves(ConfigDict({**spec, **execution()}), leaves)
 
@@ -193,6 +199,7 @@ def b16_i1k(steps: int, batch_size: int) -> ConfigDict:
             "interpolation": "bicubic",
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
+            "squash": False,
         },
     )
     return config
