@@ -71,6 +71,7 @@ def test_edit_by_function_touches_what_it_returns():
         ({"norm": "batchnorm"}, "norm must be one of layernorm, rmsnorm"),
         ({"pooling": "class", "class_token": False, "pos_prefix": 0}, "needs class_token=True"),
         ({"pooling": "attention"}, "pool_mlp > 0"),
+        ({"pos": "sincos2d", "width": 46}, "multiple of 4, found 46"),
         ({"pos_prefix": 2}, r"pos_prefix must be in 0\.\.1"),
         ({"distill_token": True, "class_token": False, "pos_prefix": 0, "pooling": "mean"}, "distill_token needs"),
         ({"feature_layer": 3}, r"feature_layer must be in \[-3, 3\)"),

@@ -239,6 +239,12 @@ def test_bad_input_is_named(make, says):
         make()
 
 
+def test_numpy_parameters_and_images_are_taken_eagerly(tiny):
+    model, params = tiny
+    y, _ = model.apply(jax.tree.map(np.asarray, params), np.asarray(images(TINY)))
+    np.testing.assert_allclose(y, run(model, params)[0], atol=1e-5)
+
+
 def test_build_makes_the_model_of_the_spec():
     assert build(TINY, remat="full") == ViT(TINY, remat="full")
     assert segments.block_name(3) == "block_03"

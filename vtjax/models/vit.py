@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vtjax.errors import InputError
@@ -117,7 +118,7 @@ class ViT:
     def apply(
         self,
         params: Params,
-        images: Float[Array, "B H W C"],
+        images: Float[Array | np.ndarray, "B H W C"],
         *,
         knobs: Knobs | None = None,
         want: tuple[str, ...] = (),
@@ -127,7 +128,7 @@ class ViT:
         """Runs the model.
 
         Args:
-          params: as from `init`, and the parameters of methods beside them (`params["<method>"]`), which reach the
+          params: as from `init` or `vtjax.load` (jax or numpy arrays), and the parameters of methods beside them (`params["<method>"]`), which reach the
             blocks as knobs.
           images: float32, already normalised, of the spec's size.
           knobs: traced arrays `[L, ...]` by name; they override method parameters of the same name.
@@ -148,6 +149,7 @@ class ViT:
         expected = (*spec.image_size, spec.channels)
         if tuple(images.shape[1:]) != expected:
             raise InputError(f"images must be [B, {', '.join(map(str, expected))}], found {list(images.shape)}")
+        params, images = jax.tree.map(jnp.asarray, (params, images))
         x = self.constrain(call_module(Embed(spec, self.dtype), params["embed"], images))
         if spec.norm_before:
             x = call_module(self._norm, params["norm_before"], x)
