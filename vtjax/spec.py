@@ -213,6 +213,8 @@ class ViTSpec:
             raise InputError(
                 f"ViTSpec.pos_prefix must be in 0..{self.prefix} (the prefix tokens), found {self.pos_prefix}"
             )
+        if self.pos == "sincos2d" and self.width % 4:
+            raise InputError(f"ViTSpec.pos='sincos2d' needs a width that is a multiple of 4, found {self.width}")
         if self.pooling == "class" and not self.class_token:
             raise InputError("ViTSpec.pooling='class' needs class_token=True, found False")
         if self.distill_token and not self.class_token:
@@ -277,7 +279,7 @@ Spec = ViTSpec
 KINDS: dict[str, type] = {"ViTSpec": ViTSpec}
 
 
-def from_dict(data: Mapping[str, Any]) -> Spec:
+def from_dict(data: Any) -> Spec:
     """Inverse of `to_dict`.
 
     Raises:
