@@ -128,8 +128,8 @@ class ViT:
         """Runs the model.
 
         Args:
-          params: as from `init` or `vtjax.load` (jax or numpy arrays), and the parameters of methods beside them (`params["<method>"]`), which reach the
-            blocks as knobs.
+          params: as from `init` or `vtjax.load` (jax or numpy arrays), and the parameters of methods beside them
+            (`params["<method>"]`), which reach the blocks as knobs.
           images: float32, already normalised, of the spec's size.
           knobs: traced arrays `[L, ...]` by name; they override method parameters of the same name.
           want: per-block outputs to return in `aux["blocks"][l]`: "keys", "importance", "lse", "tokens".
