@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from vtjax.account import flops
 from vtjax.errors import InputError
 from vtjax.models import build, segments
 from vtjax.models.layers import sincos2d
@@ -270,3 +271,16 @@ def test_jitted_init_compiles_faster_than_the_training_step():
     init = seconds(jax.jit(model.init).lower(KEY))
     train = seconds(jax.jit(step).lower(params, jax.eval_shape(optimiser.init, params), shape))
     assert init < train, f"init {init:.1f} s, training step {train:.1f} s"
+
+
+def test_remat_policies_recompute_what_they_say():
+    """In MACs of the gradient: "dots" keeps the projections and repeats the scores, "full" repeats both."""
+    x = images(SHALLOW)
+
+    def macs(remat):
+        model = ViT(SHALLOW, remat=remat)
+        params = jax.eval_shape(model.init, KEY)
+        return flops.walk(jax.grad(lambda p: model.apply(p, x)[0].sum()), params).macs
+
+    scores = 2 * 2 * 2 * SHALLOW.tokens**2 * SHALLOW.width  # two blocks, two images, two products
+    assert macs("none") < macs("dots") <= macs("none") + scores < macs("full")
