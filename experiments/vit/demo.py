@@ -100,7 +100,7 @@ def what_next(workdir: Path) -> str:
     return f"""\
 what to try next (vtjax lies in .venv/bin):
   vtjax inspect {workdir}                                    where the parameters and the MACs are
-  vtjax run --config={CONFIG} --workdir=runs/narrow --config.model.width=32 --config.steps=400
+  vtjax run --config={CONFIG} --workdir=runs/narrow --config.model.width=32
   vtjax inspect {workdir} runs/narrow                        what that changed
   vtjax eval --config=configs/vit.py:ti16                      pretrained weights on 1000 photographs, where they are
   notebooks/00_tour.ipynb                                      the same from Python, step by step"""
