@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vtjax import data
 from vtjax.data import sources, transforms
 from vtjax.data.augment import Augment
-from vtjax.data.loader import Batch, ImageData, from_config, to_device
+from vtjax.data.loader import Batch, ImageData, from_config
 from vtjax.errors import InputError
 from vtjax.spec import Preprocess
 
@@ -469,26 +469,6 @@ def running(pid: int) -> bool:
     return bool(state) and not state.startswith("Z")
 
 
-def test_to_device_puts_ahead_in_order() -> None:
-    log: list[str] = []
-
-    def host() -> Iterable[int]:
-        for i in range(5):
-            log.append(f"make {i}")
-            yield i
-
-    def put(batch: Any) -> str:
-        log.append(f"put {batch}")
-        return f"device {batch}"
-
-    got = to_device(host(), put, size=2)  # type: ignore[arg-type]
-    assert next(got) == "device 0"
-    assert log == ["make 0", "put 0", "make 1", "put 1", "make 2", "put 2"]
-    assert list(got) == [f"device {i}" for i in range(1, 5)]
-    log.clear()
-    assert next(to_device(host(), put, size=0)) == "device 0" and log == ["make 0", "put 0"]  # type: ignore[arg-type]
-
-
 def test_public_names() -> None:
-    assert {"ImageData", "from_config", "open_source", "to_device", "Augment"} <= set(data.__all__)
+    assert {"ImageData", "from_config", "open_source", "Augment"} <= set(data.__all__)
     assert all(hasattr(data, name) for name in data.__all__)

@@ -14,15 +14,14 @@ reach over the end of an epoch, and a batch may be larger than the split.
 from __future__ import annotations
 
 import atexit
-import collections
 import functools
 import multiprocessing
 import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -37,8 +36,6 @@ SPLITS = ("train", "eval")
 ENDLESS = 2**62
 # Domains of randomness: streams with different ones are independent.
 ORDER, EXAMPLE, MIX, DRAW = range(4)  # DRAW + number of the split
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -62,8 +59,8 @@ class ImageData:
       batch_size: global, over all processes.
       image_size: (height, width) of the batches.
       augment: what training images go through.
-      crop, interpolation, squash: evaluation transform (`transforms.evaluate`); sources with `cropped` images are not cropped
-        again, and only resized where their size is another one.
+      crop, interpolation, squash: evaluation transform (`transforms.evaluate`); sources with `cropped` images are not
+        cropped again, and only resized where their size is another one.
       mean, std: normalisation, for values in [0, 1].
       workers: processes that prepare batches; 0 = threads of this process.
       prefetch: batches that are prepared ahead, by one thread each (with workers: per worker); 0 = none.
@@ -341,22 +338,6 @@ def from_config(
         process_count=process_count,
         **form,
     )
-
-
-def to_device(batches: Iterable[Batch], put: Callable[[Batch], T], size: int = 2) -> Iterator[T]:
-    """Batches on the device, `size` of them put ahead of the one that is used.
-
-    Args:
-      batches: host batches.
-      put: starts the transfer of one batch and returns at once, as `jax.device_put` does.
-      size: how many to put ahead; 0 = none.
-    """
-    ahead: collections.deque[T] = collections.deque()
-    for batch in batches:
-        ahead.append(put(batch))
-        if len(ahead) > size:
-            yield ahead.popleft()
-    yield from ahead
 
 
 @functools.lru_cache(maxsize=4)
