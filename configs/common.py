@@ -28,7 +28,7 @@ def base() -> ConfigDict:
     config.workdir = ""
     config.init_from = ""  # a workdir, a converted file or a named weight to start from
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all the remaining devices
-    config.profile = (0, 0)  # (first step, last step) to trace
+    config.profile = (0, 0)  # (start, stop): traces the steps start .. stop - 1, counted from 0
     config.log_every = 50
     config.eval_every = 0  # 0: only at the end
     config.allow_config_change = False

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -157,6 +158,8 @@ def test_the_meta_part(run: Any) -> None:
 
 
 def test_best_is_by_metric() -> None:
+    assert checkpoint.best_step({2: {"loss": math.nan}, 4: {"loss": 0.5}}, "loss") == 4
+    assert checkpoint.best_step({2: {"loss": math.nan}}, "loss") is None
     metrics: dict[int, dict[str, float]] = {
         1: {"top1": 0.5, "loss": 1.0},
         2: {},

@@ -163,7 +163,7 @@ def test_changes_of_the_config_are_named_and_refused(straight: Any, tmp_path: Pa
     for part in ("steps was 4, found 6", "optim.lr was 0.05, found 0.1", "data.name was 'procedural', found 'digits'"):
         assert part in message
     assert "log_every" not in message and "workdir was" not in message and "\n" not in message
-    assert run(toy.config(steps=4, log_every=3, profile=(8, 9)), tmp_path)["step"] == 4
+    assert run(toy.config(steps=4, log_every=3, profile=(2, 3)), tmp_path)["step"] == 4
 
     changed.allow_config_change = True
     result = run(changed, tmp_path)
@@ -252,11 +252,17 @@ def test_a_profile_is_written(tmp_path: Path) -> None:
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+PROFILE = "profile must be (start, stop) with 0 <= start < stop and start < steps=10, or (0, 0) for none"
+
+
 @pytest.mark.parametrize(
     ("leaves", "message"),
     [
         ({"steps": 0}, "steps must be 1 or more, found 0"),
         ({"log_every": 0}, "log_every must be 1 or more, found 0"),
+        ({"profile": (5, 3)}, f"{PROFILE}, found (5, 3)"),
+        ({"profile": (-1, 3)}, f"{PROFILE}, found (-1, 3)"),
+        ({"profile": (10, 12)}, f"{PROFILE}, found (10, 12)"),
         ({"checkpoint__keep": 0}, "checkpoint.keep must be 1 or more, found 0"),
         ({"accumulate": 3}, "batch_size must be a multiple of accumulate x (data x fsdp) = 3 x 1, found 8"),
         ({"mesh__data": 5}, "mesh data=5, fsdp=1, tensor=1 does not fit 1 devices, expected that many as product"),
@@ -267,6 +273,69 @@ def test_bad_settings_leave_nothing_behind(tmp_path: Path, leaves: dict[str, Any
         run(toy.config(**leaves), tmp_path / "new")
     assert str(caught.value) == message
     assert not (tmp_path / "new").exists()
+
+
+def test_without_training_examples_nothing_begins(tmp_path: Path) -> None:
+    data = toy.Data(full())
+    data.train_examples = 0
+    with pytest.raises(InputError, match="data.train_split must name a split to train on"):
+        run(full(), tmp_path / "new", data)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.json", "{"), ("result.json", "[]"), ("spec.json", "\udcff")])
+def test_a_damaged_file_of_a_run_is_named(straight: Any, tmp_path: Path, name: str, text: str) -> None:
+    shutil.copytree(straight[1], tmp_path / "copy")
+    (tmp_path / "copy" / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=rf"{name} must (be JSON|hold a JSON object)"):
+        run(full(), tmp_path / "copy")
+
+
+def test_a_spec_field_newer_than_the_run_is_no_change(straight: Any, tmp_path: Path) -> None:
+    shutil.copytree(straight[1], tmp_path / "copy")
+    spec = json.loads((tmp_path / "copy" / "spec.json").read_text())
+    assert spec.pop("registers") == 0
+    (tmp_path / "copy" / "spec.json").write_text(json.dumps(spec))
+    assert run(full(), tmp_path / "copy")["step"] == 10
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tmp_path: Path) -> None:
+    config = full()
+
+    class Meanwhile(toy.Data):
+        def train(self, start_step: int) -> Any:
+            with pytest.raises(InputError, match=f"another run is at work in {tmp_path}"):
+                run(config, tmp_path)
+            yield from super().train(start_step)
+
+    assert run(config, tmp_path, Meanwhile(config))["step"] == 10
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".spec.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        run(full(), tmp_path)
+    assert caught.value.filename == str(tmp_path / "spec.json")
+
+
+def test_a_save_that_fails_is_one_line_and_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def full_disk(self: Any, *args: Any) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED:\n No space left on device")
+
+    config = full()
+    with pytest.raises(Stop):
+        run(config, tmp_path, Interrupted(config, 7))
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.check_for_errors", full_disk)
+        line = r"checkpoint .*/checkpoints/8 could not be written: RESOURCE_EXHAUSTED: No space left on device"
+        with pytest.raises(OSError, match=line):
+            run(config, tmp_path)
+    capsys.readouterr()
+    assert run(config, tmp_path)["step"] == 10
+    assert "(step 5 of 10)" in capsys.readouterr().err
 
 
 def test_lines_drop_what_lies_beyond_and_what_is_torn(tmp_path: Path) -> None:

@@ -41,8 +41,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     from vtjax.train import checkpoint, loop
 
+    extra = None
     if args.workdir:
         spec, params = checkpoint.load_params(args.workdir, which=args.which)
+        extra = checkpoint.load_extra(args.workdir, which=args.which)
         if args.config:
             _check_same(assemble.task(config).spec, spec, args.workdir)
         # The checkpoint brings its own spec, whatever it was started from.
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             config_lib.override(config, "data.eval_split", config.data.weights_split)
         task, data = assemble.assemble(config)
         params, _, _ = task.init(jax.random.key(config.seed))
-    result = loop.evaluate(task, _Watched(data), config, params)
+    result = loop.evaluate(task, _Watched(data), config, params, extra)
     return 0, {
         **result,
         "macs_per_image": task.summary["macs_per_image"],

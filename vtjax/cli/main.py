@@ -30,7 +30,7 @@ COMMANDS = {
 }
 
 EPILOG = """\
-exit codes: 0 done, 1 a check missed its tolerance, 2 bad input, 3 training met a non-finite value,
+exit codes: 0 done, 1 a check missed its tolerance, 2 bad input (a full disk, too), 3 training met a non-finite value,
             75 preempted (start it again)
 
 examples:
@@ -40,9 +40,6 @@ examples:
   vtjax inspect configs/vit.py:ti16 configs/vit.py:b16_i1k
   vtjax convert HF_FOLDER model.safetensors
 """
-
-
-USER_OS_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,15 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     command = next((a for a in arguments if not a.startswith("-")), "")
-    # Orbax warns about files that it can do without; before an error they would hide the one line that counts.
-    logging.getLogger("absl").setLevel(logging.DEBUG if debug else logging.ERROR)
+    # Orbax warns about files that it can do without, and logs the traceback of what it raises; both would hide the one
+    # line that counts.
+    logging.getLogger("absl").setLevel(logging.DEBUG if debug else logging.CRITICAL)
     try:
         parsed = _parse([a for a in arguments if a != "--debug"])
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is for people
             code, result = importlib.import_module(f"vtjax.cli.{parsed.command}").run(parsed)
         print(json.dumps(_finite(result), allow_nan=False), flush=True)
         return code
-    except (InputError, *USER_OS_ERRORS) as error:
+    except BrokenPipeError:
+        # The reader of our output left (`vtjax ... | head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    # Of the system: a path that is not there or not allowed, a disk that is full.
+    except (InputError, OSError) as error:
         return _fail(EXIT_BAD_INPUT, command, _message(error), debug)
     except NonFiniteError as error:
         return _fail(EXIT_NON_FINITE, command, str(error), debug)
@@ -79,10 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:
         return _fail(130, command, "interrupted", debug)
-    except BrokenPipeError:
-        # The reader of our output left (`vtjax ... | head`): nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

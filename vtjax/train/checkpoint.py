@@ -11,10 +11,13 @@ agree with it is skipped with a warning, and the checkpoint before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -42,11 +45,17 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run. All processes call every method, in the same order.
 
+    Until it is closed no other run may open the folder: it would take a save that is on its way for one that was
+    killed. (The lock ends with the process; where the file system has none, as on `gs://`, nothing is locked.)
+
     Attributes:
       folder: `DIR/checkpoints`, made where it is missing.
       keep: how many of the last ones stay.
       best: metric whose best checkpoint stays too; "" for none. A name that ends in "loss" is minimised, others are
         maximised.
+
+    Raises:
+      InputError: `keep` out of range, or another run at work in the folder.
     """
 
     folder: epath.Path
@@ -57,9 +66,11 @@ class Checkpoints:
         if self.keep < 1:
             raise InputError(f"checkpoint.keep must be 1 or more, found {self.keep}")
         self._finisher: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
+        self._lock: int | None = None
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
             for path in _unfinished(self.folder):
                 path.rmtree()
             newest = next((step for step, _ in _valid(self.folder, set_aside=True)), -1)
@@ -90,7 +101,10 @@ class Checkpoints:
         items = {name: getattr(state, name) for name in ITEMS}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if jax.tree.leaves(tree)}
         record = log.plain({"format": FORMAT, "step": step, **meta})
-        self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(record), **args), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(record), **args), force=True)
+        except Exception as error:
+            raise self._failure(step, error) from error
         self.metrics[step] = dict(metrics)
         self._finisher = threading.Thread(target=self._finish, args=(step,), name="checkpoint-manifest")
         self._finisher.start()
@@ -105,7 +119,7 @@ class Checkpoints:
         """Returns when the last save is on disk with its manifest; then removes what need not be kept.
 
         Raises:
-          OSError or what else made the save fail.
+          OSError: the save failed (a full disk, a lost bucket); the checkpoints before it stand.
         """
         if self._finisher is not None:
             self._finisher.join()
@@ -142,7 +156,16 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            # After a failed save orbax raises here again, what `wait` or `save` has already said.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _failure(self, step: int, error: Exception) -> OSError:
+        reason = " ".join(str(error).split())
+        return OSError(f"checkpoint {self.path(step)} could not be written: {reason}")
 
     def _finish(self, step: int) -> None:
         try:
@@ -152,8 +175,8 @@ class Checkpoints:
                 files = {name: _digest(self.path(step) / name) for name in _files(self.path(step))}
                 _write_manifest(self.path(step), files, self.metrics[step])
             self.latest = step
-        except BaseException as error:
-            self._error = error
+        except Exception as error:
+            self._error = self._failure(step, error)
 
 
 def load_params(path: str | os.PathLike[str], which: str = "last", ema: bool = True) -> tuple[spec_lib.Spec, Any]:
@@ -179,7 +202,7 @@ def load_params(path: str | os.PathLike[str], which: str = "last", ema: bool = T
 
 
 def load_meta(path: str | os.PathLike[str], which: str = "last") -> dict[str, Any]:
-    """The JSON part of the checkpoint that `load_params` would read: step, spec, config, versions, metrics."""
+    """The JSON part of the checkpoint that `load_params` would read: step, spec, config, versions."""
     return _read_meta(_find(path, which))
 
 
@@ -192,7 +215,9 @@ def load_extra(path: str | os.PathLike[str], which: str = "last") -> Any:
 def best_step(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | None:
     """The step with the best metric `name` (smallest for "...loss"), the later one of equals; None without any."""
     sign = -1.0 if name.endswith("loss") else 1.0
-    known = [(sign * values[name], step) for step, values in metrics.items() if isinstance(values.get(name), float)]
+    known = [
+        (sign * values[name], step) for step, values in metrics.items() if math.isfinite(values.get(name, math.nan))
+    ]
     return max(known)[1] if known else None
 
 
@@ -222,6 +247,21 @@ def _find(path: str | os.PathLike[str], which: str) -> epath.Path:
     if found is None:
         raise InputError(f"no whole checkpoint in {root}, found only damaged ones: {', '.join(map(str, _steps(root)))}")
     return found[1]
+
+
+def _lock(folder: epath.Path) -> int | None:
+    """An exclusive lock on a local folder: the descriptor that holds it."""
+    if not log.is_local(folder):
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"another run is at work in {folder.parent}; wait for it, or take another workdir") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def _steps(root: epath.Path) -> list[int]:

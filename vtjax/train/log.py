@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -12,7 +13,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,13 +42,22 @@ def write_text(path: epath.Path, text: str) -> None:
         return
     temporary = path.parent / f".{path.name}.tmp"
     if is_local(path):
-        with open(temporary, "w", encoding="utf-8") as file:
+        with _naming(path), open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
     else:
         temporary.write_text(text)
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _naming(path: epath.Path) -> Iterator[None]:
+    """Puts the path into an error that has none: a full disk shows in `write`, which does not know it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -97,7 +107,7 @@ class Lines:
         if joined or not is_local(self._path):
             self._rewrite()
         elif jax.process_index() == 0:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with _naming(self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def _rewrite(self) -> None:

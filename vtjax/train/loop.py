@@ -54,9 +54,7 @@ def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) 
     """
     folder = log.absolute(workdir)
     with Sigterm() as sigterm:
-        for name in ("steps", "log_every"):
-            if config[name] < 1:
-                raise InputError(f"{name} must be 1 or more, found {config[name]}")
+        workdir_lib.check_settings(config, data)
         workdir_lib.refuse_changes(folder, task, config)
         if (result := workdir_lib.finished(folder, config.steps)) is not None:
             print(f"{folder} is finished (step {config.steps}); its result stands", file=sys.stderr)
