@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,6 +25,14 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 POOLINGS = ("class", "mean", "attention", "none")
 POSITIONS = ("learned", "sincos2d", "none")
 QK_NORMS = ("none", "head", "full")
+
+
+_BACKBONE = re.compile(r"embed|norm_before|block_\d+|norm|fc_norm|pool|head|head_distill")
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a top-level name of a parameter tree is the model's own; all others are methods' (`params["ltmp"]`)."""
+    return _BACKBONE.fullmatch(name) is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -284,3 +284,54 @@ def test_remat_policies_recompute_what_they_say():
 
     scores = 2 * 2 * 2 * SHALLOW.tokens**2 * SHALLOW.width  # two blocks, two images, two products
     assert macs("none") < macs("dots") <= macs("none") + scores < macs("full")
+
+
+@pytest.mark.parametrize("layer", [-2, 1, 3])
+def test_feature_layer_ends_a_scan_and_changes_nothing(tiny, layer):
+    _, params = tiny
+    spec = TINY.edit(feature_layer=layer)
+    scanned = ViT(spec, remat="full", scan=True)
+    text = str(jax.make_jaxpr(lambda p: scanned.apply(p, images(spec))[1]["features"])(params))
+    assert text.count("scan[") == {-2: 1, 1: 2, 3: 1}[layer]  # runs of two or more: [0..2], [0, 1] and [2, 3], [0..3]
+    a, b = (run(model, params)[1] for model in (ViT(spec), scanned))
+    np.testing.assert_allclose(a["features"], b["features"], atol=1e-5)
+    assert a["blocks"] == b["blocks"] == [{}] * 4
+
+
+def test_a_scalar_knob_reaches_every_layer(tiny):
+    _, params = tiny
+    model = ViT(TINY, reducers=tuple((i, KillLast()) for i in range(4)))
+    _, aux = run(model, params, knobs={"kill": jnp.float32(2)})
+    assert [float(block["decisions"]["kept"][0]) for block in aux["blocks"]] == [3, 3, 3, 3]
+
+
+def removed(tiny_spec):
+    return tiny_spec.edit(blocks={1: {"attn": False, "ffn": False}})
+
+
+@pytest.mark.parametrize(
+    "make,says",
+    [
+        (lambda p, x: ViT(TINY, attention="flash"), "attention must be one of auto, .*found 'flash'"),
+        (lambda p, x: ViT(removed(TINY), reducers=((1, KillLast()),)), "'reducer' at layer 1 would not act"),
+        (lambda p, x: ViT(removed(TINY), adapters=((1, "mlp", lambda x, k: x),)), "'mlp' at layer 1 would not act"),
+        (lambda p, x: ViT(TINY, adapters=((1, "skip", lambda x, k: x),)), "'skip' at layer 1 would not act"),
+        (lambda p, x: ViT(TINY, reducers=((1, KillLast()), (1, KillLast()))), "at most one 'reducer', found 2"),
+        (lambda p, x: ViT(TINY).apply(p, x, want=("scores",)), "want must be a tuple of .*found 'scores'"),
+        (lambda p, x: ViT(TINY).apply(p, x, drop_path=0.1), "drop_path=0.1 needs a random key"),
+        (lambda p, x: ViT(TINY).apply(p, x, knobs={"a": {"b": jnp.ones(3)}}), r"knob a/b must be .*\[4, ...\].*\[3\]"),
+        (lambda p, x: ViT(TINY).apply({**p, "ltmp": jnp.ones(4)}, x), r"params\['ltmp'\] must hold .* by name"),
+        (
+            lambda p, x: ViT(TINY).apply({**p, "a": {"t": jnp.ones(4)}, "b": {"t": jnp.ones(4)}}, x),
+            r"params\['b'\]\['t'\] must have a name of its own",
+        ),
+        (
+            lambda p, x: ViT(TINY.edit(blocks={2: {"reduce": "ltmp"}})).apply(p, x),
+            r"blocks\[2\].reduce='ltmp' needs a reducer",
+        ),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tiny, make, says):
+    with pytest.raises(InputError, match=says) as error:
+        make(tiny[1], images(TINY))
+    assert "\n" not in str(error.value)

@@ -55,8 +55,19 @@ def init(blocks: Sequence[Block], key: Array, tokens: Tokens) -> dict[str, Any]:
 
 
 def layer_knobs(knobs: Knobs, index: int) -> dict[str, Any]:
-    """Layer `index` of every knob: leaves carry the layers on their first axis."""
-    return jax.tree.map(lambda a: a[index], dict(knobs))
+    """Layer `index` of every knob: leaves carry the layers on their first axis; a scalar is every layer's."""
+    return jax.tree.map(lambda a: a[index] if jnp.ndim(a) else a, dict(knobs))
+
+
+def check_knobs(knobs: Knobs, depth: int) -> None:
+    """Raises InputError for a leaf that is neither a scalar nor `[depth, ...]`: indexing would clamp."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(knobs)):
+        if jnp.ndim(leaf) and jnp.shape(leaf)[0] != depth:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise InputError(
+                f"the knob {name} must be a scalar or have one entry per layer, [{depth}, ...], "
+                f"found {list(jnp.shape(leaf))}"
+            )
 
 
 def run(
@@ -66,6 +77,7 @@ def run(
     *,
     knobs: Knobs | None = None,
     want: tuple[str, ...] = (),
+    keep: int | None = None,
     remat: str = "none",
     scan: bool = False,
     drop_path: float = 0.0,
@@ -77,8 +89,9 @@ def run(
     Args:
       blocks: one module per layer.
       params: `{block_name: parameters}`; other names are ignored.
-      knobs: traced method parameters, leaves `[L, ...]`.
+      knobs: traced method parameters, leaves `[L, ...]` or scalars.
       want: attention outputs to return per block, and "tokens" for the `Tokens` that leave it.
+      keep: a layer whose aux holds "tokens" whatever `want` says; it ends a scan.
       remat, scan: see `check`. Scan applies to runs of at least two equal blocks without reducer, adapters and `want`.
       drop_path: stochastic depth rate of the last block; the rate grows linearly from 0. Needs `key`.
       key: random key for stochastic depth.
@@ -86,8 +99,14 @@ def run(
 
     Returns:
       The tokens that leave the last block, and one aux dict per block.
+
+    Raises:
+      InputError: stochastic depth without a key, or a knob that does not fit the layers.
     """
     knobs = knobs or {}
+    check_knobs(knobs, len(blocks))
+    if drop_path != 0.0 and key is None:
+        raise InputError(f"drop_path={drop_path} needs a random key, found None")
     rates = [drop_path * i / max(len(blocks) - 1, 1) for i in range(len(blocks))]
     keys = None if key is None or drop_path == 0.0 else jax.random.split(key, len(blocks))
 
@@ -104,7 +123,9 @@ def run(
         return one if remat == "none" else jax.checkpoint(one, policy=_policy(remat))
 
     auxes: list[dict[str, Any]] = []
-    for block, members in itertools.groupby(range(len(blocks)), key=lambda i: blocks[i]):
+    for (block, _), members in itertools.groupby(
+        range(len(blocks)), key=lambda i: (blocks[i], keep is not None and i > keep)
+    ):
         layers = list(members)
         plain = block.reducer is None and not block.adapters and not want
         arguments = [
@@ -120,6 +141,8 @@ def run(
             for p, k, rate, drop_key in arguments:
                 tokens, aux = one(p, tokens, k, rate, drop_key)
                 auxes.append(aux)
+        if layers[-1] == keep:
+            auxes[-1]["tokens"] = tokens
     return tokens, auxes
 
 

@@ -8,7 +8,7 @@ Letters: B batch, N tokens, D width, K classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,10 +30,13 @@ from vtjax.models.layers import (
     Reducer,
 )
 from vtjax.models.segments import call_module
+from vtjax.ops.attention import IMPLEMENTATIONS, STATISTICS
 from vtjax.ops.tokens import Tokens
-from vtjax.spec import ViTSpec
+from vtjax.spec import ViTSpec, is_backbone
 
 Params = dict[str, Any]
+
+WANTS = (*STATISTICS, "keys", "tokens")
 
 
 def _identity(x: Array) -> Array:
@@ -49,12 +52,13 @@ class ViT:
       dtype: compute dtype; parameters stay float32, norms and softmax are computed in float32.
       remat, scan: see `models.segments`.
       attention: implementation of `ops.attention`.
-      reducers: `(layer, reducer)` pairs.
-      adapters: `(layer, site, function)` triples.
+      reducers: `(layer, reducer)` pairs, at most one per layer.
+      adapters: `(layer, site, function)` triples, at most one per layer and site.
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
 
     Raises:
-      InputError: an unknown remat policy, or a reducer or adapter at a layer or site that does not exist.
+      InputError: an unknown remat policy or attention, or a reducer or adapter that would not act: a layer or site that
+        does not exist, that a removed block lacks, or that is taken.
     """
 
     spec: ViTSpec
@@ -68,12 +72,21 @@ class ViT:
 
     def __post_init__(self) -> None:
         segments.check(self.remat, self.scan)
-        for layer in (*(r[0] for r in self.reducers), *(a[0] for a in self.adapters)):
+        if self.attention not in IMPLEMENTATIONS:
+            raise InputError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, found {self.attention!r}")
+        slots = [*((layer, "reducer") for layer, _ in self.reducers), *((a[0], a[1]) for a in self.adapters)]
+        for layer, site in slots:
             if not 0 <= layer < self.spec.depth:
                 raise InputError(f"a reducer or adapter names layer {layer}, expected 0..{self.spec.depth - 1}")
-        for _, site, _ in self.adapters:
-            if site not in ADAPTER_SITES:
+            if site != "reducer" and site not in ADAPTER_SITES:
                 raise InputError(f"adapter site must be one of {', '.join(ADAPTER_SITES)}, found {site!r}")
+            if slots.count((layer, site)) > 1:
+                raise InputError(f"layer {layer} must have at most one {site!r}, found {slots.count((layer, site))}")
+            block = self.spec.blocks[layer]
+            acts = {"mlp": block.ffn, "mlp_in": block.ffn, "skip": not block.attn and not block.ffn, "out": True}
+            if not acts.get(site, block.attn):
+                state = f"attn={block.attn}, ffn={block.ffn}"
+                raise InputError(f"{site!r} at layer {layer} would not act: the block has {state}")
 
     def blocks(self) -> list[Block]:
         """One module per layer, reducers and adapters in place."""
@@ -131,8 +144,10 @@ class ViT:
           params: as from `init` or `vtjax.load` (jax or numpy arrays), and the parameters of methods beside them
             (`params["<method>"]`), which reach the blocks as knobs.
           images: float32, already normalised, of the spec's size.
-          knobs: traced arrays `[L, ...]` by name; they override method parameters of the same name.
-          want: per-block outputs to return in `aux["blocks"][l]`: "keys", "importance", "lse", "tokens".
+          knobs: traced arrays by name, `[L, ...]` or one scalar for all layers; they override method parameters of the
+            same name.
+          want: per-block outputs to return in `aux["blocks"][l]`: "tokens", and from blocks with attention "keys",
+            "importance", "lse".
           key, drop_path: stochastic depth in training.
 
         Returns:
@@ -143,9 +158,17 @@ class ViT:
             `logits_class`, `logits_distill`.
 
         Raises:
-          InputError: images of another shape than the spec's.
+          InputError: images of another shape than the spec's; an unknown name in `want`; a block whose `reduce` names
+            a reducer that the model was not given; knobs that do not fit the layers, or that two methods share.
         """
         spec = self.spec
+        unknown = [want] if isinstance(want, str) else [w for w in want if w not in WANTS]
+        if unknown:
+            raise InputError(f"want must be a tuple of {', '.join(WANTS)}, found {unknown[0]!r}")
+        given = dict(self.reducers)
+        for layer, block in enumerate(spec.blocks):
+            if block.reduce is not None and layer not in given:
+                raise InputError(f"blocks[{layer}].reduce={block.reduce!r} needs a reducer, found none there")
         expected = (*spec.image_size, spec.channels)
         if tuple(images.shape[1:]) != expected:
             raise InputError(f"images must be [B, {', '.join(map(str, expected))}], found {list(images.shape)}")
@@ -154,13 +177,27 @@ class ViT:
         if spec.norm_before:
             x = call_module(self._norm, params["norm_before"], x)
         feature_layer = None if spec.feature_layer is None else spec.feature_layer % spec.depth
-        tokens, blocks = self._run(params, Tokens(x), knobs, want, key, drop_path, feature_layer)
+        tokens, blocks = segments.run(
+            self.blocks(),
+            params,
+            Tokens(x),
+            knobs={**_method_knobs(params), **(knobs or {})},
+            want=want,
+            keep=feature_layer,
+            remat=self.remat,
+            scan=self.scan,
+            drop_path=drop_path,
+            key=key,
+            constrain=self.constrain,
+        )
         aux: dict[str, Any] = {"tokens": tokens, "blocks": blocks}
 
         x = tokens.x
         if spec.norm_after:
             x = call_module(self._norm, params["norm"], x)
-        aux["features"] = x if feature_layer is None else blocks[feature_layer].pop("features")
+        aux["features"] = x if feature_layer is None else blocks[feature_layer]["tokens"].x
+        if feature_layer is not None and "tokens" not in want:
+            del blocks[feature_layer]["tokens"]
         final = tokens.replace(x=x)
         if spec.pooling == "none":
             return self._unpooled(params, x, aux)
@@ -175,30 +212,6 @@ class ViT:
             aux["logits_distill"] = call_module(self._head, params["head_distill"], distill)
             y = (y + aux["logits_distill"]) / 2
         return y, aux
-
-    def _run(self, params, tokens, knobs, want, key, drop_path, feature_layer):
-        """All blocks; the tokens that leave `feature_layer` are kept as its aux "features"."""
-        methods = {k: v for name, tree in params.items() if not self._is_backbone(name) for k, v in tree.items()}
-        rest: dict[str, Any] = {
-            "knobs": {**methods, **(knobs or {})},
-            "remat": self.remat,
-            "scan": self.scan,
-            "drop_path": drop_path,
-            "key": key,
-            "constrain": self.constrain,
-        }
-        if feature_layer is None:
-            return segments.run(self.blocks(), params, tokens, want=want, **rest)
-        tokens, blocks = segments.run(self.blocks(), params, tokens, want=(*want, "tokens"), **rest)
-        blocks[feature_layer]["features"] = blocks[feature_layer]["tokens"].x
-        if "tokens" not in want:
-            blocks = [{k: v for k, v in aux.items() if k != "tokens"} for aux in blocks]
-        return tokens, blocks
-
-    @staticmethod
-    def _is_backbone(name: str) -> bool:
-        own = ("embed", "norm_before", "norm", "fc_norm", "pool", "head", "head_distill")
-        return name in own or name.startswith("block_")
 
     def _pooled(self, params: Params, tokens: Tokens) -> Float[Array, "B D"]:
         spec, x = self.spec, tokens.x
@@ -234,3 +247,17 @@ class ViT:
     @property
     def _head(self) -> Head:
         return Head(self.spec.classes, self.spec.head_bias, self.dtype)
+
+
+def _method_knobs(params: Params) -> dict[str, Any]:
+    """The parameters of all methods, by their names within the method."""
+    knobs: dict[str, Any] = {}
+    for method, tree in params.items():
+        if is_backbone(method):
+            continue
+        if not isinstance(tree, Mapping):
+            raise InputError(f"params[{method!r}] must hold a method's parameters by name, found {type(tree).__name__}")
+        for name in knobs.keys() & tree.keys():
+            raise InputError(f"params[{method!r}][{name!r}] must have a name of its own, found it twice")
+        knobs |= tree
+    return knobs

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import ViTSpec
+from vtjax.spec import ViTSpec, is_backbone
 from vtjax.weights.tables import TABLES, Row, Table
 
 Params = dict[str, Any]
@@ -23,8 +23,10 @@ Shape = tuple[int, ...]
 LISTED = 20
 """How many names of each kind of mistake an error message lists."""
 
-ROOTS = re.compile(r"(embed|norm_before|block_\d+|norm|fc_norm|pool|head|head_distill)/")
-"""Our own names; anything else in a parameter tree belongs to a method."""
+
+def is_own(name: str) -> bool:
+    """Whether a flat name is one of the backbone's in our naming; other names without "." belong to a method."""
+    return is_backbone(name.partition("/")[0])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -133,7 +133,7 @@ def _load_bare(
     tensors: Mapping[str, np.ndarray], spec: ViTSpec | None, where: str, candidates: list[str] | None = None
 ) -> tuple[ViTSpec, Params]:
     """Arrays with foreign names, or with ours but without our metadata."""
-    if candidates is None and any(names.ROOTS.match(n) for n in tensors):
+    if candidates is None and any(names.is_own(n) for n in tensors):
         if spec is None:
             raise InputError(f"{where} holds vtjax names without a spec; give its spec.json")
         return _own(spec, tensors, where)
@@ -148,7 +148,7 @@ def _load_bare(
 
 def _own(spec: ViTSpec, tensors: Mapping[str, np.ndarray], where: str) -> tuple[ViTSpec, Params]:
     """Our names; what is not the backbone's belongs to a method and is taken as it is."""
-    found = {n: s for n, s in names.shapes_of(tensors).items() if names.ROOTS.match(n)}
+    found = {n: s for n, s in names.shapes_of(tensors).items() if names.is_own(n)}
     names.check(names.shapes(spec), found, f"the weights of {where}")
     ordered = [*names.shapes(spec), *(n for n in tensors if n not in found)]
     return spec, names.unflatten({n: np.array(tensors[n], order="C") for n in ordered})
@@ -156,7 +156,7 @@ def _own(spec: ViTSpec, tensors: Mapping[str, np.ndarray], where: str) -> tuple[
 
 def _own_arrays(spec: ViTSpec, params: Params) -> dict[str, np.ndarray]:
     flat = {n: np.asarray(a) for n, a in names.flatten(params)}
-    names.check(names.shapes(spec), {n: a.shape for n, a in flat.items() if names.ROOTS.match(n)}, "the parameters")
+    names.check(names.shapes(spec), {n: a.shape for n, a in flat.items() if names.is_own(n)}, "the parameters")
     # jax's bfloat16 is of no numpy kind, so everything that is neither whole nor boolean is widened.
     return {n: np.ascontiguousarray(a if a.dtype.kind in "iub" else a.astype(np.float32)) for n, a in flat.items()}
 
