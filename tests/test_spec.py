@@ -76,6 +76,19 @@ def test_edit_by_function_touches_what_it_returns():
         ({"distill_token": True, "class_token": False, "pos_prefix": 0, "pooling": "mean"}, "distill_token needs"),
         ({"feature_layer": 3}, r"feature_layer must be in \[-3, 3\)"),
         ({"registers": -1}, "must be 0 or more"),
+        ({"eps": -1.0}, "eps must be 0 or more"),
+        ({"eps": float("nan")}, "eps must be 0 or more"),
+        ({"layer_scale": float("inf")}, "layer_scale must be finite"),
+        ({"blocks": {"0": {"mlp": 1}}}, r"blocks\['0'\] does not exist"),
+        ({"blocks": {0: 5}}, r"blocks\[0\] must be edited by a mapping of fields, found 5"),
+        ({"blocks": {1: {"adapter": 4}}}, r"blocks\[1\].adapter=4 stands in for a removed block"),
+        ({"blocks": {1: {"adapter": 4, "attn": False}}}, "found attn=False, ffn=True"),
+        ({"distill_token": True, "pooling": "none"}, "distill_token has a head for a pooled vector"),
+        ({"pooling": "attention", "pool_mlp": 4, "pool_heads": 5}, "pool_heads must divide width=48, found 5"),
+        ({"pooling": "attention", "pool_mlp": 4, "pool_heads": -3}, "pool_heads must divide"),
+        ({"preprocess": {"crop": 0.0}}, r"Preprocess.crop must be in \(0, 1\], found 0.0"),
+        ({"preprocess": {"std": (0.5, 0.0, 0.5)}}, "Preprocess.std must be positive"),
+        ({"preprocess": {"squash": 1}}, "preprocess.squash must be bool, found 1"),
     ],
 )
 def test_bad_edits_are_named_in_one_line(changes, says):
@@ -92,6 +105,7 @@ def test_bad_edits_are_named_in_one_line(changes, says):
         ("{}", "format must be 1, found None"),
         ('{"format": 2}', "format must be 1, found 2"),
         ('{"format": 1, "kind": "CNN"}', "kind must be one of ViTSpec"),
+        ('{"format": 1, "kind": []}', r"kind must be one of ViTSpec, found \[\]"),
         ('{"format": 1, "kind": "ViTSpec"}', "lacks the field 'image_size'"),
         ('{"format": 1, "kind": "ViTSpec", "depth": 3}', "has no field 'depth'"),
     ],
@@ -99,6 +113,14 @@ def test_bad_edits_are_named_in_one_line(changes, says):
 def test_bad_json_is_named_in_one_line(text, says):
     with pytest.raises(InputError, match=says):
         spec_lib.from_json(text)
+
+
+def test_editing_blocks_leaves_the_pooling_alone():
+    spec = BASE.edit(pooling="attention", pool_mlp=96)
+    assert spec.pool_heads == 3
+    pruned = spec.edit(blocks={0: {"heads": 1}})
+    assert pruned.pool_heads == 3 and "pool_heads" not in spec.diff(pruned)
+    assert spec_lib.from_json(pruned.to_json()) == pruned
 
 
 def test_heads_must_divide_the_width():

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -45,7 +46,7 @@ class BlockSpec:
       mlp: hidden width of the MLP (of the product, for SwiGLU).
       attn: False removes the attention (and its norm).
       ffn: False removes the MLP (and its norm).
-      adapter: hidden width of the adapter that stands in for a removed block; 0 = none.
+      adapter: hidden width of the adapter that stands in for a removed block (attn=False, ffn=False); 0 = none.
       reduce: name of the token reducer between attention and MLP; None = none.
     """
 
@@ -88,6 +89,12 @@ class Preprocess:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     squash: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise InputError(f"Preprocess.crop must be in (0, 1], found {self.crop}")
+        if not all(0 < s < math.inf for s in self.std):
+            raise InputError(f"Preprocess.std must be positive, found {self.std}")
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTSpec:
@@ -115,6 +122,8 @@ class ViTSpec:
       fc_norm: norm on the pooled vector.
       pooling: "class", "mean" (patch tokens only), "attention" (learned probe, SigLIP) or "none".
       pool_mlp: hidden width of the attention pooling's MLP.
+      pool_heads: heads of the attention pooling; 0 = those of the first block when the spec is first made, so that a
+        later edit of the blocks leaves the pooling alone.
       qkv_bias, key_bias: biases of the projections; EVA has query and value biases but no key bias.
       qk_norm: "none", "head" (per head) or "full" (over all heads, InternViT).
       out_bias: the attention's output projection has a bias.
@@ -149,6 +158,7 @@ class ViTSpec:
     fc_norm: bool = False
     pooling: str = "class"
     pool_mlp: int = 0
+    pool_heads: int = 0
     qkv_bias: bool = True
     key_bias: bool = True
     qk_norm: str = "none"
@@ -178,7 +188,7 @@ class ViTSpec:
         """A spec with `depth` equal blocks; `mlp` defaults to 4 x width, a single `image_size` to a square."""
         if heads <= 0 or width % heads:
             raise InputError(f"width must be a multiple of heads, found width={width}, heads={heads}")
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         block = BlockSpec(heads=heads, head_dim=width // heads, mlp=4 * width if mlp is None else mlp)
         return cls(image_size=size, patch=patch, width=width, blocks=(block,) * depth, **rest)
 
@@ -210,6 +220,11 @@ class ViTSpec:
                 raise InputError(f"ViTSpec.blocks[{i}].mlp must be positive (or set ffn=False), found {block.mlp}")
             if block.adapter < 0:
                 raise InputError(f"ViTSpec.blocks[{i}].adapter must be 0 or more, found {block.adapter}")
+            if block.adapter and (block.attn or block.ffn):
+                raise InputError(
+                    f"ViTSpec.blocks[{i}].adapter={block.adapter} stands in for a removed block, "
+                    f"found attn={block.attn}, ffn={block.ffn}"
+                )
             if block.reduce is not None and not block.attn:
                 raise InputError(
                     f"ViTSpec.blocks[{i}].reduce={block.reduce!r} needs the block's attention, which was removed"
@@ -228,12 +243,26 @@ class ViTSpec:
             raise InputError("ViTSpec.pooling='class' needs class_token=True, found False")
         if self.distill_token and not self.class_token:
             raise InputError("ViTSpec.distill_token needs class_token=True, found False")
-        if self.pooling == "attention" and self.pool_mlp <= 0:
-            raise InputError(f"ViTSpec.pooling='attention' needs pool_mlp > 0, found {self.pool_mlp}")
+        if self.distill_token and self.classes and self.pooling == "none":
+            raise InputError("ViTSpec.distill_token has a head for a pooled vector, found pooling='none'")
+        if not 0 <= self.eps < math.inf:
+            raise InputError(f"ViTSpec.eps must be 0 or more, found {self.eps}")
+        if self.layer_scale is not None and not math.isfinite(self.layer_scale):
+            raise InputError(f"ViTSpec.layer_scale must be finite, found {self.layer_scale}")
+        if self.pooling == "attention":
+            self._check_attention_pool()
         if self.feature_layer is not None and not -self.depth <= self.feature_layer < self.depth:
             raise InputError(
                 f"ViTSpec.feature_layer must be in [-{self.depth}, {self.depth}), found {self.feature_layer}"
             )
+
+    def _check_attention_pool(self) -> None:
+        if self.pool_mlp <= 0:
+            raise InputError(f"ViTSpec.pooling='attention' needs pool_mlp > 0, found {self.pool_mlp}")
+        if self.pool_heads == 0:
+            object.__setattr__(self, "pool_heads", self.blocks[0].heads)
+        if self.pool_heads <= 0 or self.width % self.pool_heads:
+            raise InputError(f"ViTSpec.pool_heads must divide width={self.width}, found {self.pool_heads}")
 
     @property
     def depth(self) -> int:
@@ -300,7 +329,7 @@ def from_dict(data: Any) -> Spec:
     if fields.pop("format", None) != FORMAT:
         raise InputError(f"spec format must be {FORMAT}, found {data.get('format')!r}")
     kind = fields.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"spec kind must be one of {', '.join(KINDS)}, found {kind!r}")
     return _build(KINDS[kind], fields, kind)
 
@@ -352,8 +381,10 @@ def _edit(spec: Any, changes: dict[str, Any]) -> Any:
     if isinstance(blocks, Mapping):
         edited = list(spec.blocks)
         for index, fields in blocks.items():
-            if not -len(edited) <= index < len(edited):
-                raise InputError(f"blocks[{index}] does not exist, expected an index below {len(edited)}")
+            if not isinstance(index, int) or not -len(edited) <= index < len(edited):
+                raise InputError(f"blocks[{index!r}] does not exist, expected an index below {len(edited)}")
+            if not isinstance(fields, Mapping):
+                raise InputError(f"blocks[{index}] must be edited by a mapping of fields, found {fields!r}")
             _known(type(edited[index]), fields, f"blocks[{index}]")
             edited[index] = dataclasses.replace(edited[index], **fields)
         changes = {**changes, "blocks": tuple(edited)}

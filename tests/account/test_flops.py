@@ -37,7 +37,7 @@ FAMILIES = {
     "mean_fc_norm": {"pooling": "mean", "fc_norm": True, "norm_after": False, "class_token": False, "pos_prefix": 0},
     "swiglu_pool": {"pooling": "attention", "pool_mlp": 12, "activation": "swiglu", "norm": "rmsnorm"},
     "dense_tokens": {"pooling": "none"},
-    "dense_tokens_distilled": {"pooling": "none", "distill_token": True, "pos_prefix": 1},
+    "mean_distilled": {"pooling": "mean", "distill_token": True, "pos_prefix": 1},
     "no_pooling_no_head": {"pooling": "none", "classes": 0, "pos": "sincos2d"},
     "one_channel": {"channels": 1, "pos": "sincos2d", "feature_layer": -2},
 }
@@ -47,7 +47,7 @@ BLOCKS = {
     "wide_heads": {0: {"heads": 4, "head_dim": 13}},
     "own_mlp": {0: {"mlp": 11}, 2: {"mlp": 97}},
     "no_attention": {1: {"attn": False}},
-    "no_mlp": {2: {"ffn": False, "adapter": 9}},
+    "no_mlp": {2: {"ffn": False}},
     "removed": {1: {"attn": False, "ffn": False}},
     "adapter": {1: {"attn": False, "ffn": False, "adapter": 9}},
 }

@@ -64,8 +64,8 @@ def layers(spec: ViTSpec, tokens: Sequence[int] | None = None) -> list[Row]:
         read = n[-1] if spec.pooling == "none" else 1
         head = Row("head", "head", _linear(d, spec.classes, spec.head_bias), read * d * spec.classes)
         rows.append(head)
-        if spec.distill_token:  # without pooling there is no distillation token to read
-            rows.append(head._replace(name="head_distill", macs=0 if spec.pooling == "none" else head.macs))
+        if spec.distill_token:
+            rows.append(head._replace(name="head_distill"))
     return rows
 
 

@@ -304,7 +304,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens) -> Float[Array, "B D"]:
         spec, x = self.spec, tokens.x
-        heads, d = spec.blocks[-1].heads, spec.width
+        heads, d = spec.pool_heads, spec.width
         probe = self.param("probe", nn.initializers.normal(0.02), (d,)).astype(x.dtype)
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, d))
         q = Dense(d, True, self.dtype, name="query")(probe)
