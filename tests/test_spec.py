@@ -123,6 +123,12 @@ def test_editing_blocks_leaves_the_pooling_alone():
     assert spec_lib.from_json(pruned.to_json()) == pruned
 
 
+def test_uniform_checks_types_as_edit_does():
+    assert ViTSpec.uniform(depth=1, width=8, heads=2, image_size=(16, 32)).image_size == (16, 32)
+    with pytest.raises(InputError, match="no field 'witdh'.*did you mean 'width'"):
+        ViTSpec.uniform(depth=1, width=8, heads=2, image_size=16, witdh=3)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(InputError, match="multiple of heads"):
         ViTSpec.uniform(depth=1, width=10, heads=3)

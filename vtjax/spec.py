@@ -189,8 +189,10 @@ class ViTSpec:
         if heads <= 0 or width % heads:
             raise InputError(f"width must be a multiple of heads, found width={width}, heads={heads}")
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        block = BlockSpec(heads=heads, head_dim=width // heads, mlp=4 * width if mlp is None else mlp)
-        return cls(image_size=size, patch=patch, width=width, blocks=(block,) * depth, **rest)
+        block = {"heads": heads, "head_dim": width // heads, "mlp": 4 * width if mlp is None else mlp}
+        # By way of the JSON form, which checks the types: the values may come from a config.
+        fields = {"image_size": size, "patch": patch, "width": width, "blocks": [block] * depth, **rest}
+        return _build(cls, _plain(fields), cls.__name__)
 
     def __post_init__(self) -> None:
         _choice(self, "pos", POSITIONS)

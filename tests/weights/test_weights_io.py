@@ -303,3 +303,50 @@ def test_bare_files_need_a_spec(folder, tmp_path):
     save_file({"conv1.weight": np.zeros((1, 1), np.float32)}, tmp_path / "resnet.safetensors")
     with pytest.raises(InputError, match="neither vtjax's, timm's nor Hugging Face's.*conv1.weight"):
         weights.load(tmp_path / "resnet.safetensors", spec)
+
+
+def test_parameters_of_a_method_come_back_as_they_were(folder, tmp_path):
+    spec, params = weights.load(folder)
+    method = {"threshold": np.ones(2, np.float32), "router": {"kept": np.array([True, False]), "n": np.arange(2)}}
+    _, read = weights.load(weights.save(tmp_path / "m.safetensors", spec, {**params, "ltmp": method}))
+    assert read.keys() == {*params, "ltmp"}
+    found = dict(names.flatten(read["ltmp"]))
+    for name, array in names.flatten(method):
+        assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name
+    for layout in ("timm", "hf"):
+        with pytest.raises(InputError, match="3 extra: ltmp/router/kept, ltmp/router/n, ltmp/threshold"):
+            weights.save(tmp_path / layout, spec, {**params, "ltmp": method}, layout)
+    for leaf in (None, [np.ones(2)], 1.0):
+        with pytest.raises(InputError, match="must be arrays in nested dicts, found .* at ltmp/a"):
+            weights.save(tmp_path / "x.safetensors", spec, {**params, "ltmp": {"a": leaf}})
+
+
+def test_whole_numbers_are_no_weights_in_our_format_either(folder, tmp_path):
+    spec, params = weights.load(folder)
+    flat = {**dict(names.flatten(params)), "head/bias": np.zeros(5, np.int32)}
+    save_file(flat, tmp_path / "m.safetensors", metadata={"format": "vtjax", "spec": spec.to_json()})
+    with pytest.raises(InputError, match="head/bias must hold floating-point numbers, found int32"):
+        weights.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name, change, says",
+    [
+        ("hf_vit", {"patch_size": 0}, "malformed"),
+        ("hf_vit", {"num_channels": 3.5}, "ViTSpec.channels must be int, found 3.5"),
+        ("hf_vit", {"hidden_size": True, "num_attention_heads": 1}, "ViTSpec.width must be int, found True"),
+    ],
+)
+def test_configs_with_values_of_other_types(tmp_path, name, change, says):
+    oracle = oracles.read(name)
+    oracle.config.update(change)
+    with pytest.raises(InputError, match=says) as error:
+        weights.load(oracle.write(tmp_path / "m"))
+    assert str(tmp_path / "m") in one_line(error)
+
+
+def test_nulls_in_a_timm_config_are_defaults(tmp_path):
+    oracle = oracles.read("timm_vit")
+    expected = weights.load(oracle.write(tmp_path / "a"))[0]
+    oracle.config["pretrained_cfg"] = {"crop_pct": None, "crop_mode": None, "mean": None, "std": None}
+    assert weights.load(oracle.write(tmp_path / "b"))[0].preprocess.mean == expected.preprocess.mean

@@ -21,7 +21,8 @@ from vtjax.errors import InputError
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"} | {
     f"{sign}{bits}": f"<{sign.lower()}{bits // 8}" for sign in "IU" for bits in (8, 16, 32, 64)
 }
-_BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {k: int(v[2:]) for k, v in _DTYPES.items()}
+_DTYPES["BOOL"] = "|b1"
+_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1} | {k: int(v[2:]) for k, v in _DTYPES.items()}
 
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _CONVERT = "a pickle can run any code when it is opened: convert it to safetensors where it came from"
@@ -30,7 +31,7 @@ _CONVERT = "a pickle can run any code when it is opened: convert it to safetenso
 class File(Mapping[str, np.ndarray]):
     """One safetensors file as a mapping from names to arrays, read on access.
 
-    float16, bfloat16 and float64 come as float32; integers keep their type.
+    float16, bfloat16 and float64 come as float32; integers and booleans keep their type.
 
     Attributes:
       shapes: shape of every array, without reading it.

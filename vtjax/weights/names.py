@@ -198,8 +198,7 @@ def to_ours(spec: ViTSpec, tensors: Mapping[str, np.ndarray], table: Table, pref
     flat: dict[str, np.ndarray] = {}
     for row in wanted:
         array = tensors[row.foreign]
-        if array.dtype.kind != "f":
-            raise InputError(f"{where}: {row.foreign} must hold floating-point numbers, found {array.dtype}")
+        check_floating(row.foreign, array, where)
         start = 0
         for name in row.ours:
             size = _outward_shape(ours[name], row.kind, spec)[0]
@@ -270,6 +269,12 @@ def check(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str)
     faults = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds if names]
     if faults:
         raise InputError(f"{where} do not fit the spec; {'; '.join(faults)}")
+
+
+def check_floating(name: str, array: np.ndarray, where: str) -> None:
+    """Raises InputError where a weight does not hold floating-point numbers."""
+    if array.dtype.kind != "f":
+        raise InputError(f"{where}: {name} must hold floating-point numbers, found {array.dtype}")
 
 
 def listed(names: list[str], limit: int = LISTED) -> str:

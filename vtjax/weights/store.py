@@ -124,7 +124,7 @@ def _load_foreign(folder: Path, tensors: Mapping[str, np.ndarray]) -> tuple[ViTS
     except InputError as error:
         text = str(error)
         raise InputError(text if text.startswith(where) else f"{where}/config.json: {text}") from None
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{where}/config.json is malformed ({type(error).__name__}: {error})") from None
     return _load_bare(tensors, spec, where, candidates)
 
@@ -151,11 +151,18 @@ def _own(spec: ViTSpec, tensors: Mapping[str, np.ndarray], where: str) -> tuple[
     found = {n: s for n, s in names.shapes_of(tensors).items() if names.is_own(n)}
     names.check(names.shapes(spec), found, f"the weights of {where}")
     ordered = [*names.shapes(spec), *(n for n in tensors if n not in found)]
-    return spec, names.unflatten({n: np.array(tensors[n], order="C") for n in ordered})
+    flat = {n: np.array(tensors[n], order="C") for n in ordered}
+    for name in found:
+        names.check_floating(name, flat[name], where)
+    return spec, names.unflatten(flat)
 
 
 def _own_arrays(spec: ViTSpec, params: Params) -> dict[str, np.ndarray]:
-    flat = {n: np.asarray(a) for n, a in names.flatten(params)}
+    flat = dict(names.flatten(params))
+    for name, leaf in flat.items():
+        if not hasattr(leaf, "dtype"):
+            raise InputError(f"the parameters must be arrays in nested dicts, found {type(leaf).__name__} at {name}")
+    flat = {n: np.asarray(a) for n, a in flat.items()}
     names.check(names.shapes(spec), {n: a.shape for n, a in flat.items() if names.is_own(n)}, "the parameters")
     # jax's bfloat16 is of no numpy kind, so everything that is neither whole nor boolean is widened.
     return {n: np.ascontiguousarray(a if a.dtype.kind in "iub" else a.astype(np.float32)) for n, a in flat.items()}

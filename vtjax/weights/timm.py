@@ -275,7 +275,8 @@ def _choice(value: Any, choices: Mapping[Any, Any], where: str) -> Any:
 
 
 def _preprocess(cfg: Mapping[str, Any], usual: Preprocess, where: str) -> Preprocess:
-    mode = cfg.get("crop_mode") or "center"
+    cfg = {k: v for k, v in cfg.items() if v is not None}
+    mode = cfg.get("crop_mode", "center")
     if mode not in ("center", "squash"):
         _LOG.warning("%s: crop_mode=%r is evaluated with a centre crop", where, mode)
     if any("quickgelu" in str(note).lower() for note in cfg.get("notes") or ()) and "quickgelu" not in where:
