@@ -119,6 +119,18 @@ def test_bfloat16_keeps_float32_statistics(qkv):
     np.testing.assert_allclose(aux["importance"].sum(-1), 1.0, atol=1e-5)
 
 
+def test_auto_asks_cudnn_only_for_what_it_can():
+    """cuDNN refuses other shapes while tracing, which must not be the end of a model that asked for "auto"."""
+
+    def takes(tokens, width, dtype=jnp.bfloat16, size=None):
+        x = jnp.zeros((1, tokens, 2, width), dtype)
+        return op._cudnn_takes(x, x, size)
+
+    assert takes(197, 64) and takes(196, 72, jnp.float16, jnp.ones((1, 196)))
+    assert not takes(197, 64, size=jnp.ones((1, 197)))  # a bias beside an odd number of tokens
+    assert not takes(196, 60) and not takes(196, 136) and not takes(196, 64, jnp.float32)
+
+
 @pytest.mark.parametrize("bad", [{"implementation": "flash"}, {"want": ("scores",)}])
 def test_unknown_choices_are_named(qkv, bad):
     with pytest.raises(ValueError, match="flash|scores"):

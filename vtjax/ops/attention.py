@@ -46,7 +46,7 @@ def attention(
       scale: multiplies q k; None = D ** -0.5.
       implementation: "xla" is the reference; "cudnn" (GPU, half precision) and "splash" (TPU) insist on that kernel;
         "auto" lets the platform decide at lowering, and takes the reference where `alive` is given, because the
-        kernels hold `alive` constant (no gradient).
+        kernels hold `alive` constant (no gradient), and where cuDNN has no kernel for the shapes.
       want: any of "importance", "lse". With a kernel, which hides the scores, they come from a second blockwise pass.
 
     Returns:
@@ -71,7 +71,7 @@ def attention(
         return kernels[implementation](q, k, v, size, alive)
     fast = {}
     # cuDNN is looked for while tracing, so a machine without it must not trace that branch.
-    if q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
+    if jax.default_backend() == "gpu" and _cudnn_takes(q, k, size):
         fast["cuda"] = kernels["cudnn"]
     if k.shape[1] >= _SPLASH_FROM:
         fast["tpu"] = kernels["splash"]
@@ -180,6 +180,14 @@ def _zero_empty_rows(y, alive):
     if alive is None:
         return y
     return jnp.where((alive > 0.5).any(-1)[:, None, None, None], y, 0)
+
+
+def _cudnn_takes(q, k, size):
+    """Whether cuDNN has a kernel, forwards and backwards, on every GPU it supports: half precision, a head width in
+    eights up to 128, and beside a bias (ln size) even numbers of tokens."""
+    half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    return half and width % 8 == 0 and width <= 128 and (size is None or even)
 
 
 def _cudnn(q, k, v, size, alive, scale):
