@@ -332,7 +332,7 @@ def _run(call: Any, path: str) -> Any:
         raise
     except SyntaxError as error:
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that calls sys.exit must not end us without a word
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if Path(f.filename).resolve() == Path(path).resolve()]
         where = f"{path}, line {lines[-1]}" if lines else path
