@@ -173,7 +173,7 @@ def test_loading_never_reads_argv(tmp_path, monkeypatch):
         ("def get_config(arg):\n  return ConfigDict({'b': {'a': object()}})\n", "config leaf b.a in "),
         ("def get_config(arg):\n  return ConfigDict({'a': [1, [2]]})\n", "config leaf a in "),
         ("def get_config(arg):\n  return common.optim(lrr=1.0)\n", "my.py, line 4: KeyError: "),
-        ("def get_config():\n    raise SystemExit(4)\n", "line 2: SystemExit: 4"),
+        ("def get_config(arg):\n  raise SystemExit(4)\n", "my.py, line 4: SystemExit: 4"),
     ],
 )
 def test_a_broken_config_file_is_one_line_with_its_place(tmp_path, body, message):
