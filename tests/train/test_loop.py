@@ -223,6 +223,13 @@ def test_a_step_that_is_not_finite_stops_the_run_one_step_later(tmp_path: Path, 
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, poison + 1))
 
 
+def test_an_update_that_alone_is_not_finite_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        NonFiniteError, match=r"step 1 has loss \d.*, but the optimiser's update is not; the update was"
+    ):
+        run(toy.config(optim__lr=1e38, optim__weight_decay=1e38), tmp_path)
+
+
 def test_after_step_changes_the_state_and_draws_validation_batches(tmp_path: Path) -> None:
     config = toy.config(steps=6)
     drawn = []

@@ -233,9 +233,12 @@ class _Run:
         if not bool(metrics["finite"]):
             self.checkpoints.wait()
             good = self.checkpoints.path(self.checkpoints.latest) if self.checkpoints.latest >= 0 else "none"
+            values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+            update = ", but the optimiser's update is not" if np.isfinite(list(values.values())).all() else ""
             raise NonFiniteError(
-                f"step {step} has loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])}, "
-                f"expected finite ones; the update was masked, nothing trained on it; last good checkpoint: {good}"
+                f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}, "
+                f"expected finite ones{update}; the update was masked, nothing trained on it; "
+                f"last good checkpoint: {good}"
             )
         if step % self.config.log_every == 0 or step == self.config.steps:
             values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
