@@ -60,6 +60,23 @@ def test_reference_and_second_pass_equal_the_loops(qkv, masked, square):
         np.testing.assert_allclose(importance, want[2], atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype,atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.06)])
+def test_the_dense_path_has_the_value_and_gradients_of_the_general_one(qkv, dtype, atol):
+    q, k, v = (a.astype(dtype) for a in qkv)
+    target = jax.random.normal(jax.random.key(9), (B, N, H, D))
+
+    def value(size, q, k, v):
+        y, _ = op.attention(q, k, v, size=size)
+        assert y.dtype == dtype
+        return (y.astype(jnp.float32) * target).sum(), y
+
+    dense = jax.grad(value, (1, 2, 3), has_aux=True)(None, q, k, v)
+    general = jax.grad(value, (1, 2, 3), has_aux=True)(jnp.ones((B, M)), q, k, v)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=atol), dense, general
+    )
+
+
 def test_a_token_of_size_k_equals_k_tokens(qkv):
     q, k, v = qkv
     repeats = np.array([1, 3, 1, 1, 2, 1, 1, 4, 1])

@@ -7,10 +7,11 @@ import pytest
 from vtjax.ops import linear
 
 
+@pytest.mark.parametrize("out", [2, 5])
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
-def test_matmul_and_its_gradients_are_those_of_the_plain_product(shape):
+def test_matmul_and_its_gradients_are_those_of_the_plain_product(shape, out):
     x = jax.random.normal(jax.random.key(0), shape)
-    kernel = jax.random.normal(jax.random.key(1), (4, 5))
+    kernel = jax.random.normal(jax.random.key(1), (4, out))
 
     def value(product, x, kernel):
         return jnp.sin(product(x, kernel)).sum()
@@ -22,7 +23,10 @@ def test_matmul_and_its_gradients_are_those_of_the_plain_product(shape):
         ours = jax.grad(function, (1, 2))(linear.matmul, x, kernel)
         plain = jax.grad(function, (1, 2))(jnp.matmul, x, kernel)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, plain)
-    batched = jax.vmap(linear.matmul, (None, 0))(x, jnp.stack([kernel, 2 * kernel]))
+    stacked = jnp.stack([kernel, 2 * kernel])
+    grads = jax.vmap(jax.grad(value, 2), (None, None, 0))(linear.matmul, x, stacked)
+    np.testing.assert_allclose(grads[0], jax.grad(value, 2)(jnp.matmul, x, kernel), atol=1e-5)
+    batched = jax.vmap(linear.matmul, (None, 0))(x, stacked)
     np.testing.assert_allclose(batched[1], 2 * linear.matmul(x, kernel), atol=1e-5)
 
 
