@@ -20,10 +20,40 @@ README = HERE / "README.md"
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
     found = {}
-    file = results / "beside_torch.jsonl"
-    if file.exists():
-        found["beside_torch"] = beside_torch(tables.read_jsonl(file))
+    for name, make in (("beside_torch", beside_torch), ("figures", figures)):
+        if (results / f"{name}.jsonl").exists():
+            found[name] = make(tables.read_jsonl(results / f"{name}.jsonl"))
     return found
+
+
+def figures(records: list[dict[str, Any]]) -> str:
+    """The latest record of every figure, beside its aim."""
+    latest = {r["figure"]: r for r in records}
+    rows = []
+    if r := latest.get("logits"):
+        seen = f"{r['max_abs_diff']:.1e} on {r['images']} photographs (timm {r['timm_version']})"
+        rows.append(("largest logit difference to timm, ViT-Ti/16, float32", "below 1e-4", seen, r))
+    if r := latest.get("resume"):
+        kills = f"{r['kills']['step']} kills at a step, {r['kills']['save']} during a save"
+        seen = f"{r['equal']} of {r['runs']} runs ({kills})"
+        rows.append(("resumed runs whose `params_sha256` equals the undisturbed run's", "all", seen, r))
+    if r := latest.get("clone"):
+        for target, aim in (("demo", "300 s"), ("test", "600 s")):
+            failed = "" if r[f"make_{target}_exit"] == 0 else f", exit code {r[f'make_{target}_exit']}"
+            rows.append(
+                (f"`make {target}` in an empty clone", f"below {aim}", f"{r[f'make_{target}_s']:.0f} s{failed}", r)
+            )
+    cells = [
+        (
+            what,
+            aim,
+            seen,
+            f"`python -m experiments.vit.{r['command'].replace('.py', '')}`",
+            f"{r['date'][:10]}, {r['commit']}",
+        )
+        for what, aim, seen, r in rows
+    ]
+    return tables.markdown(("what", "aim", "seen", "command", "when, commit"), cells)
 
 
 def beside_torch(records: list[dict[str, Any]]) -> str:
