@@ -86,6 +86,7 @@ def data(**leaves: Any) -> ConfigDict:
             "flip": False,
             "jitter": 0.0,
             "hue": 0.0,
+            "repeats": 1,  # copies of an image in a batch, each augmented differently
             "randaugment": (0, 0),
             "mixup": 0.0,
             "cutmix": 0.0,

@@ -8,7 +8,9 @@ or a named weight), whose class count and image size may be changed. Letters: B 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,8 +24,9 @@ from vtjax.errors import InputError
 from vtjax.models.vit import ViT
 from vtjax.ops import attention, losses
 from vtjax.parallel import rules
-from vtjax.spec import Preprocess, ViTSpec
-from vtjax.train import optim
+from vtjax.spec import Lineage, Preprocess, ViTSpec
+from vtjax.train import checkpoint, optim
+from vtjax.train.state import params_sha256
 from vtjax.train.task import Task
 
 HEADS = ("head", "head_distill")
@@ -95,29 +98,48 @@ def build(config: ConfigDict) -> Task:
             "macs_per_image": sum(row.macs for row in rows),
             "params": sum(row.params for row in rows),
             "init_from": config.init_from,
+            **({"init_from_sha256": parent} if (parent := parent_of(spec)) and config.init_from else {}),
         },
     )
 
 
 def source(config: ConfigDict) -> tuple[ViTSpec, Any, tuple[str, ...]]:
-    """The spec; its parameters where they are loaded, else None; and the parts of those that are to be initialised."""
+    """The spec; its parameters where they are loaded, else None; and the parts of those that are to be initialised.
+
+    A run that goes on in `config.workdir` has both in its checkpoint, so nothing else is read.
+    """
     if not config.init_from:
         return described(config.model), None, ()
+    size, classes = tuple(config.model.image_size), config.model.classes
+    if (begun := checkpoint.begun(config.workdir)) is not None:
+        return begun.edit(image_size=size, classes=classes), None, ()
     loaded = vtjax.load(config.init_from)
     spec, params = loaded.spec, loaded.params
     if not isinstance(spec, ViTSpec):
         raise InputError(f"config.init_from={config.init_from!r} must hold a ViTSpec, found {type(spec).__name__}")
-    size = tuple(config.model.image_size)
+    parent = params_sha256(params)
+    edits: dict[str, Any] = {}
     if size != spec.image_size:
         print(f"image size {spec.image_size} -> {size}: position embeddings are resampled", file=sys.stderr)
+        edits["image_size"] = [spec.image_size, size]
         spec, params = weights.resize(spec, params, image_size=size)
     fresh: tuple[str, ...] = ()
-    if config.model.classes != spec.classes:
-        was, spec = spec.classes, spec.edit(classes=config.model.classes)
+    if classes != spec.classes:
+        edits["classes"] = [spec.classes, classes]
+        was, spec = spec.classes, spec.edit(classes=classes)
         fresh = tuple(name for name in HEADS if name == "head" or spec.distill_token)
         params = {name: tree for name, tree in params.items() if name not in HEADS}
         print(f"classes {was} -> {spec.classes}: initialised, not loaded: {', '.join(fresh)}", file=sys.stderr)
-    return spec, params, fresh
+    # The folder above is of one machine only.
+    name = Path(config.init_from).name if Path(config.init_from).is_absolute() else config.init_from
+    arguments = json.dumps({"source": name, **edits})
+    step = Lineage(parent, "init_from", arguments, seed=config.seed if fresh else None)
+    return spec.edit(lineage=(*spec.lineage, step)), params, fresh
+
+
+def parent_of(spec: ViTSpec) -> str:
+    """SHA-256 of the parameters that the model was begun from; "" where the spec does not tell."""
+    return next((step.parent for step in reversed(spec.lineage) if step.operation == "init_from"), "")
 
 
 def described(model: ConfigDict) -> ViTSpec:

@@ -58,7 +58,39 @@ RUN = {
     "ema of one": ([TINY, "--config.ema=1"], ["config.ema must be in [0, 1), found 1.0"]),
     "unknown dtype": ([TINY, "--config.dtype=float16"], ["config.dtype must be 'float32' or 'bfloat16'"]),
     "unknown optimiser": ([TINY, "--config.optim.name=adam"], ["optim.name must be one of adamw", "'adam'"]),
-    "warm-up beyond the end": ([TINY, "--config.optim.warmup=9"], ["optim.warmup must be in 0..3", "found 9"]),
+    "warm-up beyond the end": (
+        [TINY, "--config.optim.warmup=9"],
+        ["config.optim.warmup must be in 0..3 (config.steps=4), found 9\n"],
+    ),
+    "steps below the derived warm-up": (
+        [f"--config={VIT}:tiny,batch_size=8", "--config.steps=4"],
+        ["config.optim.warmup must be in 0..3", "found 6; ", f"as in --config={VIT}:tiny,steps=4\n"],
+    ),
+    "crop scale without a crop": (
+        [TINY, "--config.data.crop_scale=0.5,1"],
+        ["config.data.crop_scale has no effect under config.data.augment='none', only under 'crop': leave it out"],
+    ),
+    "flip where it is always on": (
+        [TINY, "--config.data.augment=flip", "--config.data.flip=false"],
+        ["config.data.flip has no effect under config.data.augment='flip'"],
+    ),
+    "momentum under adamw": (
+        [TINY, "--config.optim.momentum=0.5"],
+        ["config.optim.momentum has no effect under config.optim.name='adamw', only under 'sgd'"],
+    ),
+    "second moment under sgd": (
+        [TINY, "--config.optim.name=sgd", "--config.optim.b2=0.9"],
+        ["config.optim.b2 has no effect under config.optim.name='sgd', only under 'adamw'"],
+    ),
+    "final rate under a constant one": (
+        [TINY, "--config.optim.schedule=constant", "--config.optim.end_lr=0.1"],
+        ["config.optim.end_lr has no effect under config.optim.schedule='constant'"],
+    ),
+    "unknown metric of the best": (
+        [TINY, "--config.checkpoint.best=foo"],
+        ["config.checkpoint.best must be a metric, loss, top1, top5, or '' for none, found 'foo'"],
+    ),
+    "no repeats": ([TINY, "--config.data.repeats=0"], ["config.data.repeats must be at least 1, found 0"]),
     "group without parameters": (
         [f"--config={VIT}:ti16", "--config.optim.groups.head.pattern=nothing$"],
         ["optim.groups.head.pattern 'nothing$' matches no parameter"],

@@ -154,12 +154,41 @@ def test_a_chained_run_starts_from_the_other_run_s_model(vtjax, finished, tmp_pa
     assert outcome.code == 0, outcome.err
     assert "classes 10 -> 6: initialised, not loaded: head" in outcome.err
     old, new = face.load(finished), face.load(chained)
-    assert new.spec == old.spec.edit(classes=6)
+    arguments = json.dumps({"source": "finished", "classes": [10, 6]})
+    parent = json.loads((finished / "result.json").read_text())["params_sha256"]
+    step = spec_lib.Lineage(parent, "init_from", arguments, seed=0)
+    assert new.spec == old.spec.edit(classes=6, lineage=(step,))
+    assert outcome.json["init_from_sha256"] == parent
     assert new.params["head"]["kernel"].shape == (32, 6)
     np.testing.assert_array_equal(
         new.params["block_01"]["mlp"]["up"]["kernel"], old.params["block_01"]["mlp"]["up"]["kernel"]
     )
     assert outcome.json["init_from"] == str(finished)
+
+
+def test_a_chained_run_resumes_without_what_it_started_from(vtjax, finished, tmp_path):
+    source, workdir = shutil.copytree(finished, tmp_path / "source"), tmp_path / "chained"
+    argv = [TINY, f"--config.init_from={source}", f"--workdir={workdir}", "--config.checkpoint.every=2"]
+    first = vtjax("run", *argv).json
+    source.rename(tmp_path / "moved")
+    assert vtjax("run", *argv).json == first  # finished
+    (workdir / "result.json").unlink()
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    outcome = vtjax("run", *argv)
+    assert outcome.code == 0, outcome.err
+    for name in ("params_sha256", "spec_sha256", "init_from", "init_from_sha256", "top1"):
+        assert outcome.json[name] == first[name], name
+    refused = vtjax("run", *argv, "--config.model.classes=7")
+    assert refused.code == 2 and "config.model.classes must be 10" in refused.err
+    shutil.rmtree(workdir / "checkpoints")  # begins anew, from what is no longer there
+    assert vtjax("run", *argv).code == 2
+
+
+def test_eval_of_a_source_does_not_look_into_a_workdir(vtjax, finished):
+    """A config may name its workdir; without --workdir, `init_from` is what is measured."""
+    first = json.loads((finished / "result.json").read_text())
+    outcome = vtjax("eval", TINY, f"--config.init_from={finished}", f"--config.workdir={finished}")
+    assert outcome.json["top1"] == first["top1"] and outcome.json["loss"] == pytest.approx(first["loss"], rel=1e-5)
 
 
 def test_print_config_is_the_resolved_config(vtjax):

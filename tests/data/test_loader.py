@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -27,6 +28,8 @@ TAR = ROOT.parent / "shared" / "data" / "nips17_224.tar"
 EVERYTHING = Augment(
     "crop", flip=0.5, crop_scale=(0.3, 1.0), jitter=0.4, hue=0.1, randaugment=(2, 9), erase=0.3, mixup=0.8, cutmix=1.0
 )
+
+EVERYTHING_ALONE = dataclasses.replace(EVERYTHING, mixup=0.0, cutmix=0.0)
 
 
 def procedural(n: int, split: str = "train", size: tuple[int, int] = (12, 10)) -> sources.Procedural:
@@ -131,6 +134,27 @@ def test_the_order_of_this_release() -> None:
     assert second["index"].tolist() == [883577, 2334, 54883, 745570, 924231, 954749, 801916, 482904]
     drawn = make(10**6, cache=False).draw("train", 0)
     assert drawn["index"].tolist() == [4785, 615500, 189606, 719183, 798749, 56883, 65655, 244044]
+
+
+@pytest.mark.parametrize(("repeats", "batch_size"), [(3, 12), (3, 8), (4, 8), (5, 4)])
+def test_repeats_show_every_image_several_times_and_differently(repeats: int, batch_size: int) -> None:
+    """Over `repeats` epochs' worth of examples: each image as often, in rows that do not meet, with other pixels."""
+    n, options = 24, {"augment": EVERYTHING_ALONE, "repeats": repeats, "batch_size": batch_size}
+    steps = n * repeats // batch_size
+    batches = take(make(n, **options).train(0), steps)
+    index = np.concatenate([b["index"] for b in batches])
+    assert np.bincount(index).tolist() == [repeats] * n
+    images = np.concatenate([b["image"] for b in batches])
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+    for batch in batches:
+        rows = batch["index"].reshape(-1, 2)
+        assert batch_size < repeats or (rows[:, 0] != rows[:, 1]).all()  # what mixup pairs
+        if batch_size % repeats == 0:
+            assert set(np.bincount(batch["index"])) == {0, repeats} or n * repeats == batch_size
+    once = np.concatenate([b["index"] for b in take(make(n, batch_size=n).train(0), 1)])
+    assert sorted(set(batches[0]["index"]), key=list(once).index) == list(once[: -(-batch_size // repeats)])
+    parts = [take(make(n, process_index=i, process_count=2, **options).train(1), steps - 1) for i in range(2)]
+    assert_equal(joined(parts), batches[1:])
 
 
 def test_a_batch_larger_than_the_split_goes_through_several_epochs() -> None:

@@ -192,9 +192,13 @@ def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
     assert int(checkpoint.load_extra(tmp_path, "best")["counter"]) == 4
 
 
-def test_an_unknown_best_metric_is_named(run: Any, tmp_path: Path, caplog: Any) -> None:
+def test_an_unknown_best_metric_is_named_before_the_first_step(tmp_path: Path) -> None:
     config = toy.config(steps=2, checkpoint__best="miou")
+    line = "^config.checkpoint.best must be a metric, loss, top1, or '' for none, found 'miou'$"
+    with pytest.raises(InputError, match=line):
+        loop.train(toy.task(config), toy.Data(config), config, tmp_path)
+    assert not list(tmp_path.iterdir())
+    config = toy.config(steps=2, checkpoint__best="")
     loop.train(toy.task(config), toy.Data(config), config, tmp_path)
-    assert "checkpoint.best names 'miou', which the evaluation does not report (loss, top1, count)" in caplog.text
-    with pytest.raises(InputError, match="holds the metric 'miou'"):
+    with pytest.raises(InputError, match="holds the metric ''"):
         checkpoint.load_params(tmp_path, "best")

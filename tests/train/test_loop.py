@@ -259,18 +259,18 @@ def test_a_profile_is_written(tmp_path: Path) -> None:
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-PROFILE = "profile must be (start, stop) with 0 <= start < stop and start < steps=10, or (0, 0) for none"
+PROFILE = "config.profile must be (start, stop) with 0 <= start < stop and start < config.steps=10, or (0, 0) for none"
 
 
 @pytest.mark.parametrize(
     ("leaves", "message"),
     [
-        ({"steps": 0}, "steps must be 1 or more, found 0"),
-        ({"log_every": 0}, "log_every must be 1 or more, found 0"),
+        ({"steps": 0}, "config.steps must be 1 or more, found 0"),
+        ({"log_every": 0}, "config.log_every must be 1 or more, found 0"),
         ({"profile": (5, 3)}, f"{PROFILE}, found (5, 3)"),
         ({"profile": (-1, 3)}, f"{PROFILE}, found (-1, 3)"),
         ({"profile": (10, 12)}, f"{PROFILE}, found (10, 12)"),
-        ({"checkpoint__keep": 0}, "checkpoint.keep must be 1 or more, found 0"),
+        ({"checkpoint__keep": 0}, "config.checkpoint.keep must be 1 or more, found 0"),
         ({"accumulate": 3}, "batch_size must be a multiple of accumulate x (data x fsdp) = 3 x 1, found 8"),
         ({"mesh__data": 5}, "mesh data=5, fsdp=1, tensor=1 does not fit 1 devices, expected that many as product"),
     ],

@@ -58,12 +58,12 @@ def test_constant_schedule_with_warm_up() -> None:
 @pytest.mark.parametrize(
     ("leaves", "message"),
     [
-        ({"schedule": "linear"}, "optim.schedule must be one of cosine, constant, found 'linear'"),
-        ({"warmup": 10}, "optim.warmup must be in 0..9 (steps=10), found 10"),
-        ({"warmup": -1}, "optim.warmup must be in 0..9 (steps=10), found -1"),
-        ({"name": "lion"}, "optim.name must be one of adamw, sgd, adafactor, found 'lion'"),
-        ({"lr": -0.1}, "optim.lr must be 0 or more, found -0.1"),
-        ({"groups": {"g": {"pattern": "tail"}}}, "optim.groups.g.pattern 'tail' matches no parameter"),
+        ({"schedule": "linear"}, "config.optim.schedule must be one of cosine, constant, found 'linear'"),
+        ({"warmup": 10}, "config.optim.warmup must be in 0..9 (config.steps=10), found 10"),
+        ({"warmup": -1}, "config.optim.warmup must be in 0..9 (config.steps=10), found -1"),
+        ({"name": "lion"}, "config.optim.name must be one of adamw, sgd, adafactor, found 'lion'"),
+        ({"lr": -0.1}, "config.optim.lr must be 0 or more, found -0.1"),
+        ({"groups": {"g": {"pattern": "tail"}}}, "config.optim.groups.g.pattern 'tail' matches no parameter"),
     ],
 )
 def test_bad_settings_say_so_in_one_line(leaves: dict[str, Any], message: str) -> None:

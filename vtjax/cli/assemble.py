@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,7 @@ def assemble(config: Config) -> tuple[Any, Any]:
     # A loaded model brings its own spec: the config's stands aside, unless the user has just set a part of it.
     aside = [n for n, _ in config_lib.flatten(config.model, "model.") if n not in config_lib.overridden(config)]
     config_lib.check_read(config, (*READ_LATER, *(aside if config.init_from else ())))
+    check_effect(config)
     return built, data
 
 
@@ -76,6 +78,27 @@ def _build(config: Config) -> tuple[ModuleType, Any]:
     check_numbers(config)
     module = experiment(config.experiment)
     return module, module.build(config)
+
+
+def check_effect(config: Config) -> None:
+    """Raises `InputError` for an override of a leaf that the chosen optimiser, schedule or augmentation ignores."""
+    from vtjax.data import augment
+    from vtjax.train import optim
+
+    choosers: dict[str, tuple[str, Mapping[str, tuple[str, ...]], tuple[str, ...]]] = {
+        "optim.name": ("optim", optim.USED_BY, optim.OPTIMISERS),
+        "optim.schedule": ("optim", {"end_lr": ("cosine",)}, optim.SCHEDULES),
+        "data.augment": ("data", augment.USED_BY, augment.GEOMETRIES),
+    }
+    leaves, given = dict(config_lib.flatten(config)), config_lib.overridden(config)
+    for chooser, (group, used_by, known) in choosers.items():
+        chosen = leaves[chooser]
+        for leaf, users in used_by.items():
+            if f"{group}.{leaf}" in given and chosen in known and chosen not in users:
+                raise InputError(
+                    f"config.{group}.{leaf} has no effect under config.{chooser}={chosen!r}, only under "
+                    f"{' or '.join(map(repr, users))}: leave it out"
+                )
 
 
 def check_numbers(config: Config) -> None:
@@ -87,6 +110,15 @@ def check_numbers(config: Config) -> None:
     ):
         if config[name] < least:
             raise InputError(f"config.{name} must be at least {least}, found {config[name]}")
+    if config.optim.warmup >= config.steps:
+        hint = ""
+        if "steps" in config_lib.overridden(config) and config_lib.source(config):
+            option = f"--config={config_lib.source(config)},steps={config.steps}"
+            hint = f"; other leaves follow steps only as an option of the variant, as in {option}"
+        raise InputError(
+            f"config.optim.warmup must be in 0..{config.steps - 1} (config.steps={config.steps}), found "
+            f"{config.optim.warmup}{hint}"
+        )
     for name in ("ema", "optim.b1", "optim.b2", "optim.momentum"):
         if not 0 <= config[name] < 1:
             raise InputError(f"config.{name} must be in [0, 1), found {config[name]}")

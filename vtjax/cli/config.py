@@ -70,11 +70,12 @@ Mapping.register(Config)  # it has all of a mapping's methods, and functions ask
 
 
 class Record:
-    """Dotted names of the leaves that were read, and of those that an override set."""
+    """Dotted names of the leaves that were read, and of those that an override set; `FILE.py:VARIANT`, if known."""
 
     def __init__(self) -> None:
         self.read: set[str] = set()
         self.set: set[str] = set()
+        self.source = ""
 
 
 def load_config(path: str | Path, arg: str = "", overrides: Mapping[str, Any] | None = None) -> Config:
@@ -103,6 +104,8 @@ def load_config(path: str | Path, arg: str = "", overrides: Mapping[str, Any] | 
     if not isinstance(raw, ConfigDict):
         raise InputError(f"get_config of {text} must return an ml_collections.ConfigDict, found {type(raw).__name__}")
     config = from_dict(raw.to_dict(), text)
+    variant = arg or next(iter(inspect.signature(get_config).parameters.values())).default if takes_arg else ""
+    config._record.source = f"{text}:{variant.split(',')[0]}" if isinstance(variant, str) and variant else ""
     for name, value in (overrides or {}).items():
         override(config, name, value)
     return config
@@ -283,6 +286,11 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> list[tu
 def overridden(config: Config) -> frozenset[str]:
     """The leaves that an override set."""
     return frozenset(config._record.set)
+
+
+def source(config: Config) -> str:
+    """`FILE.py:VARIANT` that the config was loaded from, without options; "" where there is none."""
+    return config._record.source
 
 
 def check_read(config: Config, later: Iterable[str]) -> None:

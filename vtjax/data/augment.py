@@ -15,6 +15,7 @@ from vtjax.data.sources import choices
 from vtjax.errors import InputError
 
 GEOMETRIES = ("none", "flip", "shift", "crop")
+USED_BY = {"crop_scale": ("crop",), "flip": ("shift", "crop")}  # setting -> the geometries that look at it
 MAX_LEVEL = 10  # RandAugment's magnitude scale
 
 
@@ -50,16 +51,19 @@ class Augment:
     def __post_init__(self) -> None:
         if self.geometry not in GEOMETRIES:
             expected = choices(str(self.geometry), GEOMETRIES)
-            raise InputError(f"data.augment must be one of {expected}, found {self.geometry!r}")
+            raise InputError(f"config.data.augment must be one of {expected}, found {self.geometry!r}")
         limits = {"flip": 1, "jitter": 1, "hue": 0.5, "erase": 1, "mixup": 100, "cutmix": 100}
         for name, limit in limits.items():
             if not 0 <= getattr(self, name) <= limit:
-                raise InputError(f"data.{name} must be in 0..{limit}, found {getattr(self, name)}")
+                raise InputError(f"config.data.{name} must be in 0..{limit}, found {getattr(self, name)}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise InputError(f"data.crop_scale must be (low, high) with 0 < low <= high <= 1, found {self.crop_scale}")
+            raise InputError(
+                f"config.data.crop_scale must be (low, high) with 0 < low <= high <= 1, found {self.crop_scale}"
+            )
         if len(self.randaugment) != 2 or self.randaugment[0] < 0 or not 0 <= self.randaugment[1] <= 3 * MAX_LEVEL:
             raise InputError(
-                f"data.randaugment must be (operations >= 0, magnitude in 0..{3 * MAX_LEVEL}), found {self.randaugment}"
+                f"config.data.randaugment must be (operations >= 0, magnitude in 0..{3 * MAX_LEVEL}), "
+                f"found {self.randaugment}"
             )
 
     @property

@@ -9,6 +9,9 @@ The global batch of a step is a pure function of (seed, step): example number c 
 is position c mod n of epoch c div n, every epoch is a new order of the whole split, and the augmentation of example c
 draws from (seed, c). So neither resuming nor the number of processes, workers or threads changes anything, a batch may
 reach over the end of an epoch, and a batch may be larger than the split.
+
+With `repeats` = r (repeated augmentation, Hoffer et al. 2020; DeiT) the stream shows each position r times in a row, so
+that an epoch has r * n examples; within a batch the copies stand apart, so that neighbours, which mixup pairs, differ.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ class ImageData:
       mean, std: normalisation, for values in [0, 1].
       workers: processes that prepare batches; 0 = threads of this process.
       prefetch: batches that are prepared ahead, by one thread each (with workers: per worker); 0 = none.
+      repeats: how often a batch of training holds each of its images, differently augmented.
       cache: keep decoded examples in memory; None = if they take less than `sources.CACHE_LIMIT`.
       process_index, process_count: this process and how many there are.
 
@@ -87,6 +91,7 @@ class ImageData:
         squash: bool = False,
         workers: int = 0,
         prefetch: int = 2,
+        repeats: int = 1,
         cache: bool | None = None,
         process_index: int = 0,
         process_count: int = 1,
@@ -95,8 +100,9 @@ class ImageData:
         for name, value, least in [
             ("seed", seed, 0),
             ("batch_size", batch_size, 1),
-            ("data.workers", workers, 0),
-            ("data.prefetch", prefetch, 0),
+            ("config.data.workers", workers, 0),
+            ("config.data.prefetch", prefetch, 0),
+            ("config.data.repeats", repeats, 1),
             ("process_count", process_count, 1),
             ("image_size", min(image_size), 1),
         ]:
@@ -108,8 +114,8 @@ class ImageData:
             raise InputError(f"batch_size must be a multiple of process_count={process_count}, found {batch_size}")
         if augment.mixes and (batch_size // process_count) % 2:
             raise InputError(
-                f"data.mixup and data.cutmix pair rows: batch_size must be a multiple of 2 * process_count = "
-                f"{2 * process_count}, found {batch_size}"
+                f"config.data.mixup and config.data.cutmix pair rows: batch_size must be a multiple of "
+                f"2 * process_count = {2 * process_count}, found {batch_size}"
             )
         if not 0 < crop <= 1:
             raise InputError(f"preprocess.crop must be in (0, 1], found {crop}")
@@ -131,6 +137,9 @@ class ImageData:
         self._workers, self._prefetch = workers, prefetch
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._first = process_index * self._rows  # the first row of the global batch that is ours
+        # Row of the global batch -> its place in the stream: all first copies, then all second ones, and so on.
+        self._repeats = repeats
+        self._places = np.concatenate([np.arange(copy, batch_size, repeats) for copy in range(repeats)])
 
     def train(self, start_step: int) -> Iterator[Batch]:
         """Endless training batches, from `start_step` on.
@@ -172,7 +181,8 @@ class ImageData:
         source = self._sources["train"]
         size = len(source)
         rows = self._row_numbers(step)
-        index = [int(_order(self._seed, ORDER, row // size, size)[row % size]) for row in rows]
+        stream = [(step * self._batch_size + int(self._places[row % self._batch_size])) // self._repeats for row in rows]
+        index = [int(_order(self._seed, ORDER, c // size, size)[c % size]) for c in stream]
         examples = [source[i] for i in index]
         images = [self._augmented(e, row) for e, row in zip(examples, rows, strict=True)]
         batch = self._batch(images, [e["label"] for e in examples], index)
@@ -296,7 +306,7 @@ def from_config(
 
     Args:
       config: mapping with `name, train_split, eval_split, path, workers, prefetch, augment, crop_scale, flip, jitter,
-        randaugment, mixup, cutmix, erase`; also, where present, `hue`, `cache` and the options `n, classes` of
+        randaugment, mixup, cutmix, erase`; also, where present, `hue`, `repeats`, `cache` and the options `n, classes` of
         "procedural". An empty `train_split` means evaluation only.
       seed, batch_size, image_size, process_index, process_count: as for `ImageData`.
       preprocess: evaluation transform and normalisation; None = crop 0.875, bicubic, mean and std 0.5.
@@ -333,6 +343,7 @@ def from_config(
         augment=augment,
         workers=config["workers"],
         prefetch=config["prefetch"],
+        repeats=config.get("repeats", 1),
         cache=config.get("cache"),
         process_index=process_index,
         process_count=process_count,

@@ -64,7 +64,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         if self.keep < 1:
-            raise InputError(f"checkpoint.keep must be 1 or more, found {self.keep}")
+            raise InputError(f"config.checkpoint.keep must be 1 or more, found {self.keep}")
         self._finisher: threading.Thread | None = None
         self._error: Exception | None = None
         self._lock: int | None = None
@@ -204,6 +204,18 @@ def load_params(path: str | os.PathLike[str], which: str = "last", ema: bool = T
 def load_meta(path: str | os.PathLike[str], which: str = "last") -> dict[str, Any]:
     """The JSON part of the checkpoint that `load_params` would read: step, spec, config, versions."""
     return _read_meta(_find(path, which))
+
+
+def begun(workdir: str | os.PathLike[str]) -> spec_lib.Spec | None:
+    """The spec of the run that a start in `workdir` goes on with; None where it begins anew.
+
+    A resumed run has its parameters in the checkpoint, so what it was begun from need not exist any more.
+    """
+    root = log.absolute(workdir) / "checkpoints"
+    if not os.fspath(workdir) or not root.exists():
+        return None
+    newest = next((path for _, path in _valid(root, set_aside=False)), None)
+    return None if newest is None else spec_lib.from_dict(_read_meta(newest)["spec"])
 
 
 def load_extra(path: str | os.PathLike[str], which: str = "last") -> Any:

@@ -10,7 +10,6 @@ bad state is evaluated or saved.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import time
@@ -31,8 +30,6 @@ from vtjax.train.preempt import Sigterm
 from vtjax.train.program import Program
 from vtjax.train.state import params_sha256
 from vtjax.train.task import Batch, Data, Task
-
-logger = logging.getLogger(__name__)
 
 
 def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -61,6 +58,7 @@ def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) 
             return result
         program = Program(task, config, mesh_lib.make(config.mesh))
         with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
+            _check_best(program, data, config.checkpoint.best)
             run = _Run(program, data, config, folder, sigterm, stack)
             run.loop()
             return run.result()
@@ -105,7 +103,7 @@ class _Run:
         self.saved = self.checkpoints.latest
         self.start = max(self.saved, 0)
         if self.start > config.steps:
-            raise InputError(f"steps must be {self.start} or more, where {folder} stands, found {config.steps}")
+            raise InputError(f"config.steps must be {self.start} or more, where {folder} stands, found {config.steps}")
         if self.saved < 0:
             self.state, self.frozen = program.init()
         else:
@@ -214,11 +212,6 @@ class _Run:
         if values is None:
             return False
         self.values = values
-        best = self.config.checkpoint.best
-        if best and best not in values:
-            logger.warning(
-                "checkpoint.best names %r, which the evaluation does not report (%s)", best, ", ".join(values)
-            )
         self._write(step, {f"eval/{name}": value for name, value in values.items()})
         self.progress.say(f"step {step} evaluation: " + "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
         return True
@@ -283,6 +276,11 @@ class _Run:
 
     def _draw(self, split: str, index: int) -> dict[str, jax.Array]:
         return mesh_lib.place(self.data.draw(split, index), self.program.mesh)
+
+
+def _check_best(program: Program, data: Data, best: str) -> None:
+    if best and best not in (known := program.metrics(data.draw("eval", 0))):
+        raise InputError(f"config.checkpoint.best must be a metric, {', '.join(known)}, or '' for none, found {best!r}")
 
 
 @contextlib.contextmanager

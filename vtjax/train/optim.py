@@ -19,6 +19,7 @@ from vtjax.train.state import flatten
 DEFAULT_GROUP = "default"
 OPTIMISERS = ("adamw", "sgd", "adafactor")
 SCHEDULES = ("cosine", "constant")
+USED_BY = {"b1": ("adamw",), "b2": ("adamw",), "momentum": ("sgd",)}  # setting -> the optimisers that look at it
 
 
 def group_of(config: Any) -> Callable[[str], str | None]:
@@ -36,7 +37,8 @@ def group_of(config: Any) -> Callable[[str], str | None]:
         try:
             table.append((name, re.compile(group["pattern"]), bool(group.get("frozen", False))))
         except re.error as error:
-            raise InputError(f"optim.groups.{name}.pattern {group['pattern']!r} is not a regex: {error}") from None
+            pattern = f"config.optim.groups.{name}.pattern {group['pattern']!r}"
+            raise InputError(f"{pattern} is not a regex: {error}") from None
 
     def trainable(path: str) -> str | None:
         for name, pattern, frozen in table:
@@ -56,9 +58,9 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
       InputError: an unknown schedule, or a warm-up that does not end before `steps`.
     """
     if config.schedule not in SCHEDULES:
-        raise InputError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, found {config.schedule!r}")
+        raise InputError(f"config.optim.schedule must be one of {', '.join(SCHEDULES)}, found {config.schedule!r}")
     if not 0 <= config.warmup < max(steps, 1):
-        raise InputError(f"optim.warmup must be in 0..{steps - 1} (steps={steps}), found {config.warmup}")
+        raise InputError(f"config.optim.warmup must be in 0..{steps - 1} (config.steps={steps}), found {config.warmup}")
     if config.schedule == "constant":
         after: optax.Schedule = optax.constant_schedule(config.lr)
     else:
@@ -95,10 +97,10 @@ def make(
     paths = list(flatten(params))
     for name, group in groups.items():
         if not any(re.search(group["pattern"], path) for path in paths):
-            raise InputError(f"optim.groups.{name}.pattern {group['pattern']!r} matches no parameter")
+            raise InputError(f"config.optim.groups.{name}.pattern {group['pattern']!r} matches no parameter")
     for name in ("lr", "weight_decay", "clip", "momentum", "end_lr"):
         if getattr(config, name) < 0:
-            raise InputError(f"optim.{name} must be 0 or more, found {getattr(config, name)}")
+            raise InputError(f"config.optim.{name} must be 0 or more, found {getattr(config, name)}")
 
     def scale(path: str) -> float:
         return float(groups.get(trainable(path) or "", {}).get("lr_scale", 1.0))
@@ -116,7 +118,7 @@ def make(
     elif config.name == "adafactor":
         direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     else:
-        raise InputError(f"optim.name must be one of {', '.join(OPTIMISERS)}, found {config.name!r}")
+        raise InputError(f"config.optim.name must be one of {', '.join(OPTIMISERS)}, found {config.name!r}")
     rate = schedule(config, steps)
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, direction, _decay(decay), optax.scale_by_learning_rate(rate), _scale(scale)), rate

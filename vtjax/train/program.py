@@ -38,9 +38,9 @@ class Program:
     def __init__(self, task: Task, config: Any, mesh: Mesh):
         optim.check_batch(config.batch_size, config.accumulate, mesh)
         if not 0.0 <= config.ema < 1.0:
-            raise InputError(f"ema must be in [0, 1), 0 = off, found {config.ema}")
+            raise InputError(f"config.ema must be in [0, 1), 0 = off, found {config.ema}")
         self.task, self.mesh = task, mesh
-        self._decay, self._accumulate = config.ema, config.accumulate
+        self._decay, self._accumulate, self._batch_size = config.ema, config.accumulate, config.batch_size
         # Different streams for initialisation and training; step s uses fold_in(key, s).
         self._init_key, self.key = jax.random.split(jax.random.key(config.seed))
         params, self._frozen_shapes, extra = jax.eval_shape(self._init, self._init_key)
@@ -123,6 +123,17 @@ class Program:
             raise InputError("the evaluation saw no valid examples, expected a split with at least one")
         means = {name: float(average.compute()) for name, average in totals.items() if name != "count"}
         return {**means, "count": int(count)}
+
+    def metrics(self, batch: Batch) -> list[str]:
+        """Names of the metrics that an evaluation reports; `batch` lends its shapes, nothing is computed."""
+        rows = {
+            name: jax.ShapeDtypeStruct((self._batch_size, *x.shape[1:]), x.dtype)
+            for name, x in {k: np.asarray(v) for k, v in batch.items()}.items()
+        }
+        knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in self.task.knobs}
+        state = self.abstract
+        sums = jax.eval_shape(self._evaluate, state.params, self._frozen_shapes, state.extra, knobs, rows)
+        return sorted(set(sums) - {"count"})
 
     def _init(self, key: jax.Array) -> tuple[Any, Any, Any]:
         params, frozen, extra = self.task.init(key)

@@ -21,15 +21,15 @@ def check_settings(config: Any, data: Data) -> None:
     """Raises `InputError` for settings that no run can have."""
     for name in ("steps", "log_every"):
         if config[name] < 1:
-            raise InputError(f"{name} must be 1 or more, found {config[name]}")
+            raise InputError(f"config.{name} must be 1 or more, found {config[name]}")
     start, stop = config.profile
     if (start, stop) != (0, 0) and not 0 <= start < min(stop, config.steps):
         raise InputError(
-            f"profile must be (start, stop) with 0 <= start < stop and start < steps={config.steps}, or (0, 0) for "
-            f"none, found {config.profile}"
+            f"config.profile must be (start, stop) with 0 <= start < stop and start < config.steps={config.steps}, "
+            f"or (0, 0) for none, found {config.profile}"
         )
     if not data.train_examples:
-        raise InputError("data.train_split must name a split to train on, found no training examples")
+        raise InputError("config.data.train_split must name a split to train on, found no training examples")
 
 
 def refuse_changes(folder: epath.Path, task: Task, config: Any) -> None:
@@ -45,8 +45,10 @@ def refuse_changes(folder: epath.Path, task: Task, config: Any) -> None:
     changes = {name: pair for name, pair in changes.items() if name.split(".")[0] not in FREE_LEAVES}
     if (folder / "spec.json").exists():
         # Through the class, so that a field that is newer than the file has its default there, too.
+        # The lineage is a history, not a setting.
         began = spec_lib.from_dict(_read(folder / "spec.json"))
-        changes |= spec_lib.diff(log.plain(began.to_dict()), log.plain(task.spec.to_dict()), "spec")
+        old, new = (log.plain({**spec.to_dict(), "lineage": []}) for spec in (began, task.spec))
+        changes |= spec_lib.diff(old, new, "spec")
     if changes:
         named = "; ".join(f"{name} was {old!r}, found {new!r}" for name, (old, new) in changes.items())
         raise InputError(
