@@ -9,6 +9,9 @@ line on a pipe, and the CPU time that it nevertheless uses is recorded. timm run
 mode for the forward pass; its training step is eager with a fused or foreach AdamW. vtjax's training step is that of
 `vtjax run`, with its gradient norm and its guard against non-finite updates.
 
+Run it with and without GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which both processes inherit: XLA allocates the temporary
+memory of a step anew each time, and huge pages save a quarter of a training step in page faults.
+
 Appends one record per case to results/beside_torch.jsonl; `python -m experiments.vit.tables` puts them into the README.
 A ratio from a machine that did other work is worthless: PyTorch loses far more by it than XLA. The run says so.
 """
@@ -242,6 +245,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch = Torch(options.torch_python, options.threads, options.omp_wait)
     try:
         about = {**torch.ask("about"), "threads": options.threads, "adamw": options.adamw, "seed": options.seed}
+        about["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES", "")
         with tempfile.TemporaryDirectory() as folder:
             for kind, model, batch in wanted:
                 start = time.perf_counter()

@@ -57,21 +57,39 @@ def figures(records: list[dict[str, Any]]) -> str:
 
 
 def beside_torch(records: list[dict[str, Any]]) -> str:
-    """The latest record of every case, and the circumstances below."""
-    latest = {(r["kind"], r["model"], r["batch"]): r for r in records}
+    """The latest record of every case, with and without huge pages, and the circumstances below."""
+    latest = {(r["kind"], r["model"], r["batch"], huge_pages(r)): r for r in records}
     rows = []
-    for (kind, model, batch), r in latest.items():
+    for (kind, model, batch, pages), r in latest.items():
         low, high = r["ratio_range"]
         times = [f"{1000 * r[side]['median_s']:.2f} ms" for side in ("vtjax", "torch")]
         other = "not known" if r["other_cores"] is None else f"{r['other_cores']:.2f}"
         work = "training step" if kind == "train" else "forward"
         speed = f"{r['images_per_s']['vtjax']:.1f}"
-        rows.append((work, model, batch, *times, speed, f"**{r['ratio']:.2f}**", f"{low:.2f} to {high:.2f}", other))
-    header = ("work", "model", "batch", "vtjax", "PyTorch", "vtjax images/s", "ratio", "p10 to p90", "other busy cores")
+        rows.append(
+            (work, model, batch, pages, *times, speed, f"**{r['ratio']:.2f}**", f"{low:.2f} to {high:.2f}", other)
+        )
+    header = (
+        "work",
+        "model",
+        "batch",
+        "huge pages",
+        "vtjax",
+        "PyTorch",
+        "vtjax images/s",
+        "ratio",
+        "p10 to p90",
+        "other busy cores",
+    )
     lines = [tables.markdown(header, rows)]
     for text in dict.fromkeys(_circumstances(r) for r in latest.values()):
         lines.append(text)
     return "\n\n".join(lines)
+
+
+def huge_pages(r: dict[str, Any]) -> str:
+    """Whether both processes ran with glibc's huge pages."""
+    return "yes" if "hugetlb=1" in r["glibc_tunables"] else "no"
 
 
 def _circumstances(r: dict[str, Any]) -> str:

@@ -47,11 +47,12 @@ def test_beside_torch_table_takes_the_latest_of_each_case() -> None:
             "timm_version": "1.0.31",
             "adamw": "fused",
             "omp_wait_policy": "default",
+            "glibc_tunables": "glibc.malloc.hugetlb=1",
             "date": "2026-11-25T02:00:00+00:00",
             "commit": "abc",
         }
 
     text = beside_torch([record(1, 0.02), record(16, 0.2), record(1, 0.01)])
-    assert "| forward | ViT-Ti/16 | 1 | 10.00 ms | 12.00 ms | 100.0 | **1.20** | 1.00 to 1.50 | 0.02 |" in text
+    assert "| forward | ViT-Ti/16 | 1 | yes | 10.00 ms | 12.00 ms | 100.0 | **1.20** | 1.00 to 1.50 | 0.02 |" in text
     assert text.count("| forward |") == 2
     assert text.count("A CPU; 2 threads, float32; jax 0.10.2, torch 2.13, timm 1.0.31") == 1
