@@ -24,9 +24,10 @@ class NonFiniteError(RuntimeError):
 
 
 class Preempted(SystemExit):
-    """SIGTERM arrived: the state was saved and the process ends with `EXIT_PREEMPTED`."""
+    """SIGTERM or Ctrl-C arrived: the state was saved; the code is `EXIT_PREEMPTED` or `EXIT_INTERRUPTED`."""
 
 
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again", which is what a scheduler should do
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it; in training the state was saved

@@ -35,6 +35,7 @@ def main(fresh: bool) -> int:
     from vtjax.viz import tables
 
     right = round(measured["top1"] * measured["count"])
+    speed = f", {run['images_per_s']:,.0f} images/s" if "images_per_s" in run else ""  # none where it was only resumed
     rows = [
         ("test accuracy", f"{measured['top1']:.2%}", f"{right} of {measured['count']:.0f} digits; guessing gives 10 %"),
         ("test loss", f"{measured['loss']:.3f}", f"guessing gives {2.3026:.3f}"),
@@ -43,7 +44,7 @@ def main(fresh: bool) -> int:
         (
             "training",
             f"{run['seconds']:.0f} s",
-            f"{run['step']} steps, {run['images_per_s']:,.0f} images/s, {run['devices']}",
+            f"{run['step']} steps{speed}, {run['devices']}",
         ),
     ]
     print(f"\n{tables.text(('', 'measured', ''), rows)}\n\nfigure: {picture}\n\n{what_next(workdir)}", flush=True)

@@ -74,6 +74,12 @@ def test_an_override_takes_the_type_of_the_leaf(name, given, expected):
         ("data.crop_scale", "0.5,x", "config.data.crop_scale[1] must be a float"),
         ("optim.lrr", "1", "config.optim.lrr does not exist; did you mean config.optim.lr?"),
         ("lr", "1", "config.lr does not exist; did you mean config.optim.lr?"),
+        ("optim.learning_rate", "1", "config.optim.learning_rate does not exist; did you mean config.optim.lr?"),
+        ("optim.lerning_rate", "1", "did you mean config.optim.lr?"),
+        ("wd", "1", "did you mean config.optim.weight_decay?"),
+        ("epochs", "1", "did you mean config.steps?"),
+        ("bs", "1", "did you mean config.batch_size?"),
+        ("data.num_workers", "1", "did you mean config.data.workers?"),
         ("zzz", "1", "config.zzz does not exist"),
         ("optim", "1", "config.optim is a group"),
         ("optim.lr.x", "1", "config.optim.lr.x does not exist"),
@@ -88,6 +94,23 @@ def test_a_bad_override_is_one_line_that_names_the_leaf(name, given, message):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("name", ["model.width", "model.depth", "optim.b3", "zzz"])
+def test_a_far_fetched_hint_is_not_given(name):
+    with pytest.raises(InputError, match="^config.* does not exist$"):
+        config_lib.load_config(f"{ROOT / 'configs' / 'vit.py'}:ti16", overrides={name: "1"})
+
+
+def test_the_hint_prefers_the_same_group_then_the_outermost():
+    config = config_lib.load_config(f"{ROOT / 'configs' / 'vit.py'}:ti16")
+    for name, leaf in (
+        ("weight_decay", "optim.weight_decay"),
+        ("optim.groups.head.wd", "optim.groups.head.weight_decay"),
+        ("optm.weight_decay", "optim.weight_decay"),
+    ):
+        with pytest.raises(InputError, match=rf"did you mean config\.{leaf}\?"):
+            config_lib.override(config, name, "1")
 
 
 def test_overrides_are_split_from_the_other_arguments():

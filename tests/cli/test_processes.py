@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"--config={ROOT / 'configs' / 'vit.py'}:tiny,batch_size=8"
 VTJAX = [sys.executable, "-m", "vtjax"]
@@ -35,7 +37,11 @@ def test_bad_input_from_another_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sigterm_saves_and_the_next_start_finishes(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "output"),
+    [(signal.SIGTERM, 75, {"preempted": True}), (signal.SIGINT, 130, {"interrupted": True})],
+)
+def test_a_signal_saves_and_the_next_start_finishes(tmp_path, number, code, output):
     workdir = tmp_path / "w"
     argv = [
         "run",
@@ -56,12 +62,12 @@ def test_sigterm_saves_and_the_next_start_finishes(tmp_path):
     assert child.stderr is not None and child.stdout is not None
     for line in child.stderr:
         if line.startswith("step 3/"):
-            child.send_signal(signal.SIGTERM)
+            child.send_signal(number)
             break
     errors = child.stderr.read()
-    output = child.stdout.read()
-    assert child.wait(timeout=120) == 75, errors
-    assert json.loads(output.splitlines()[-1]) == {"preempted": True}
+    printed = child.stdout.read()
+    assert child.wait(timeout=120) == code, errors
+    assert json.loads(printed.splitlines()[-1]) == output
     assert "Traceback" not in errors
     reached = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert 3 <= reached < 100_000

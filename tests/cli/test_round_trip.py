@@ -128,6 +128,19 @@ def test_inspect_one_model_in_every_form(vtjax, finished, tmp_path):
         assert spec_lib.from_dict(outcome.json["spec"]) == face.load(finished).spec
 
 
+def test_inspect_needs_no_weights_where_the_registry_has_the_spec(vtjax, tmp_path, monkeypatch):
+    monkeypatch.setenv("VTJAX_DATA", str(tmp_path))
+    monkeypatch.setenv("VTJAX_CACHE", str(tmp_path))
+    for target in (f"{VIT}:ti16", "vit_ti16_augreg"):
+        outcome = vtjax("inspect", target)
+        assert (outcome.code, outcome.json["params"], outcome.json["macs_per_image"]) == (0, 5_717_416, 1_253_683_200)
+        assert "the weights 'vit_ti16_augreg' were not found along VTJAX_DATA" in outcome.err
+    other = vtjax("inspect", f"{VIT}:ti16", "--config.model.classes=10")
+    assert other.json["params"] == 5_717_416 - 990 * (192 + 1)
+    assert vtjax("inspect", "dinov2_s14").code == 2  # only its config.json tells
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inspect_the_difference_of_two(vtjax, finished):
     outcome = vtjax("inspect", finished, f"{VIT}:tiny", "--config.model.mlp=32", "--config.model.width=32")
     assert outcome.code == 0

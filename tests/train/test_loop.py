@@ -4,7 +4,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.train import toy
-from vtjax.errors import EXIT_PREEMPTED, InputError, NonFiniteError, Preempted
+from vtjax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, InputError, NonFiniteError, Preempted
 from vtjax.spec import from_json
 from vtjax.train import checkpoint, log, loop, workdir
 from vtjax.train.state import params_sha256
@@ -36,9 +38,9 @@ class Interrupted(toy.Data):
     def train(self, start_step: int) -> Iterator[Any]:
         for step, batch in enumerate(super().train(start_step), start_step):
             if step == self.last:
-                if self.how is not signal.SIGTERM:
+                if not isinstance(self.how, signal.Signals):
                     raise self.how
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), self.how)
             yield batch
 
 
@@ -98,20 +100,42 @@ def test_ten_steps_are_four_and_a_kill_and_six(straight: Any, tmp_path: Path, la
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("last", [3, 5, 8])
-def test_sigterm_saves_at_once_and_the_next_start_goes_on(
-    straight: Any, tmp_path: Path, last: int, capsys: Any
+@pytest.mark.parametrize(
+    ("number", "code", "last"),
+    [(signal.SIGTERM, 75, 3), (signal.SIGTERM, 75, 5), (signal.SIGTERM, 75, 8), (signal.SIGINT, 130, 3)],
+)
+def test_a_signal_saves_at_once_and_the_next_start_goes_on(
+    straight: Any, tmp_path: Path, number: signal.Signals, code: int, last: int, capfd: Any
 ) -> None:
     result, folder = straight
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(Preempted) as caught:
-        run(full(), tmp_path, Interrupted(full(), last, signal.SIGTERM))
-    assert caught.value.code == EXIT_PREEMPTED == 75
-    assert signal.getsignal(signal.SIGTERM) == before
+        run(full(), tmp_path, Interrupted(full(), last, number))
+    assert caught.value.code == code and code in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+    assert signal.getsignal(number) == before
+    said = capfd.readouterr().err
+    assert f"{number.name}: saved {tmp_path}/checkpoints/{last}; the same command resumes (exit code {code})" in said
+    assert ("a second one ends at once" in said) == (number == signal.SIGINT)
     assert checkpoint.load_meta(tmp_path)["step"] == last
     assert run(full(), tmp_path)["params_sha256"] == result["params_sha256"]
-    assert f"resumed from {tmp_path}/checkpoints/{last} (step {last} of 10)" in capsys.readouterr().err
+    assert f"resumed from {tmp_path}/checkpoints/{last} (step {last} of 10)" in capfd.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
+    class Data(toy.Data):
+        def train(self, start_step: int) -> Iterator[Any]:
+            for step, batch in enumerate(super().train(start_step), start_step):
+                for _ in range(2 * (step == 4)):
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+    before = signal.getsignal(signal.SIGINT)
+    config = toy.config(checkpoint__every=100)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, Data(config))
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_sigterm_in_an_evaluation_leaves_it_to_the_next_start(straight: Any, tmp_path: Path) -> None:
@@ -375,13 +399,71 @@ def test_the_progress_line_is_rewritten_on_a_terminal() -> None:
     for stream in (plain, terminal):
         progress = log.Progress(100, 32, stream)
         for step in (1, 2, 3):
-            progress.tick()
+            progress.done()
             progress.show(step, {"loss": 1.25, "lr": 0.1})
         progress.say("kept")
         progress.close()
     assert plain.getvalue().count("\n") == 4
-    assert "step 2/100  loss 1.25  " in plain.getvalue() and "images/s" in plain.getvalue()
+    first, second = plain.getvalue().splitlines()[:2]
+    assert first.startswith("step 1/100  loss 1.25  - images/s  - left  memory ") and first.endswith(" GiB")
+    assert re.match(r"step 2/100  loss 1.25  \d+ images/s  \d+:\d\d:\d\d left  memory ", second)
     assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().count("\r") == 4
+
+
+@pytest.mark.parametrize("eval_every", [0, 3])
+def test_throughput_counts_finished_steps(tmp_path: Path, eval_every: int) -> None:
+    """Data that give 8 images per 0.05 s, at most, with compilations and evaluations between."""
+    config = toy.config(steps=7, eval_every=eval_every, checkpoint__every=100)
+    result = run(config, tmp_path, toy.Data(config, delay=0.05))
+    assert 20 < result["images_per_s"] < 165
+
+
+def test_throughput_of_one_step_is_unknown(tmp_path: Path) -> None:
+    result = run(toy.config(steps=1), tmp_path)
+    assert "images_per_s" not in result and "images_per_s" not in json.loads((tmp_path / "result.json").read_text())
+
+
+def test_the_clock_of_the_progress(monkeypatch: Any) -> None:
+    now = 0.0
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now)
+    progress = log.Progress(100, 32, io.StringIO())
+
+    def after(seconds: float) -> Any:
+        nonlocal now
+        now += seconds
+        return progress
+
+    after(60).done()
+    assert progress.images_per_s is None
+    after(2).done()
+    assert progress.images_per_s == 16
+    after(0).pause()
+    after(60).resume()
+    assert progress.images_per_s == 16
+    after(6).done()
+    assert progress.images_per_s == 8
+
+
+def test_a_run_speaks_before_it_compiles_after_its_first_step_and_in_evaluations(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(log, "SAY_EVERY", -1.0)
+    config = toy.config(log_every=4)
+    run(config, tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["83 parameters: blocks 56, head 27", "compiling the training step ..."]
+    assert [line.split()[1] for line in said if re.match(r"step \d+/", line)] == ["1/10", "4/10", "8/10", "10/10"]
+    assert [line.split(",")[0] for line in said if line.startswith("evaluated ")] == [
+        f"evaluated {done} of 21" for done in (8, 16, 21)
+    ]
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 10]
+
+
+def test_the_table_of_parameters_is_for_debugging(caplog: Any) -> None:
+    params = {"embed": {"kernel": np.zeros((4, 2))}, "block_00": {"x": np.zeros(3)}, "block_01": {"x": np.zeros(3)}}
+    assert log.parameters(params) == "14 parameters: embed 8, blocks 6"
+    caplog.set_level(logging.DEBUG, "vtjax")
+    assert "| block_01/x" in log.parameters(params)
 
 
 def test_the_free_leaves_are_those_without_influence() -> None:

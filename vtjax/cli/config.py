@@ -32,6 +32,42 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
+ALIASES = {
+    "learning_rate": "lr",
+    "base_lr": "lr",
+    "min_lr": "end_lr",
+    "wd": "weight_decay",
+    "decay": "weight_decay",
+    "warmup_steps": "warmup",
+    "warmup_epochs": "warmup",
+    "grad_clip": "clip",
+    "clip_norm": "clip",
+    "beta1": "b1",
+    "beta2": "b2",
+    "epochs": "steps",
+    "num_steps": "steps",
+    "max_steps": "steps",
+    "train_steps": "steps",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "ema_decay": "ema",
+    "grad_accum": "accumulate",
+    "smoothing": "label_smoothing",
+    "num_classes": "classes",
+    "num_workers": "workers",
+    "resolution": "image_size",
+    "img_size": "image_size",
+    "patch_size": "patch",
+    "embed_dim": "width",
+    "num_layers": "depth",
+    "num_heads": "heads",
+    "checkpoint_every": "every",
+    "save_every": "every",
+    "output_dir": "workdir",
+    "precision": "dtype",
+}
+"""Other words for the last part of a leaf's name, for the hint about a leaf that does not exist."""
+
 
 class Config(ConfigDict):
     """A `ConfigDict` that remembers which leaves were read, and which an override set."""
@@ -169,9 +205,8 @@ def override(config: Config, name: str, value: Any) -> None:
         inside = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if inside:
             raise InputError(f"config.{name} is a group, expected one of its leaves, for example config.{inside[0]}")
-        same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
-        close = same or difflib.get_close_matches(name, leaves, n=1)
-        hint = f"; did you mean config.{close[0]}?" if close else ""
+        close = _closest(name, leaves)
+        hint = f"; did you mean config.{close}?" if close else ""
         raise InputError(f"config.{name} does not exist{hint}")
     *parents, key = name.split(".")
     node: Any = config
@@ -180,6 +215,20 @@ def override(config: Config, name: str, value: Any) -> None:
     with node.ignore_type():
         node[key] = convert(value, leaves[name], f"config.{name}")
     config._record.set.add(name)
+
+
+def _closest(name: str, leaves: Iterable[str]) -> str:
+    """The leaf that was probably meant: one whose last part is, or is another word for, what was typed; or ""."""
+    parent, _, typed = name.rpartition(".")
+    by_part: dict[str, list[str]] = {}
+    for leaf in leaves:
+        by_part.setdefault(leaf.rpartition(".")[2], []).append(leaf)
+    words = [*by_part, *(alias for alias, part in ALIASES.items() if part in by_part)]
+    found = difflib.get_close_matches(typed, words, n=1, cutoff=0.7)
+    if not found:
+        return ""
+    part = found[0] if found[0] in by_part else ALIASES[found[0]]
+    return min(by_part[part], key=lambda leaf: (leaf.rpartition(".")[0] != parent, leaf.count("."), leaf))
 
 
 def convert(value: Any, like: Any, name: str) -> Any:

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
-
-SAY_EVERY = 2.0  # seconds between two lines of progress
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,16 +76,9 @@ class _Watched:
 
     def eval(self, split: str = "eval") -> Iterator[Any]:
         from vtjax.cli.assemble import say
+        from vtjax.train import log
 
-        done, total, began = 0, self._data.eval_examples, time.monotonic()
-        said = began
-        for batch in self._data.eval(split):
-            yield batch
-            done += int(batch["valid"].sum())
-            now = time.monotonic()
-            if now - said > SAY_EVERY or done >= total:
-                say(f"evaluated {done} of {total}, {done / (now - began):.0f} images/s")
-                said = now
+        return log.watched(self._data.eval(split), self._data.eval_examples, say, last=True)
 
 
 def _check_same(expected: Any, found: Any, workdir: str) -> None:

@@ -67,18 +67,36 @@ def _model(target: str, overrides: Mapping[str, Any]) -> Inspected:
     import vtjax
     from vtjax import spec as spec_lib
     from vtjax.cli import assemble
-    from vtjax.models import build
+    from vtjax.weights import registry
 
     if target.partition(":")[0].endswith(".py"):
-        task = assemble.task(config_lib.load_config(target, overrides=overrides))
-        return Inspected(target, task.spec, jax.eval_shape(task.init, jax.random.key(0))[0])
+        config = config_lib.load_config(target, overrides=overrides)
+        if (spec := registry.absent_spec(config.init_from)) is None:
+            task = assemble.task(config)
+            return Inspected(target, task.spec, jax.eval_shape(task.init, jax.random.key(0))[0])
+        assemble.check_numbers(config)
+        given = {name: config.model[name] for name in ("image_size", "classes") if name in config.model}
+        return _abstract(target, spec.edit(**given), config.init_from)
     if target.endswith(".json"):
         if not Path(target).is_file():
             raise InputError(f"spec file {target} does not exist")
-        spec = spec_lib.from_json(Path(target).read_text())
-        return Inspected(target, spec, jax.eval_shape(build(spec).init, jax.random.key(0)))
+        return _abstract(target, spec_lib.from_json(Path(target).read_text()))
+    if (spec := registry.absent_spec(target)) is not None:
+        return _abstract(target, spec, target)
     model = vtjax.load(target)
     return Inspected(target, model.spec, model.params)
+
+
+def _abstract(target: str, spec: Any, absent: str = "") -> Inspected:
+    """A model by its spec alone; `absent` names weights that were not found."""
+    import jax
+
+    from vtjax.cli.assemble import say
+    from vtjax.models import build
+
+    if absent:
+        say(f"the weights {absent!r} were not found along VTJAX_DATA; this is the spec that the registry has for them")
+    return Inspected(target, spec, jax.eval_shape(build(spec).init, jax.random.key(0)))
 
 
 def _describe(model: Inspected) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vtjax.cli import config as config_lib
-from vtjax.errors import EXIT_BAD_INPUT, EXIT_NON_FINITE, InputError, NonFiniteError, Preempted
+from vtjax.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NON_FINITE, InputError, NonFiniteError, Preempted
 
 COMMANDS = {
     "run": "train and evaluate; a second start resumes",
@@ -31,7 +31,7 @@ COMMANDS = {
 
 EPILOG = """\
 exit codes: 0 done, 1 a check missed its tolerance, 2 bad input (a full disk, too), 3 training met a non-finite value,
-            75 preempted (start it again)
+            75 preempted (start it again), 130 interrupted (training has saved, unless it was interrupted twice)
 
 examples:
   vtjax run --config=configs/vit.py:digits --workdir=runs/digits
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Orbax warns about files that it can do without, and logs the traceback of what it raises; both would hide the one
     # line that counts.
     logging.getLogger("absl").setLevel(logging.DEBUG if debug else logging.CRITICAL)
+    logging.getLogger("vtjax").setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
         parsed = _parse([a for a in arguments if a != "--debug"])
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is for people
@@ -78,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteError as error:
         return _fail(EXIT_NON_FINITE, command, str(error), debug)
     except Preempted as error:
-        print(json.dumps({"preempted": True}), flush=True)
+        word = "interrupted" if error.code == EXIT_INTERRUPTED else "preempted"
+        print(json.dumps({word: True}), flush=True)
         return error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:
-        return _fail(130, command, "interrupted", debug)
+        return _fail(EXIT_INTERRUPTED, command, "interrupted", debug)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -99,7 +101,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         sub = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
         )
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error, and every parameter of a run"
+        )
         if name == wanted:
             importlib.import_module(f"vtjax.cli.{name}").arguments(sub)
     parsed = parser.parse_args(rest)

@@ -7,18 +7,24 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from etils import epath
+
+from vtjax.train.task import Batch
+
+SAY_EVERY = 2.0  # seconds between two lines of an evaluation
 
 
 def plain(value: Any) -> Any:
@@ -148,8 +154,8 @@ class Progress:
         self._since: float | None = None
         self._open = False
 
-    def tick(self) -> None:
-        """Call after every step; time between two ticks counts, so the first step (compilation) does not."""
+    def done(self) -> None:
+        """Call when a step is known to be finished. The clock starts with the first, so its compilation is out."""
         now = time.perf_counter()
         if self._since is not None:
             self._seconds += now - self._since
@@ -157,19 +163,25 @@ class Progress:
         self._since = now
 
     def pause(self) -> None:
-        """Call before an evaluation or a save: what follows until the next tick does not count."""
+        """Call before an evaluation or a save, when no step is under way: the time until `resume` does not count."""
         self._since = None
 
+    def resume(self) -> None:
+        """Call when the next step is about to begin."""
+        self._since = time.perf_counter()
+
     @property
-    def images_per_s(self) -> float:
-        """Mean over this process's run; 0.0 before the second step."""
-        return self._counted * self._images / self._seconds if self._seconds else 0.0
+    def images_per_s(self) -> float | None:
+        """Mean of the finished steps of this process's run; None before the second one."""
+        return self._counted * self._images / self._seconds if self._counted and self._seconds else None
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Prints the line for a step."""
-        left = (self._steps - step) * self._images / self.images_per_s if self.images_per_s else 0.0
+        speed, left = "-", "-"
+        if rate := self.images_per_s:
+            speed, left = f"{rate:.0f}", _clock((self._steps - step) * self._images / rate)
         parts = [f"step {step}/{self._steps}", f"loss {values['loss']:.4g}"]
-        parts += [f"{self.images_per_s:.0f} images/s", f"{_clock(left)} left", f"{memory_gib():.1f} GiB"]
+        parts += [f"{speed} images/s", f"{left} left", f"memory {memory_gib():.1f} GiB"]
         self.say("  ".join(parts), keep=False)
 
     def say(self, text: str, keep: bool = True) -> None:
@@ -188,6 +200,35 @@ class Progress:
         if self._open:
             self._stream.write("\n")
             self._open = False
+
+
+def watched(batches: Iterable[Batch], total: int, say: Callable[[str], None], last: bool = False) -> Iterator[Batch]:
+    """The batches of an evaluation; every few seconds `say` gets a line that tells how far it is.
+
+    Args:
+      batches: this process's; of `total` valid examples over all processes.
+      last: say it at the end, too.
+    """
+    done, began = 0, time.monotonic()
+    said = began
+    for batch in batches:
+        yield batch
+        done = min(done + int(batch["valid"].sum()) * jax.process_count(), total)
+        now = time.monotonic()
+        if now - said > SAY_EVERY or (last and done == total):
+            say(f"evaluated {done} of {total}, {done / (now - began):.0f} images/s")
+            said = now
+
+
+def parameters(params: Any) -> str:
+    """How many parameters there are, in one line; in a table, array by array, where vtjax logs at the level debug."""
+    if logging.getLogger("vtjax").isEnabledFor(logging.DEBUG):
+        return parameter_overview.get_parameter_overview(params, include_stats=False)
+    counts: dict[str, int] = {}
+    for name, tree in params.items():
+        kind = "blocks" if name.startswith("block_") else name
+        counts[kind] = counts.get(kind, 0) + parameter_overview.count_parameters({name: tree})
+    return f"{sum(counts.values()):,} parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items())
 
 
 class Profile:

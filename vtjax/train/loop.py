@@ -4,12 +4,13 @@
 A step s is counted from 1, when it is done: dispatch s, fetch the batch of s + 1, look at the metrics of s - 1. So the
 host is a step ahead of the device, and a step that is not finite stops the run one step later; the compiled step has
 masked it and the one after it. Where s is evaluated, saved or the last, its own metrics are looked at first, so that no
-bad state is evaluated or saved.
+bad state is evaluated or saved; and so where it is the first of the process, from which on throughput is counted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -18,18 +19,17 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from etils import epath
 
-from vtjax.errors import EXIT_PREEMPTED, InputError, NonFiniteError, Preempted
+from vtjax.errors import InputError, NonFiniteError, Preempted
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.train import log
 from vtjax.train import workdir as workdir_lib
 from vtjax.train.checkpoint import Checkpoints, best_step
-from vtjax.train.preempt import Sigterm
+from vtjax.train.preempt import StopRequest
 from vtjax.train.program import Program
 from vtjax.train.state import params_sha256
-from vtjax.train.task import Batch, Data, Task
+from vtjax.train.task import Batch, Data, Task, closing
 
 
 def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -47,10 +47,11 @@ def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) 
       InputError: bad settings; a config or spec other than the one that the run began with, unless
         `config.allow_config_change`; a checkpoint that does not fit.
       NonFiniteError: a loss, gradient or update that is not finite.
-      Preempted: SIGTERM arrived; the state is saved. Exit code `errors.EXIT_PREEMPTED`.
+      Preempted: SIGTERM or SIGINT arrived; the state is saved. Its code is `errors.EXIT_PREEMPTED` or
+        `errors.EXIT_INTERRUPTED`. A second SIGINT raises KeyboardInterrupt.
     """
     folder = log.absolute(workdir)
-    with Sigterm() as sigterm:
+    with StopRequest() as stop:
         workdir_lib.check_settings(config, data)
         workdir_lib.refuse_changes(folder, task, config)
         if (result := workdir_lib.finished(folder, config.steps)) is not None:
@@ -59,7 +60,7 @@ def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) 
         program = Program(task, config, mesh_lib.make(config.mesh))
         with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
             _check_best(program, data, config.checkpoint.best)
-            run = _Run(program, data, config, folder, sigterm, stack)
+            run = _Run(program, data, config, folder, stop, stack)
             run.loop()
             return run.result()
 
@@ -93,10 +94,10 @@ class _Run:
         data: Data,
         config: Any,
         folder: epath.Path,
-        sigterm: Sigterm,
+        stop: StopRequest,
         stack: contextlib.ExitStack,
     ):
-        self.program, self.data, self.config, self.folder, self.sigterm = program, data, config, folder, sigterm
+        self.program, self.data, self.config, self.folder, self.stop = program, data, config, folder, stop
         self.began = time.time()
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.best)
         stack.callback(self.checkpoints.close)
@@ -123,7 +124,7 @@ class _Run:
         self.progress = log.Progress(config.steps, config.batch_size)
         stack.callback(self.progress.close)
         if self.saved < 0:
-            self.progress.say(parameter_overview.get_parameter_overview(self.state.params, include_stats=False))
+            self.progress.say(log.parameters(self.state.params))
         else:
             self.progress.say(f"resumed from {self.checkpoints.path(self.saved)} (step {self.saved} of {config.steps})")
 
@@ -132,37 +133,40 @@ class _Run:
         config, program = self.config, self.program
         after_step = program.task.after_step
         knobs = program.knobs()
-        # A SIGTERM during an evaluation saves at once, and leaves the evaluation to the next start.
+        # A signal during an evaluation saves at once, and leaves the evaluation to the next start.
         if self.saved > 0 and self._evaluates(self.saved) and not self.values:
             if not self._evaluate(self.saved):
                 self._leave()
             self.checkpoints.annotate(self.saved, self.values)
         pending: tuple[int, Any] | None = None
-        batches = self.data.train(self.start)
-        with _closing(batches), log.Profile(config.profile, self.folder / "profile") as profile:
-            batch = self._next(batches) if self.start < config.steps else None
-            for step in range(self.start + 1, config.steps + 1):
-                if self.sigterm.agreed(ask=step % config.log_every == 0):
+        batches, first = self.data.train(self.start), self.start + 1
+        with closing(batches), log.Profile(config.profile, self.folder / "profile") as profile:
+            batch = self._next(batches) if first <= config.steps else None
+            for step in range(first, config.steps + 1):
+                if self.stop.agreed(ask=step % config.log_every == 0):
                     self._stop(step - 1, pending)
+                if step == first:
+                    self.progress.say("compiling the training step ...")
                 profile.before(step - 1)
                 count = np.int32(step - 1)
                 self.state, metrics = program.step(self.state, self.frozen, knobs, batch, program.key, count)
-                self.progress.tick()
                 profile.after(step - 1, self.state.step)
+                if step == first:
+                    self._settle(step, metrics)
                 batch = self._next(batches) if step < config.steps else None
                 if pending is not None:
                     self._settle(*pending)
-                pending = (step, metrics)
-                if after_step is not None:
+                pending = (step, metrics) if step > first else None
+                ends = self._evaluates(step) or self._saves(step)
+                if pending is not None and (ends or after_step is not None):
                     self._settle(*pending)
                     pending = None
+                if after_step is not None:
                     state = after_step(self.state, self.frozen, self._draw)
                     self.state = jax.device_put(state, program.shardings)
-                if self._evaluates(step) or self._saves(step):
-                    if pending is not None:
-                        self._settle(*pending)
-                    pending = None
+                if ends:
                     self._boundary(step)
+                    self.progress.resume()
         self.checkpoints.wait()
 
     def result(self) -> dict[str, Any]:
@@ -183,7 +187,7 @@ class _Run:
             "params_sha256": params_sha256(self.state.params),
             **hashes,
             "spec_sha256": task.spec.sha256,
-            "images_per_s": round(self.progress.images_per_s, 2),
+            **({"images_per_s": round(speed, 2)} if (speed := self.progress.images_per_s) else {}),
             "seconds": round(time.time() - self.began, 2),
             "memory_gib": round(log.memory_gib(), 3),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -205,10 +209,12 @@ class _Run:
             self._leave()
 
     def _evaluate(self, step: int) -> bool:
-        """Evaluates into `values` and the log; False where SIGTERM broke it off."""
+        """Evaluates into `values` and the log; False where a signal broke it off."""
         self.progress.pause()
         params, extra = self.program.averaged(self.state), self.state.extra
-        values = self.program.evaluate(params, self.frozen, extra, self.data.eval("eval"), lambda: self.sigterm.local)
+        say = functools.partial(self.progress.say, keep=False)
+        batches = log.watched(self.data.eval("eval"), self.data.eval_examples, say)
+        values = self.program.evaluate(params, self.frozen, extra, batches, lambda: self.stop.local)
         if values is None:
             return False
         self.values = values
@@ -233,9 +239,12 @@ class _Run:
                 f"expected finite ones{update}; the update was masked, nothing trained on it; "
                 f"last good checkpoint: {good}"
             )
-        if step % self.config.log_every == 0 or step == self.config.steps:
+        self.progress.done()
+        logged = step % self.config.log_every == 0 or step == self.config.steps
+        if logged or step == self.start + 1:
             values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
-            self._write(step, values)
+            if logged:
+                self._write(step, values)
             self.progress.show(step, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
@@ -243,7 +252,7 @@ class _Run:
         self.board.write(step, values)
 
     def _stop(self, step: int, pending: tuple[int, Any] | None) -> NoReturn:
-        """SIGTERM between two steps: saves what is new, and leaves."""
+        """A signal between two steps: saves what is new, and leaves."""
         if pending is not None:
             self._settle(*pending)
         if step > self.start and step != self.saved:
@@ -253,8 +262,9 @@ class _Run:
     def _leave(self) -> NoReturn:
         self.checkpoints.wait()
         where = self.checkpoints.path(self.saved) if self.saved >= 0 else "nothing yet"
-        self.progress.say(f"SIGTERM: saved {where}; start again to resume (exit code {EXIT_PREEMPTED})")
-        raise Preempted(EXIT_PREEMPTED)
+        code = self.stop.exit_code
+        self.progress.say(f"{self.stop.name}: saved {where}; the same command resumes (exit code {code})")
+        raise Preempted(code)
 
     def _check_frozen(self) -> None:
         if self.saved < 0 or self.config.allow_config_change:
@@ -281,13 +291,3 @@ class _Run:
 def _check_best(program: Program, data: Data, best: str) -> None:
     if best and best not in (known := program.metrics(data.draw("eval", 0))):
         raise InputError(f"config.checkpoint.best must be a metric, {', '.join(known)}, or '' for none, found {best!r}")
-
-
-@contextlib.contextmanager
-def _closing(batches: Iterator[Batch]) -> Iterator[None]:
-    """Ends a generator's workers with the loop."""
-    try:
-        yield
-    finally:
-        if hasattr(batches, "close"):
-            batches.close()

@@ -1,47 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM as a request: the loop finishes its step, saves, and ends with `EXIT_PREEMPTED`."""
+"""SIGTERM and Ctrl-C as a request: the loop finishes its step, saves, and ends with an exit code that says which."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vtjax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
-class Sigterm:
-    """Context in which SIGTERM sets `requested` and does nothing else; the former handler returns afterwards.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+
+class StopRequest:
+    """Context in which SIGTERM, and SIGINT the first time, set `received` and do nothing else.
+
+    After its first time SIGINT has its former handler again, so that a second Ctrl-C interrupts; on leaving, both have.
     Python runs handlers between bytecodes, so a signal during a compilation or a device wait is seen when that ends.
-    Outside the main thread, where handlers cannot be set, SIGTERM keeps its former meaning.
+    Outside the main thread, where handlers cannot be set, the signals keep their former meaning.
+
+    Attributes:
+      received: number of the first signal; 0 before.
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._former: object = None
+        self.received = 0
+        self._former: dict[int, Any] = {}
 
-    def __enter__(self) -> Sigterm:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGTERM, self._handle)
+            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)  # type: ignore[arg-type]
+        for number in self._former:
+            self._restore(number)
 
     @property
     def local(self) -> bool:
         """Whether to break off work that only a process alone may break off: the others would wait for it."""
-        return self.requested and jax.process_count() == 1
+        return bool(self.received) and jax.process_count() == 1
+
+    @property
+    def name(self) -> str:
+        """Of the signal received."""
+        return signal.Signals(self.received).name
+
+    @property
+    def exit_code(self) -> int:
+        """`EXIT_INTERRUPTED` after SIGINT, `EXIT_PREEMPTED` after SIGTERM."""
+        return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
 
     def agreed(self, ask: bool) -> bool:
         """Whether to stop now, the same on all processes. With several, they ask each other where `ask` is true."""
         if jax.process_count() == 1:
-            return self.requested
-        return ask and bool(multihost_utils.process_allgather(np.asarray(self.requested)).any())
+            return bool(self.received)
+        if not ask:
+            return False
+        # Of two signals the larger number, SIGTERM, counts everywhere. What arrives meanwhile waits for the next time.
+        found = int(multihost_utils.process_allgather(np.asarray(self.received)).max())
+        self.received = found or self.received
+        return bool(found)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            self._restore(number)
+            # Not by `sys.stderr`, in the middle of whose writing a handler may run.
+            os.write(2, _FIRST)
+
+    def _restore(self, number: int) -> None:
+        if self._former[number] is not None:
+            signal.signal(number, self._former[number])
+
+
+_FIRST = b"\nSIGINT: finishing the step, then saving; a second one ends at once\n"

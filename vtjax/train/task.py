@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -71,3 +72,13 @@ class Data(Protocol):
 
     def draw(self, split: str, index: int) -> Batch:
         """Validation batch number `index`, depending on (seed, split, index) only."""
+
+
+@contextlib.contextmanager
+def closing(batches: Iterator[Batch]) -> Iterator[None]:
+    """Ends a generator's workers with the loop."""
+    try:
+        yield
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()

@@ -52,7 +52,8 @@ def refuse_changes(folder: epath.Path, task: Task, config: Any) -> None:
     if changes:
         named = "; ".join(f"{name} was {old!r}, found {new!r}" for name, (old, new) in changes.items())
         raise InputError(
-            f"{folder} was begun under another config: {named}; take another workdir or set allow_config_change=True"
+            f"{folder} was begun under another config: {named}; take another workdir or set "
+            "config.allow_config_change (--config.allow_config_change=true)"
         )
 
 

@@ -61,7 +61,7 @@ def convert(
     if _read(source) & _written(target):
         raise InputError(f"source and destination are the same: {src} and {dst}")
     if target.exists() and not overwrite:
-        raise InputError(f"{target} exists; remove it or ask for overwriting")
+        raise InputError(f"{target} exists; remove it or replace it with --overwrite (overwrite=True)")
     loaded, params = store.load(src, _spec(spec))
     out: dict[str, Any] = {"src": str(src), "dst": str(target), "layout": layout}
     out["params"] = sum(int(np.asarray(a).size) for _, a in flatten(params))

@@ -97,17 +97,27 @@ def resolve(name: str) -> Path:
         if local is not None:
             return local
         raise InputError(f"the weights {name!r} do not exist, neither as a path nor in {_searched()}")
-    for candidate in dict.fromkeys(
-        [f"{name}.safetensors", name, hub, hub.split("/")[-1]] if hub else [f"{name}.safetensors", name]
-    ):
-        local = paths.find(candidate)
-        if local is not None:
-            return local
+    if (found := _local(name, hub)) is not None:
+        return found
     if not hub:
         close = difflib.get_close_matches(name, NAMED, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known names: {', '.join(NAMED)}"
         raise InputError(f"the weights {name!r} are neither a path, a known name nor in {_searched()}; {hint}")
     return _download(name, hub)
+
+
+def _local(name: str, hub: str) -> Path | None:
+    """The file or folder of a name or hub id along the search path."""
+    forms = [f"{name}.safetensors", name, hub, hub.split("/")[-1]] if hub else [f"{name}.safetensors", name]
+    return next((found for form in dict.fromkeys(forms) if (found := paths.find(form)) is not None), None)
+
+
+def absent_spec(name: str) -> ViTSpec | None:
+    """The spec that the registry has for a name whose weights are not found; else None. Downloads nothing."""
+    entry = NAMED.get(name)
+    if entry is None or Path(name).exists() or _local(name, entry.hub) is not None:
+        return None
+    return entry.spec()
 
 
 def _searched() -> str:

@@ -23,6 +23,7 @@ from vtjax.weights.tables import TABLES
 
 LAYOUTS = ("vtjax", "timm", "hf")
 FORMAT = "vtjax"
+_GIVE = "vtjax convert --spec=spec.json, or spec=... in Python"
 
 
 def load(source: str | Path, spec: ViTSpec | None = None) -> tuple[ViTSpec, Params]:
@@ -69,7 +70,7 @@ def save(path: str | Path, spec: ViTSpec, params: Params, layout: str = "vtjax",
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
     if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; remove it or ask for overwriting")
+        raise InputError(f"{path} exists; remove it or replace it with --overwrite (overwrite=True)")
     is_file = path.suffix == ".safetensors"
     if is_file == path.is_dir() and path.exists():
         raise InputError(f"{path} must be a {'file' if is_file else 'folder'}, found the other")
@@ -104,7 +105,7 @@ def _load_folder(folder: Path, spec: ViTSpec | None) -> tuple[ViTSpec, Params]:
         return _load_bare(files, spec, str(folder))
     if not (folder / "config.json").exists():
         raise InputError(
-            f"{folder} must hold config.json (Hugging Face or timm) beside its weights, or come with a spec"
+            f"{folder} must hold config.json (Hugging Face or timm) beside its weights, or come with a spec: {_GIVE}"
         )
     return _load_foreign(folder, files)
 
@@ -135,13 +136,13 @@ def _load_bare(
     """Arrays with foreign names, or with ours but without our metadata."""
     if candidates is None and any(names.is_own(n) for n in tensors):
         if spec is None:
-            raise InputError(f"{where} holds vtjax names without a spec; give its spec.json")
+            raise InputError(f"{where} holds vtjax names without a spec; give its spec.json ({_GIVE})")
         return _own(spec, tensors, where)
     table, prefix = names.find_table(tensors, candidates or TABLES)
     if spec is None:
         raise InputError(
-            f"{where} says nothing about its architecture (heads, activation, epsilon cannot be inferred from arrays): "
-            "give a spec, or put the config.json of timm or Hugging Face beside it"
+            f"{where} says nothing about its architecture (heads, activation, epsilon cannot be inferred from arrays); "
+            f"give a spec ({_GIVE}), or put the config.json of timm or Hugging Face beside it"
         )
     return spec, names.to_ours(spec, tensors, TABLES[table], prefix, f"the weights of {where}")
 
