@@ -187,6 +187,7 @@ def test_changes_of_the_config_are_named_and_refused(straight: Any, tmp_path: Pa
     for part in ("steps was 4, found 6", "optim.lr was 0.05, found 0.1", "data.name was 'procedural', found 'digits'"):
         assert part in message
     assert "log_every" not in message and "workdir was" not in message and "\n" not in message
+    assert message.endswith("(--config.allow_config_change=true)")
     assert run(toy.config(steps=4, log_every=3, profile=(2, 3)), tmp_path)["step"] == 4
 
     changed.allow_config_change = True

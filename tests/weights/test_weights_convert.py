@@ -75,7 +75,7 @@ def test_refusals_come_before_any_work(oracle, src, tmp_path):
     dst = tmp_path / "out.safetensors"
     convert(src, dst)
     before = dst.read_bytes()
-    with pytest.raises(InputError, match="exists"):
+    with pytest.raises(InputError, match="exists; .* --overwrite"):
         convert(src, dst)
     assert dst.read_bytes() == before
     convert(src, dst, overwrite=True)
