@@ -9,6 +9,8 @@ STAMP := .venv/.installed
 SHARED := $(realpath ../shared/data)
 export VTJAX_DATA := $(or $(VTJAX_DATA),$(CURDIR)/data)$(if $(SHARED),:$(SHARED))
 
+# editable_mode=compat: a plain path entry. setuptools' import hook would lose to the clone's own folder where that is
+# called vtjax and one works beside it.
 # XLA allocates the temporary memory of a step anew each time; huge pages save a quarter of a CPU training step in page
 # faults (experiments/vit/README.md). Linux with glibc only, ignored elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -31,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("vtjax needs Python 3.11 or newer, found %d.%d; try: make PYTHON=python3.11" % v[:2])'
 	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing vtjax and its dependencies into .venv (about a minute) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@
 
 FRESH ?=

@@ -8,6 +8,7 @@ python -m experiments.vit.accuracy          rewrites the table in README.md; --c
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -65,10 +66,17 @@ def main(arguments: list[str]) -> int:
     """See the module's text."""
     from vtjax.account import record
 
-    for variant in [a for a in arguments if not a.startswith("-")]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"to measure: {', '.join(WHAT)}")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    for variant in options.variants:
+        if variant not in WHAT:
+            parser.error(f"VARIANT must be one of {', '.join(WHAT)}, found {variant!r}")
+    for variant in options.variants:
         written = record.write(RECORDS, measure(variant))
         print(f"{variant}: top-1 {written['top1']:.2%} of {written['count']:.0f}", file=sys.stderr)
-    check = "--check" in arguments
+    check = options.check
     changed = tables.refresh(ROOT / "README.md", {"accuracy": table(tables.read_jsonl(RECORDS))}, check=check)
     print(f"README.md {'differs' if check else 'rewritten'}: {', '.join(changed) or 'nothing'}", file=sys.stderr)
     return int(check and bool(changed))

@@ -7,6 +7,7 @@ python -m experiments.vit.tables --check   exits 1 where the README differs
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def _circumstances(r: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    check = "--check" in sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
     changed = tables.refresh(README, build(), check=check)
     print(f"{', '.join(changed) or 'nothing'} {'differs' if check else 'rewritten'}", file=sys.stderr)
     sys.exit(1 if check and changed else 0)

@@ -181,7 +181,9 @@ class ImageData:
         source = self._sources["train"]
         size = len(source)
         rows = self._row_numbers(step)
-        stream = [(step * self._batch_size + int(self._places[row % self._batch_size])) // self._repeats for row in rows]
+        stream = [
+            (step * self._batch_size + int(self._places[row % self._batch_size])) // self._repeats for row in rows
+        ]
         index = [int(_order(self._seed, ORDER, c // size, size)[c % size]) for c in stream]
         examples = [source[i] for i in index]
         images = [self._augmented(e, row) for e, row in zip(examples, rows, strict=True)]
@@ -306,8 +308,8 @@ def from_config(
 
     Args:
       config: mapping with `name, train_split, eval_split, path, workers, prefetch, augment, crop_scale, flip, jitter,
-        randaugment, mixup, cutmix, erase`; also, where present, `hue`, `repeats`, `cache` and the options `n, classes` of
-        "procedural". An empty `train_split` means evaluation only.
+        randaugment, mixup, cutmix, erase`; also, where present, `hue`, `repeats`, `cache` and the options `n, classes`
+        of "procedural". An empty `train_split` means evaluation only.
       seed, batch_size, image_size, process_index, process_count: as for `ImageData`.
       preprocess: evaluation transform and normalisation; None = crop 0.875, bicubic, mean and std 0.5.
 
