@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Needs Python 3.11+ and make, nothing else. The workflow and pre-commit call these same targets.
+# Needs Python 3.11+ with venv, make, and a way to the Python package index. The workflow and pre-commit call these same targets.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,8 +9,6 @@ STAMP := .venv/.installed
 SHARED := $(realpath ../shared/data)
 export VTJAX_DATA := $(or $(VTJAX_DATA),$(CURDIR)/data)$(if $(SHARED),:$(SHARED))
 
-# editable_mode=compat: a plain path entry. setuptools' import hook would lose to the clone's own folder where that is
-# called vtjax and one works beside it.
 # XLA allocates the temporary memory of a step anew each time; huge pages save a quarter of a CPU training step in page
 # faults (experiments/vit/README.md). Linux with glibc only, ignored elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -29,6 +27,8 @@ help:
 
 venv: $(STAMP)
 
+# editable_mode=compat: a plain path entry. setuptools' import hook would lose to the clone's own folder where that is
+# called vtjax and one works beside it.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("vtjax needs Python 3.11 or newer, found %d.%d; try: make PYTHON=python3.11" % v[:2])'
 	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.test_layering import breaches
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,6 +36,15 @@ def test_adding_a_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     namespace = run_blocks(ROOT / "docs" / "adding-a-method.md")
     assert namespace["result"]["kept"] < 1.0
+
+
+def test_files_of_adding_a_method_may_import_what_they_import() -> None:
+    text = (ROOT / "docs" / "adding-a-method.md").read_text()
+    blocks = re.findall(r"^`([\w/]+\.py)`[^\n]*:\n\n```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == text.count("\n```python\n"), "a block without the name of its file above it"
+    ours = [(file.split("/")[1], source) for file, source in blocks if file.startswith("vtjax/")]
+    assert {package for package, _ in ours} == {"ops", "methods"}
+    assert [breach for package, source in ours for breach in breaches(package, source)] == []
 
 
 def test_the_quickstart_of_the_readme_runs(shared_data: Any) -> None:

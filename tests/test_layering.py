@@ -138,6 +138,13 @@ def test_the_reader_lets_the_rest_through(package: str, source: str) -> None:
     assert breaches(package, source) == []
 
 
+def test_the_readme_shows_the_same_table() -> None:
+    rows = re.findall(r"^\| `vtjax/(\w+)(?:/|\.py)` \|.*\| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    shown = {layer: set(re.findall(r"\w+", text)) & set(ALLOWED) for layer, text in rows if layer != "cli"}
+    hidden = SHARED | {"cli", "__main__", "__init__"}
+    assert shown == {layer: allowed for layer, allowed in ALLOWED.items() if layer not in hidden}
+
+
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [d for name, group in project["optional-dependencies"].items() if name != "dev" for d in group]

@@ -52,7 +52,7 @@ def table(records: list[dict[str, Any]]) -> str:
     rows = [
         (
             WHAT[variant],
-            f"**{r['top1']:.1%}**",
+            f"**{100 * r['top1']:.1f} %**",
             f"{r['count']:,.0f}",
             f"`python -m experiments.vit.accuracy {variant}`",
             f"{r['date'][:10]}, {r['hardware']['cpu']}, jax {r['versions']['jax']}",
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
             parser.error(f"VARIANT must be one of {', '.join(WHAT)}, found {variant!r}")
     for variant in options.variants:
         written = record.write(RECORDS, measure(variant))
-        print(f"{variant}: top-1 {written['top1']:.2%} of {written['count']:.0f}", file=sys.stderr)
+        print(f"{variant}: top-1 {100 * written['top1']:.2f} % of {written['count']:.0f}", file=sys.stderr)
     check = options.check
     changed = tables.refresh(ROOT / "README.md", {"accuracy": table(tables.read_jsonl(RECORDS))}, check=check)
     print(f"README.md {'differs' if check else 'rewritten'}: {', '.join(changed) or 'nothing'}", file=sys.stderr)

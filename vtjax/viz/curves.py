@@ -77,6 +77,7 @@ def report(
     predictions: Sequence[int] | np.ndarray,
     names: Sequence[str] | None = None,
     title: str = "",
+    note: str = "",
     show: int = 24,
 ) -> Any:
     """One page on a trained classifier: curves, confusion matrix, and test images with what the model said.
@@ -87,6 +88,7 @@ def report(
       labels, predictions: `[n]` class indices.
       names: of the classes; None = their numbers.
       title: of the page.
+      note: one or two lines below the title, for example why the curves lie as they do.
       show: how many images to show: the mistakes first (at most half), then spread evenly over the split.
 
     Raises:
@@ -105,7 +107,10 @@ def report(
     figure = _figure(10.0, 8.0)
     if title:
         figure.suptitle(title, x=0.125, y=0.97, ha="left", fontsize=14, fontweight="bold", color=INK)
-    grid = figure.add_gridspec(2, 2, height_ratios=[1.0, 1.35], hspace=0.3, wspace=0.2, top=0.9 if title else 0.95)
+    if note:
+        figure.text(0.125, 0.94, note, ha="left", va="top", fontsize=9, color=MUTED, linespacing=1.35)
+    top = 0.86 if note else 0.9 if title else 0.95
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.0, 1.35], hspace=0.3, wspace=0.2, top=top)
     loss, accuracy = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     _curves(loss, metrics, LOSSES, COLORS[0], "")
     _curves(accuracy, metrics, ACCURACIES, COLORS[0], "", percent=True)
@@ -167,8 +172,8 @@ def _curves(
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a 25th of the run; the window shrinks at the ends."""
-    half = max(len(values) // 50, 0)
+    """Centred mean over about a 25th of the run, at least 5 points; the window shrinks at the ends."""
+    half = max(len(values) // 50, 2)
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
@@ -183,7 +188,7 @@ def _mark_last(axes: Any, step: float, value: float, color: str) -> None:
         textcoords="offset points",
         ha="right",
         color=color,
-        fontsize=10,
+        fontsize=11,
         fontweight="bold",
     )
 
