@@ -73,6 +73,7 @@ def test_eval_counts_every_example_once(batch_size, vtjax, finished):
     assert result["count"] == 256
     assert result["top1"] == first["top1"] and result["top5"] == first["top5"]
     assert result["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert result["params"] == 19_626  # the whole summary of the task, whatever it holds
     assert result["macs_per_image"] == 340_416
     assert all(not isinstance(v, dict | list) for v in result.values())
     assert "256" in outcome.err  # progress, for people

@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Evaluates; the result is flat, with top1, top5, loss, count and macs_per_image."""
+    """Evaluates; the result is flat: the metrics (top1, top5, loss, count) and the task's summary (macs_per_image)."""
     from vtjax.cli import assemble
 
     if args.workdir:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     result = loop.evaluate(task, _Watched(data), config, params, extra)
     return 0, {
         **result,
-        "macs_per_image": task.summary["macs_per_image"],
+        **task.summary,
         "source": args.workdir or config.init_from,
         "split": config.data.eval_split,
     }
