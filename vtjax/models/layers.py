@@ -6,6 +6,7 @@ Letters: B batch, N tokens, D width, H heads, M hidden width. Parameters are flo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ Knobs = Mapping[str, Any]
 Reducer = Callable[[Tokens, dict[str, Array], Knobs], tuple[Tokens, dict[str, Array]]]
 Adapter = Callable[[Array, Knobs], Array]
 DropPath = Callable[[Array, int], Array]
+AttentionFn = Callable[..., tuple[Array, dict[str, Array]]]
+"""`(q, k, v, *, size, alive, want) -> (y, statistics)`, with the meaning that `ops.attention.attention` gives them."""
 
 ADAPTER_SITES = ("attn_in", "attn", "mlp_in", "mlp", "out", "skip")
 """Where an adapter acts: on the input of attention or MLP (its result replaces the normed input), parallel to attention
@@ -71,14 +74,14 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Self-attention of one block on the normed tokens.
 
-    Returns `(y [B,N,D], aux)`; aux holds what `want` names: "importance", "lse" (see `ops.attention`), and "keys"
-    `[B,N,H,dh]`, after the key norm, unscaled.
+    Returns `(y [B,N,D], aux)`; aux holds what `want` names: "importance", "lse" (see `ops.attention`), and "queries",
+    "keys", "values" `[B,N,H,dh]`, after their norms, unscaled.
     """
 
     family: ViTSpec
     spec: BlockSpec
     dtype: Any = jnp.float32
-    implementation: str = "auto"
+    implementation: str | AttentionFn = "auto"
 
     @nn.compact
     def __call__(self, tokens: Tokens, want: tuple[str, ...] = ()) -> tuple[Float[Array, "B N D"], dict[str, Array]]:
@@ -97,17 +100,12 @@ class Attention(nn.Module):
         if family.qk_norm == "head":
             q = Norm(family.norm, family.eps, name="query_norm")(q)
             k = Norm(family.norm, family.eps, name="key_norm")(k)
-        y, aux = attention_op.attention(
-            q,
-            k,
-            v,
-            size=tokens.size,
-            alive=tokens.alive,
-            implementation=self.implementation,
-            want=tuple(w for w in want if w in attention_op.STATISTICS),
-        )
-        if "keys" in want:
-            aux["keys"] = k
+        attend = self.implementation
+        if isinstance(attend, str):
+            attend = functools.partial(attention_op.attention, implementation=attend)
+        statistics = tuple(w for w in want if w in attention_op.STATISTICS)
+        y, aux = attend(q, k, v, size=tokens.size, alive=tokens.alive, want=statistics)
+        aux |= {name: a for name, a in (("queries", q), ("keys", k), ("values", v)) if name in want}
         y = checkpoint_name(y.reshape(*y.shape[:2], heads * head_dim), "attention")
         return Dense(d, family.out_bias, self.dtype, name="out")(y), aux
 
@@ -165,7 +163,7 @@ class Block(nn.Module):
     reducer: Reducer | None = None
     adapters: tuple[tuple[str, Adapter], ...] = ()
     dtype: Any = jnp.float32
-    implementation: str = "auto"
+    implementation: str | AttentionFn = "auto"
 
     @nn.compact
     def __call__(

@@ -21,6 +21,7 @@ from vtjax.models import segments
 from vtjax.models.layers import (
     ADAPTER_SITES,
     Adapter,
+    AttentionFn,
     AttentionPool,
     Block,
     Embed,
@@ -36,7 +37,7 @@ from vtjax.spec import ViTSpec, is_backbone
 
 Params = dict[str, Any]
 
-WANTS = (*STATISTICS, "keys", "tokens")
+WANTS = (*STATISTICS, "queries", "keys", "values", "tokens")
 
 
 def _identity(x: Array) -> Array:
@@ -51,7 +52,7 @@ class ViT:
       spec: what to build.
       dtype: compute dtype; parameters stay float32, norms and softmax are computed in float32.
       remat, scan: see `models.segments`.
-      attention: implementation of `ops.attention`.
+      attention: implementation of `ops.attention`, or a function in its place (`layers.AttentionFn`) for the blocks.
       reducers: `(layer, reducer)` pairs, at most one per layer.
       adapters: `(layer, site, function)` triples, at most one per layer and site.
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
@@ -65,14 +66,14 @@ class ViT:
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = False
-    attention: str = "auto"
+    attention: str | AttentionFn = "auto"
     reducers: tuple[tuple[int, Reducer], ...] = ()
     adapters: tuple[tuple[int, str, Adapter], ...] = ()
     constrain: Callable[[Array], Array] = _identity
 
     def __post_init__(self) -> None:
         segments.check(self.remat, self.scan)
-        if self.attention not in IMPLEMENTATIONS:
+        if isinstance(self.attention, str) and self.attention not in IMPLEMENTATIONS:
             raise InputError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, found {self.attention!r}")
         slots = [*((layer, "reducer") for layer, _ in self.reducers), *((a[0], a[1]) for a in self.adapters)]
         for layer, site in slots:
@@ -146,8 +147,8 @@ class ViT:
           images: float32, already normalised, of the spec's size.
           knobs: traced arrays by name, `[L, ...]` or one scalar for all layers; they override method parameters of the
             same name.
-          want: per-block outputs to return in `aux["blocks"][l]`: "tokens", and from blocks with attention "keys",
-            "importance", "lse".
+          want: per-block outputs to return in `aux["blocks"][l]`: "tokens", and from blocks with attention "queries",
+            "keys", "values", "importance", "lse".
           key, drop_path: stochastic depth in training.
 
         Returns:
@@ -242,7 +243,7 @@ class ViT:
 
     @property
     def _pool(self) -> AttentionPool:
-        return AttentionPool(self._family, self.dtype, self.attention)
+        return AttentionPool(self._family, self.dtype, self.attention if isinstance(self.attention, str) else "auto")
 
     @property
     def _head(self) -> Head:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arrays of a recorded file: which were read, which were compared, and how far off they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+TOLERANCES = {"value": 2e-5, "logits": 1e-4, "grad": 2e-4, "exact": 0.0}
+"""Largest difference; of "grad", absolute or relative to the recorded number. As the vectors' description says."""
+
+
+class Arrays:
+    """Recorded arrays by slash-separated name. Reading one marks it as used; `compare` judges one."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = dict(arrays)
+        self._used: set[str] = set()
+        self._errors: dict[str, tuple[float, float]] = {}
+        self._failed: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self._used.add(name)
+        return self._arrays[name]
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names that begin with `prefix`, without it."""
+        return [name.removeprefix(prefix) for name in self._arrays if name.startswith(prefix)]
+
+    def children(self, prefix: str = "") -> list[str]:
+        """First parts of the names below `prefix`, in order."""
+        return list(dict.fromkeys(name.split("/")[0] for name in self.names(prefix)))
+
+    def compare(self, name: str, value: Any, kind: str = "value", where: np.ndarray | None = None) -> None:
+        """Judges `value` against the recorded array, where there is one; `where` picks the entries that count."""
+        if name not in self:
+            return
+        expected, found = self[name], np.asarray(value)
+        if expected.shape != found.shape:
+            self._miss(name, np.inf, np.inf)
+            return
+        if where is not None:
+            expected, found = expected[where], found[where]
+        expected, found = expected.astype(np.float64), found.astype(np.float64)
+        same = (expected == found) | (np.isnan(expected) & np.isnan(found))
+        with np.errstate(invalid="ignore"):
+            error = np.where(same, 0.0, np.abs(expected - found))
+        error = np.where(np.isnan(error), np.inf, error)
+        if kind == "grad":
+            error = np.minimum(error, error / np.maximum(np.abs(expected), 1e-30))
+        largest, tolerance = float(error.max(initial=0.0)), TOLERANCES[kind]
+        if largest > tolerance:
+            self._miss(name, largest, np.inf if tolerance == 0 else largest / tolerance)
+        else:
+            self._errors[name] = (largest, largest / tolerance if tolerance else 0.0)
+
+    def _miss(self, name: str, error: float, ratio: float) -> None:
+        self._failed.append(name)
+        self._errors[name] = (error, ratio)
+
+    def worst(self) -> dict[str, tuple[float, str]]:
+        """Per group (first part of the name): the largest error in units of its tolerance, and whose it is."""
+        out: dict[str, tuple[float, str]] = {}
+        for name, (error, ratio) in self._errors.items():
+            group = name.split("/")[0]
+            if group not in out or ratio > out[group][0]:
+                out[group] = (ratio, f"{name} ({error:.1e})")
+        return out
+
+    def result(self) -> dict[str, Any]:
+        """What the runner prints last."""
+        finite = [error for error, _ in self._errors.values() if np.isfinite(error)]
+        return {
+            "groups": len({name.split("/")[0] for name in self._errors}),
+            "compared": len(self._errors),
+            "unread": sorted(set(self._arrays) - self._used),
+            "worst": max(finite, default=0.0),
+            "failed": sorted(self._failed),
+        }

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging and pruning of tokens: scores, the threshold masker, bipartite matching, merging, compaction, the budget.
+
+Letters: B batch, N token slots, P prefix tokens (class token, distillation token, registers: never merged or pruned),
+A and B the two halves of the bipartite split, D width, L layers, N0 original tokens.
+
+The split is by parity of the slot, over all slots: A holds the patch tokens in even slots, B those in odd ones. After
+a merge the slots are ordered prefix, A, B. Sources: LTMP spec sections 2 to 6; ToMe (Bolya et al. 2023) for matching.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vtjax.ops.tokens import Tokens
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_EPS = 1e-5  # of the release's softmax while it trains
+_TINY = 1e-24  # squared norm below which a feature counts as zero: its cosines are 0, not NaN
+
+
+class Match(NamedTuple):
+    """What every token of A found in B.
+
+    Attributes:
+      similarity: float32 `[B, A]`, cosine with the most similar token of B; -inf where the token may not merge.
+      partner: int32 `[B, A]`, that token's position in B (the first of equals).
+    """
+
+    similarity: Float[Array, "B A"]
+    partner: Int[Array, "B A"]
+
+
+def threshold_mask(
+    values: Float[Array, "*B"], threshold: Float[Array, "*T"], tau: float | Float[Array, ""], *, exact: bool = True
+) -> Float[Array, "*B"]:
+    """1 where `values > threshold`, else 0; the gradient is that of sigmoid((values - threshold) / tau).
+
+    The straight-through masker of LTMP (spec section 3): gradients reach values and threshold, and vanish where a value
+    is infinite. float32, exactly 0 or 1.
+
+    Args:
+      exact: decide by the comparison itself. Otherwise by `sigmoid(...) > 0.5`, as the release does, which rounds to
+        0.5 for values up to 1e-8 above the threshold.
+    """
+    values, threshold = values.astype(jnp.float32), threshold.astype(jnp.float32)
+    soft = jax.nn.sigmoid((values - threshold) / tau)
+    hard = (values > threshold if exact else soft > 0.5).astype(jnp.float32)
+    return soft + jax.lax.stop_gradient(hard - soft)
+
+
+def unit_features(features: Float[Array, "B N H d"]) -> Float[Array, "B N d"]:
+    """Mean over heads, scaled to length 1 in float32; a zero feature stays zero. Spec section 2."""
+    mean = features.astype(jnp.float32).mean(2)
+    return mean * jax.lax.rsqrt(jnp.maximum((mean * mean).sum(-1, keepdims=True), _TINY))
+
+
+def split(x: Array, prefix: int) -> tuple[Array, Array, Array]:
+    """(prefix, A, B) of an array whose second axis is the slots."""
+    patches = x[:, prefix:]
+    return x[:, :prefix], patches[:, prefix % 2 :: 2], patches[:, 1 - prefix % 2 :: 2]
+
+
+def match(
+    unit: Float[Array, "B N d"],
+    prefix: int,
+    alive: Float[Array, "B N"] | None = None,
+    *,
+    hide_dead: bool = True,
+) -> Match:
+    """The most similar token of B for every token of A. Spec section 2.
+
+    Cosines are products at highest precision, and at most 1: rounding would let identical tokens exceed a threshold of
+    1, which is to mean "off" (spec section 12.6).
+
+    Args:
+      unit: `unit_features` of the tokens.
+      alive: dead tokens take no part; None = all live.
+      hide_dead: dead tokens of either half have similarity -inf. Otherwise 0, as in the release, where a threshold of
+        at least 0 keeps them from merging.
+    """
+    _, a, b = split(unit, prefix)
+    if b.shape[1] == 0 or a.shape[1] == 0:
+        shape = (unit.shape[0], a.shape[1])
+        return Match(jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
+    if alive is not None:
+        _, alive_a, alive_b = split(jax.lax.stop_gradient(alive), prefix)
+        if not hide_dead:
+            a, b = a * alive_a[..., None], b * alive_b[..., None]
+    cosine = jnp.minimum(jnp.einsum("bid,bjd->bij", a, b, precision=_HIGHEST), 1.0)
+    if alive is not None and hide_dead:
+        pair = (alive_a > 0.5)[:, :, None] & (alive_b > 0.5)[:, None, :]
+        cosine = jnp.where(pair, cosine, -jnp.inf)
+    # By index, not by max: the gradient of a tie belongs to the token that is taken.
+    index = jax.lax.stop_gradient(cosine).argmax(-1).astype(jnp.int32)
+    return Match(jnp.take_along_axis(cosine, index[..., None], -1)[..., 0], index)
+
+
+def merge(
+    tokens: Tokens, importance: Float[Array, "B N"] | None, found: Match, merged: Float[Array, "B A"], prefix: int
+) -> tuple[Tokens, Float[Array, "B N"] | None]:
+    """Merges tokens of A into the tokens of B that they found. Spec section 4, steps 4 to 7.
+
+    Features become the size-weighted mean of what was joined, sizes their sum, importance their maximum. A merged
+    token keeps its slot, dead (`alive` = 1 - merged), with its old features. Features and sizes carry no gradient of
+    `merged`, which trains through `alive` only.
+
+    Args:
+      tokens: absent size, alive and source mean ones, ones and the identity.
+      importance: float32, +inf where a token may not be pruned; None where nobody needs it.
+      merged: in {0, 1}, 1 only for live tokens of A that found a live token of B.
+
+    Returns:
+      Tokens in the order prefix, A, B, with every field set, and their importance.
+    """
+    batch, slots = tokens.x.shape[:2]
+    size, alive, source = filled(tokens)
+    hard = jax.lax.stop_gradient(merged)
+    half_b = split(size, prefix)[2].shape[1]
+    joins = jax.nn.one_hot(found.partner, half_b, dtype=jnp.float32) * hard[..., None]  # [B, A, B]
+
+    size_p, size_a, size_b = split(size, prefix)
+    new_size_b = size_b + jnp.einsum("bij,bi->bj", joins, size_a)
+    x_p, x_a, x_b = split(tokens.x, prefix)
+    weighted_a = x_a.astype(jnp.float32) * size_a[..., None]
+    weighted_b = x_b.astype(jnp.float32) * size_b[..., None]
+    joined = weighted_b + jnp.einsum("bij,bid->bjd", joins, weighted_a, precision=_HIGHEST)
+    x_b = (joined / new_size_b[..., None]).astype(x_b.dtype)
+
+    alive_p, alive_a, alive_b = split(alive, prefix)
+    # By selection: a product would change the gradients. What stays alive for sure carries none.
+    alive_a = jnp.where(alive_a > 0.5, 1.0 - merged, alive_a)
+    alive_p = jax.lax.stop_gradient(alive_p)
+
+    if importance is not None:
+        p, a, b = split(importance, prefix)
+        received = jnp.where(joins > 0, a[..., None], -jnp.inf)
+        b = jnp.maximum(b, received.max(1)) if a.shape[1] else b
+        importance = jnp.concatenate([p, a, b], 1)
+
+    half_a = size_a.shape[1]
+    into = prefix + half_a + found.partner
+    stays = prefix + jnp.arange(half_a, dtype=jnp.int32)
+    move_p = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
+    move_a = jnp.where(hard > 0.5, into, stays)
+    move_b = jnp.broadcast_to(prefix + half_a + jnp.arange(half_b, dtype=jnp.int32), (batch, half_b))
+    slot = jnp.arange(slots, dtype=jnp.int32)[None]
+    order = jnp.concatenate(split(slot, prefix), 1)[0]  # which old slot stands where in prefix, A, B
+    move = jnp.zeros((batch, slots), jnp.int32).at[:, order].set(jnp.concatenate([move_p, move_a, move_b], 1))
+    return (
+        Tokens(
+            x=jnp.concatenate([x_p, x_a, x_b], 1),
+            size=jnp.concatenate([size_p, size_a, new_size_b], 1),
+            alive=jnp.concatenate([alive_p, alive_a, alive_b], 1),
+            source=moved(source, move),
+        ),
+        importance,
+    )
+
+
+def prune(tokens: Tokens, keep: Float[Array, "B N"]) -> Tokens:
+    """Live tokens with `keep` 0 die where they stand; dead ones stay dead. Spec section 4, step 8."""
+    _, alive, source = filled(tokens)
+    alive = jnp.where(alive > 0.5, keep, alive)
+    return tokens.replace(alive=alive, source=moved(source, _where_alive(alive)))
+
+
+def compact(tokens: Tokens, importance: Float[Array, "B N"] | None = None) -> tuple[Tokens, Float[Array, "B N"] | None]:
+    """Live tokens first, in their order; then the dead ones. Spec section 11.2."""
+    size, alive, source = filled(tokens)
+    live = jax.lax.stop_gradient(alive) > 0.5
+    count = live.sum(1, keepdims=True)
+    place = jnp.where(live, jnp.cumsum(live, 1) - 1, count + jnp.cumsum(~live, 1) - 1).astype(jnp.int32)
+    order = jnp.argsort(place, axis=1)
+
+    def take(x: Array) -> Array:
+        return jnp.take_along_axis(x, order, 1)
+
+    out = Tokens(
+        x=jnp.take_along_axis(tokens.x, order[..., None], 1),
+        size=None if tokens.size is None else take(size),
+        alive=take(alive),
+        source=moved(source, place),
+    )
+    return out, None if importance is None else take(importance)
+
+
+def filled(tokens: Tokens) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Int[Array, "B N0"]]:
+    """size, alive and source, with what absent ones stand for."""
+    shape = tokens.x.shape[:2]
+    ones = jnp.ones(shape, jnp.float32)
+    slots = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    return (
+        ones if tokens.size is None else tokens.size,
+        ones if tokens.alive is None else tokens.alive,
+        slots if tokens.source is None else tokens.source,
+    )
+
+
+def moved(source: Int[Array, "B N0"], place: Int[Array, "B N"]) -> Int[Array, "B N0"]:
+    """`source` after slot i has moved to `place[i]` (-1: it died)."""
+    return jnp.where(source < 0, -1, jnp.take_along_axis(place, jnp.maximum(source, 0), 1))
+
+
+def _where_alive(alive: Float[Array, "B N"]) -> Int[Array, "B N"]:
+    slots = jnp.arange(alive.shape[1], dtype=jnp.int32)
+    return jnp.where(alive > 0.5, slots, -1)
+
+
+def protect(importance: Float[Array, "B N"], prefix: int, alive: Float[Array, "B N"] | None) -> Float[Array, "B N"]:
+    """float32 importance with +inf for what may never be pruned: the prefix, and without one the most important token,
+    so that no image loses all of its tokens."""
+    importance = importance.astype(jnp.float32)
+    slots = jnp.arange(importance.shape[1])
+    if prefix:
+        return jnp.where(slots < prefix, jnp.inf, importance)
+    known = importance if alive is None else jnp.where(alive > 0.5, importance, -jnp.inf)
+    best = jax.lax.stop_gradient(known).argmax(1, keepdims=True)
+    return jnp.where(slots == best, jnp.inf, importance)
+
+
+def budget(
+    fractions: Float[Array, "L ..."], tokens: int, costs: Float[Array, "L 3"]
+) -> tuple[Float[Array, "*B"], Float[Array, "L ..."]]:
+    """MACs of the blocks over those of the dense model, `r` of spec section 6 with every block's own widths.
+
+    Args:
+      fractions: live tokens after each block over `tokens`; one number per layer, or per layer and image.
+      tokens: N of the dense model.
+      costs: per layer, MACs of attention's projections per token, of attention per pair of tokens, of the MLP per
+        token. For equal blocks of width D: 4 D^2, 2 D, 8 D^2.
+
+    Returns:
+      r, and its part of every layer, `[L, ...]`.
+    """
+    costs = costs.reshape(*costs.shape, *(1,) * (fractions.ndim - 1))
+    after = fractions * tokens
+    before = jnp.concatenate([jnp.full_like(after[:1], tokens), after[:-1]])
+    spent = costs[:, 0] * before + costs[:, 1] * before**2 + costs[:, 2] * after
+    dense = (costs[:, 0] * tokens + costs[:, 1] * tokens**2 + costs[:, 2] * tokens).sum(0)
+    share = spent / dense
+    return share.sum(0), share
+
+
+def merge_top(
+    tokens: Tokens,
+    importance: Float[Array, "B N"] | None,
+    unit: Float[Array, "B N d"],
+    count: int,
+    prefix: int,
+    *,
+    by_similarity: bool,
+) -> tuple[Tokens, Float[Array, "B N"] | None]:
+    """Merges the `count` most similar pairs and removes what was merged: ToMe's step, at a fixed rate.
+
+    Args:
+      count: at most half of the patch tokens, else it is lowered to that.
+      by_similarity: the unmerged tokens of A stand in descending order of their similarity, else in their own order.
+
+    Returns:
+      Tokens `[B, N - count, ...]` in the order prefix, unmerged A, B, all live; and their importance.
+    """
+    found = match(unit, prefix)
+    half_a = found.similarity.shape[1]
+    count = min(count, (unit.shape[1] - prefix) // 2)
+    rank = jnp.argsort(-found.similarity, axis=1, stable=True)
+    chosen = jnp.zeros_like(found.similarity).at[jnp.arange(len(rank))[:, None], rank[:, :count]].set(1.0)
+    joined, importance = merge(tokens, importance, found, chosen, prefix)
+    left = rank[:, count:] if by_similarity else jnp.sort(rank[:, count:], axis=1)
+    batch, slots = tokens.x.shape[:2]
+    lead = jnp.broadcast_to(jnp.arange(prefix), (batch, prefix))
+    tail = jnp.broadcast_to(jnp.arange(prefix + half_a, slots), (batch, slots - prefix - half_a))
+    return _pick(joined, importance, jnp.concatenate([lead, prefix + left, tail], 1).astype(jnp.int32))
+
+
+def prune_least(
+    tokens: Tokens, importance: Float[Array, "B N"], count: int, prefix: int
+) -> tuple[Tokens, Float[Array, "B N"]]:
+    """Removes the `count` least important tokens, at a fixed rate; what stays is sorted by descending importance.
+
+    Args:
+      importance: of `protect`.
+      count: at most half of the patch tokens, else it is lowered to that.
+    """
+    count = min(count, (tokens.x.shape[1] - prefix) // 2)
+    order = jnp.argsort(-importance, axis=1, stable=True)[:, : tokens.x.shape[1] - count].astype(jnp.int32)
+    out, kept = _pick(tokens, importance, order)
+    assert kept is not None
+    return out, kept
+
+
+def _pick(
+    tokens: Tokens, importance: Float[Array, "B N"] | None, order: Int[Array, "B M"]
+) -> tuple[Tokens, Float[Array, "B M"] | None]:
+    """The slots `order`, all live; the others are gone, and so is what only they held."""
+    size, _, source = filled(tokens)
+    place = jnp.full(size.shape, -1, jnp.int32)
+    place = place.at[jnp.arange(len(order))[:, None], order].set(jnp.arange(order.shape[1], dtype=jnp.int32))
+    out = Tokens(
+        x=jnp.take_along_axis(tokens.x, order[..., None], 1),
+        size=None if tokens.size is None else jnp.take_along_axis(size, order, 1),
+        source=moved(source, place),
+    )
+    return out, None if importance is None else jnp.take_along_axis(importance, order, 1)
+
+
+def faithful_attention(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    *,
+    size: Float[Array, "B N"] | None = None,
+    alive: Float[Array, "B N"] | None = None,
+    want: tuple[str, ...] = (),
+    training: bool = False,
+) -> tuple[Float[Array, "B N H D"], dict[str, Array]]:
+    """The release's masked attention, as `ops.attention.attention` otherwise. Spec section 2.
+
+    The row maximum is over dead keys, too; while training 1e-5 is spread over all keys; importance is the mean over
+    all rows, dead ones included.
+    """
+    precision = _HIGHEST
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k, precision=precision)
+    scores = scores.astype(jnp.float32)
+    if size is not None:
+        scores = scores + jnp.log(size)[:, None, None, :]
+    share = masked_softmax(scores, alive, _EPS if training else 0.0)
+    y = jnp.einsum("bhnm,bmhd->bnhd", share.astype(v.dtype), v, precision=precision)
+    aux = {"importance": share.mean((1, 2))} if "importance" in want else {}
+    if "lse" in want:
+        raise ValueError("the faithful attention knows no lse")
+    return y, aux
+
+
+def masked_softmax(
+    scores: Float[Array, "B H N M"], alive: Float[Array, "B M"] | None, eps: float
+) -> Float[Array, "B H N M"]:
+    """exp(scores - max) x alive, normalised; with `eps` > 0 it is spread over all keys. Spec section 2."""
+    weight = jnp.exp(scores - scores.max(-1, keepdims=True))
+    if alive is not None:
+        weight = weight * alive[:, None, None, :]
+    total = weight.sum(-1, keepdims=True)
+    if eps:
+        return (weight + eps / scores.shape[-1]) / (total + eps)
+    return weight / total
