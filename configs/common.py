@@ -32,6 +32,7 @@ def base() -> ConfigDict:
     config.log_every = 50
     config.eval_every = 0  # 0: only at the end
     config.allow_config_change = False
+    config.heartbeat_timeout = 60  # seconds without a sign of life after which another process counts as lost
     config.checkpoint = {"every": 1000, "keep": 2, "best": "top1"}
     config.ema = 0.0  # decay; evaluation then uses the averaged parameters
     config.accumulate = 1  # micro-batches per step

@@ -29,5 +29,6 @@ class Preempted(SystemExit):
 
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
+EXIT_LOST = 76  # another process of the run is gone; start all of them again
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again", which is what a scheduler should do
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it; in training the state was saved

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,34 +90,146 @@ def test_a_non_finite_loss_stops_the_run_with_its_own_code(tmp_path):
     assert not (tmp_path / "w" / "result.json").exists()
 
 
-def test_two_processes_share_one_run(tmp_path):
-    """Each holds half of every batch; both tell the same result, which is that of one process on two devices."""
-    workdir, port = tmp_path / "w", free_port()
-    argv = ["run", TINY, "--config.steps=4", "--config.checkpoint.every=2", "--config.optim.warmup=0"]
+class Pair:
+    """Two processes of one run, with four devices each."""
 
-    def start(index: int) -> subprocess.Popen[str]:
-        variables = {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(index),
-        }
-        command = [*VTJAX, *argv, f"--workdir={workdir}"]
-        environment = {**os.environ, **variables}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
-        )
+    def __init__(self, *argv: str | Path, each: tuple[tuple[str, ...], ...] = ((), ())):
+        port = free_port()
+        self.children = []
+        for index in range(2):
+            variables = {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+                "XLA_FLAGS": devices(4),
+            }
+            command = [*VTJAX, *map(str, argv), *each[index], "--config.heartbeat_timeout=5"]
+            child = subprocess.Popen(
+                command, stdout=-1, stderr=-1, text=True, cwd=ROOT, env={**os.environ, **variables}
+            )
+            self.children.append(child)
 
-    children = [start(index) for index in range(2)]
-    results = []
-    for child in children:
-        output, errors = child.communicate(timeout=200)
-        assert child.returncode == 0, errors
-        results.append(json.loads(output.splitlines()[-1]))
-    assert results[0]["count"] == results[1]["count"] == 256
-    assert results[0]["params_sha256"] == results[1]["params_sha256"]
-    assert results[0]["devices"].startswith("2 x")
-    alone = json.loads(vtjax("eval", f"--workdir={workdir}").stdout.splitlines()[-1])
-    assert (alone["top1"], alone["count"]) == (results[0]["top1"], 256)
+    def wait_for(self, line: str) -> None:
+        """Until process 0, which speaks for both, says a line that begins so."""
+        for said in self.children[0].stderr:
+            if said.startswith(line):
+                return
+        raise AssertionError(f"process 0 ended without {line!r}")
+
+    def end(self) -> list[tuple[int, list[str], str]]:
+        """(exit code, lines of standard output, standard error) of both."""
+        out = []
+        for child in self.children:
+            output, errors = child.communicate(timeout=200)
+            out.append((child.returncode, output.splitlines(), errors))
+        return out
+
+
+def devices(count: int) -> str:
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+
+
+SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+
+
+def test_one_device_eight_and_two_processes_compute_the_same(tmp_path, monkeypatch):
+    """Ten steps alone; on eight devices, whose checkpoint of step 9 two processes go on from, and theirs one device."""
+    argv = ["run", f"{TINY},steps=10", "--config.log_every=1", "--config.ema=0.9", "--config.accumulate=2"]
+    assert vtjax(*argv, f"--workdir={tmp_path / 'one'}").returncode == 0
+    moving = [
+        *argv,
+        f"--workdir={tmp_path / 'moving'}",
+        "--config.checkpoint.every=3",
+        "--config.allow_config_change=1",
+    ]
+    monkeypatch.setenv("XLA_FLAGS", devices(8))
+    eight = vtjax(*moving, *SPLIT)
+    assert eight.returncode == 0, eight.stderr
+    assert (tmp_path / "moving" / "checkpoints" / "9").is_dir()
+    shutil.rmtree(tmp_path / "moving" / "checkpoints" / "10")
+    (tmp_path / "moving" / "result.json").unlink()
+    first = lines(tmp_path / "moving")
+    results = Pair(*moving, *SPLIT).end()
+    assert [code for code, _, _ in results] == [0, 0], results
+    one, other = (json.loads(output[-1]) for _, output, _ in results)
+    assert [len(output) for _, output, _ in results] == [1, 1]  # nothing but the result: Gloo is quiet
+    assert one["params_sha256"] == other["params_sha256"] and one["count"] == 256
+    assert one["devices"].startswith("8 x")
+    assert "resumed from" in results[0][2] and "step 9 of 10" in results[0][2]
+    for found in (first, lines(tmp_path / "moving")):
+        assert [line["step"] for line in found] == list(range(1, 11))
+        for a, b in zip(lines(tmp_path / "one"), found, strict=True):
+            assert a.keys() == b.keys()
+            np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-5)
+    monkeypatch.setenv("XLA_FLAGS", devices(1))
+    alone = json.loads(vtjax("eval", f"--workdir={tmp_path / 'moving'}").stdout.splitlines()[-1])
+    assert (alone["top1"], alone["count"]) == (one["top1"], 256)
+
+
+def test_processes_may_share_the_rows_of_a_batch(tmp_path):
+    """With all eight devices on the tensor axis both processes hold the whole batch."""
+    argv = ["run", f"{TINY},steps=2", "--config.log_every=1", "--config.optim.warmup=0"]
+    assert vtjax(*argv, f"--workdir={tmp_path / 'one'}").returncode == 0
+    results = Pair(*argv, f"--workdir={tmp_path / 'two'}", "--config.mesh.data=1", "--config.mesh.tensor=8").end()
+    assert [code for code, _, _ in results] == [0, 0], results
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_loss_of_a_process_ends_the_other_and_names_it(tmp_path, lost):
+    workdir = tmp_path / "w"
+    argv = ["run", TINY, f"--workdir={workdir}", "--config.log_every=1", "--config.checkpoint.every=5"]
+    pair = Pair(*argv, "--config.steps=100000")
+    pair.wait_for("step 12/")
+    pair.children[lost].kill()
+    began = time.monotonic()
+    code, output, errors = pair.end()[1 - lost]
+    assert code == 76 and output == [], errors
+    assert time.monotonic() - began < 60  # 5 s of heartbeats, the rest for a busy machine
+    assert f"vtjax: process {lost} lost: " in errors.splitlines()[-1]
+    assert "Traceback" not in errors and "***" not in errors
+    again = vtjax(*argv, "--config.steps=12", "--config.allow_config_change=true")
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stderr and "(step 10 of 12)" in again.stderr
+
+
+def test_a_signal_to_one_process_saves_the_same_step_on_both(tmp_path):
+    workdir = tmp_path / "w"
+    argv = ["run", TINY, f"--workdir={workdir}", "--config.checkpoint.every=1000", "--config.log_every=10"]
+    pair = Pair(*argv, "--config.steps=100000")
+    pair.wait_for("step 10/")
+    pair.children[1].send_signal(signal.SIGTERM)
+    results = pair.end()
+    assert [(code, output) for code, output, _ in results] == [(75, ['{"preempted": true}'])] * 2, results
+    (saved,) = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
+    assert 10 <= saved < 30  # soon, not only at the next line of the log
+    assert f"checkpoints/{saved}" in results[0][2]
+
+
+@pytest.mark.parametrize(
+    ("each", "message"),
+    [
+        (
+            (("--config.optim.lr=0.1",), ("--config.optim.lr=0.2",)),
+            "all processes of a run must have the same config: config.optim.lr is 0.1 on process 0",
+        ),
+        (
+            (("--config.model.depth=1",), ("--config.model.depth=2", "--config.model.mlp=32")),
+            "config.model.depth is 1 on process 0",
+        ),
+    ],
+)
+def test_processes_with_unequal_configs_are_refused(tmp_path, each, message):
+    workdir = tmp_path / "w"
+    for code, output, errors in Pair("run", TINY, f"--workdir={workdir}", each=each).end():
+        assert code == 2 and output == []
+        assert errors.count("\n") == 1 and message in errors, errors
+    assert not workdir.exists()
+
+
+def lines(workdir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_half_of_the_description_of_several_processes_is_refused(tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def test_it_builds_and_steps_twice_abstractly(name, variant):
             )
             assert metrics["loss"].shape == ()
             state = after
-        sums = jax.eval_shape(program.evaluate_step, state.params, frozen, state.extra, knobs, batch)
+        sums, _ = jax.eval_shape(program.evaluate_step, state.params, frozen, state.extra, knobs, batch)
     assert set(sums) == {"top1", "top5", "loss", "count"}
     assert {x.shape for x in sums.values()} == {()}
 

@@ -41,6 +41,12 @@ def make(n: int = 37, n_eval: int = 11, **options: Any) -> ImageData:
     return ImageData(procedural(n), procedural(n_eval, "test"), **{**defaults, **options})
 
 
+def share(index: int, count: int, batch_size: int = 8) -> range:
+    """The rows of one of `count` processes, each with a part of its own."""
+    rows = batch_size // count
+    return range(index * rows, (index + 1) * rows)
+
+
 def take(batches: Iterable[Batch], n: int) -> list[Batch]:
     return list(itertools.islice(batches, n))
 
@@ -90,7 +96,7 @@ def test_a_step_is_the_same_wherever_the_stream_starts(augment: Augment) -> None
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_global_batch_is_the_same_for_every_process_count(augment: Augment, count: int) -> None:
     whole = take(make(augment=augment).train(2), 7)
-    parts = [take(make(augment=augment, process_index=i, process_count=count).train(2), 7) for i in range(count)]
+    parts = [take(make(augment=augment, rows=share(i, count)).train(2), 7) for i in range(count)]
     assert {len(b["label"]) for p in parts for b in p} == {8 // count}
     assert_equal(joined(parts), whole)
 
@@ -153,7 +159,7 @@ def test_repeats_show_every_image_several_times_and_differently(repeats: int, ba
             assert set(np.bincount(batch["index"])) == {0, repeats} or n * repeats == batch_size
     once = np.concatenate([b["index"] for b in take(make(n, batch_size=n).train(0), 1)])
     assert sorted(set(batches[0]["index"]), key=list(once).index) == list(once[: -(-batch_size // repeats)])
-    parts = [take(make(n, process_index=i, process_count=2, **options).train(1), steps - 1) for i in range(2)]
+    parts = [take(make(n, rows=share(i, 2, batch_size), **options).train(1), steps - 1) for i in range(2)]
     assert_equal(joined(parts), batches[1:])
 
 
@@ -195,9 +201,7 @@ def test_mixing_pairs_neighbours() -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_evaluation_covers_everything_once(count: int) -> None:
     for n, batch_size in itertools.product([1, 2, 7, 8, 9, 16, 33], [4, 8, 12, 64]):
-        parts = [
-            list(make(5, n, batch_size=batch_size, process_index=i, process_count=count).eval()) for i in range(count)
-        ]
+        parts = [list(make(5, n, batch_size=batch_size, rows=share(i, count, batch_size)).eval()) for i in range(count)]
         assert {len(p) for p in parts} == {-(-n // batch_size)}
         for batch in joined(parts):
             assert batch["image"].shape == (batch_size, 8, 8, 3)
@@ -250,7 +254,7 @@ def test_draws_are_pure_and_disjoint_within_an_epoch(split: str) -> None:
     index = np.array([d["index"] for d in draws]).reshape(6, per_epoch * 8)
     assert all(len(set(epoch)) == len(epoch) and epoch.max() < size for epoch in index)
     assert len({tuple(e) for e in index}) == 6 and all(d["valid"].all() for d in draws)
-    parts = [[make(process_index=p, process_count=4).draw(split, i) for i in range(3)] for p in range(4)]
+    parts = [[make(rows=share(p, 4)).draw(split, i) for i in range(3)] for p in range(4)]
     assert_equal(joined(parts), draws[:3])
     by_index = {int(i): image for b in loader.eval(split) for i, image in zip(b["index"], b["image"], strict=True)}
     for i, image in zip(draws[0]["index"], draws[0]["image"], strict=True):
@@ -371,9 +375,9 @@ def test_photographs_are_only_normalised(monkeypatch: pytest.MonkeyPatch) -> Non
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, found 0"),
-        ({"batch_size": 6, "process_count": 4}, "batch_size must be a multiple of process_count=4, found 6"),
-        ({"process_index": 2, "process_count": 2}, "process_index must be in 0..1, found 2"),
-        ({"process_count": 0}, "process_count must be at least 1"),
+        ({"rows": [6, 7, 8]}, "rows must ascend within 0..7"),
+        ({"rows": [3, 2]}, "rows must ascend within 0..7"),
+        ({"rows": []}, "rows must ascend within 0..7"),
         ({"workers": -1}, "data.workers must be at least 0, found -1"),
         ({"prefetch": -1}, "data.prefetch"),
         ({"seed": -1}, "seed must be at least 0, found -1"),
@@ -381,7 +385,8 @@ def test_photographs_are_only_normalised(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"crop": 1.2}, "preprocess.crop must be in"),
         ({"interpolation": "bicubik"}, "did you mean 'bicubic'"),
         ({"std": (0.5, 0.0, 0.5)}, "preprocess.std"),
-        ({"batch_size": 12, "process_count": 4, "augment": EVERYTHING}, "multiple of 2 . process_count = 8, found 12"),
+        ({"batch_size": 12, "rows": range(3, 6), "augment": EVERYTHING}, "whole pairs of the 12 rows"),
+        ({"rows": [1, 2, 5, 6], "augment": EVERYTHING}, "whole pairs of the 8 rows"),
     ],
 )
 def test_values_that_cannot_be(options: dict[str, Any], message: str) -> None:

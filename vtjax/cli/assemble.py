@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -10,13 +12,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from vtjax.cli import config as config_lib
 from vtjax.cli.config import Config
 from vtjax.errors import InputError
+from vtjax.parallel import launch, mesh
+from vtjax.train import log
 
 READ_LATER = (
     # By the loop, once it runs.
     *("seed", "steps", "workdir", "profile", "log_every", "eval_every", "allow_config_change", "ema", "accumulate"),
+    "heartbeat_timeout",
     *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
     *(f"checkpoint.{name}" for name in ("every", "keep", "best")),
     *(f"optim.{name}" for name in ("name", "lr", "schedule", "warmup", "end_lr", "weight_decay", "b1", "b2")),
@@ -26,28 +33,17 @@ READ_LATER = (
 )
 
 
-def join_processes(multihost: bool) -> None:
-    """Joins the processes of one run; the first thing to do with JAX.
-
-    With `multihost` the cluster says who they are (Cloud TPU, SLURM, Kubernetes); JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say it anywhere else. Without either, this process is alone.
+def join_processes(config: Config, args: argparse.Namespace) -> None:
+    """Joins the processes of one run, and makes sure that they run the same thing; the first thing to do with JAX.
 
     Raises:
-      InputError: the three variables are not complete, or no cluster is recognised.
+      InputError: they cannot be joined; or their configs or versions differ, by leaf.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, count, index = (os.environ.get(name, "") for name in names)
-    if not (multihost or count or index):
+    if not launch.wanted(args.multihost):
         return
-    if not multihost and not (address and count.isdigit() and index.isdigit() and int(index) < int(count)):
-        found = ", ".join(f"{name}={os.environ.get(name)!r}" for name in names)
-        raise InputError(f"several processes need HOST:PORT, their number and each one's index, found {found}")
-    import jax
-
-    try:
-        jax.distributed.initialize(*(() if multihost else (address, int(count), int(index))))
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"the processes of this run cannot be joined: {error}") from error
+    launch.join(args.multihost, config.heartbeat_timeout, quiet=not args.debug)
+    launch.agree("config", dict(config_lib.flatten(config, "config.")))
+    launch.agree("versions", log.versions())
 
 
 def task(config: Config) -> Any:
@@ -66,6 +62,8 @@ def assemble(config: Config) -> tuple[Any, Any]:
       InputError: as `task`; a missing set; data that do not fit the spec; a leaf that nothing reads.
     """
     module, built = _build(config)
+    # Of what is loaded: the spec names its SHA-256. Files may differ between hosts.
+    launch.agree("model", dict(config_lib.flatten({"spec": json.loads(built.spec.to_json())})))
     data = module.data(config, built) if hasattr(module, "data") else image_data(config, built.spec)
     # A loaded model brings its own spec: the config's stands aside, unless the user has just set a part of it.
     aside = [n for n, _ in config_lib.flatten(config.model, "model.") if n not in config_lib.overridden(config)]
@@ -106,7 +104,7 @@ def check_numbers(config: Config) -> None:
     for name, least in (
         *(("steps", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("eval_every", 0), ("seed", 0)),
         *(("checkpoint.every", 1), ("checkpoint.keep", 1), ("optim.lr", 0), ("optim.warmup", 0), ("optim.clip", 0)),
-        *(("data.workers", 0), ("data.prefetch", 0)),
+        *(("data.workers", 0), ("data.prefetch", 0), ("heartbeat_timeout", 5)),
     ):
         if config[name] < least:
             raise InputError(f"config.{name} must be at least {least}, found {config[name]}")
@@ -154,18 +152,18 @@ def image_data(config: Config, spec: Any) -> Any:
     Raises:
       InputError: a set that is missing or does not fit the spec's classes.
     """
-    import jax
-
     from vtjax.data import loader
 
+    # Which rows are ours follows from the mesh: processes may share some. Alone, all of them are.
+    several = jax.process_count() > 1
+    rows = mesh.local_rows(mesh.make(config.mesh), config.batch_size) if several else None
     data = loader.from_config(
         config.data,
         seed=config.seed,
         batch_size=config.batch_size,
         image_size=spec.image_size,
         preprocess=spec.preprocess,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
     if data.classes != spec.classes:
         raise InputError(

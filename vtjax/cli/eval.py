@@ -35,9 +35,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     # Of a run that goes on, which this is not: what is measured is the checkpoint, or `init_from`.
     config_lib.override(config, "workdir", "")
 
-    assemble.join_processes(args.multihost)
+    assemble.join_processes(config, args)
+    if not args.config:
+        _fit_mesh(config)
     import jax
 
+    from vtjax.parallel import launch
     from vtjax.train import checkpoint, loop
 
     extra = None
@@ -56,7 +59,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             config_lib.override(config, "data.eval_split", config.data.weights_split)
         task, data = assemble.assemble(config)
         params, _, _ = task.init(jax.random.key(config.seed))
-    result = loop.evaluate(task, _Watched(data), config, params, extra)
+    with launch.naming_the_lost(config.heartbeat_timeout):
+        result = loop.evaluate(task, _Watched(data), config, params, extra)
     return 0, {
         **result,
         **task.summary,
@@ -79,6 +83,21 @@ class _Watched:
         from vtjax.train import log
 
         return log.watched(self._data.eval(split), self._data.eval_examples, say, last=True)
+
+
+def _fit_mesh(config: config_lib.Config) -> None:
+    """A run's own mesh may not fit the devices here: then all of them share the batch."""
+    from vtjax.cli.assemble import say
+    from vtjax.parallel import mesh
+
+    try:
+        mesh.make(config.mesh)
+    except InputError as error:
+        if any(name.startswith("mesh.") for name in config_lib.overridden(config)):
+            raise
+        say(f"{error}: data=-1, fsdp=1, tensor=1 is taken")
+        for axis, size in (("data", -1), ("fsdp", 1), ("tensor", 1)):
+            config_lib.override(config, f"mesh.{axis}", size)
 
 
 def _check_same(expected: Any, found: Any, workdir: str) -> None:

@@ -31,7 +31,8 @@ COMMANDS = {
 
 EPILOG = """\
 exit codes: 0 done, 1 a check missed its tolerance, 2 bad input (a full disk, too), 3 training met a non-finite value,
-            75 preempted (start it again), 130 interrupted (training has saved, unless it was interrupted twice)
+            75 preempted (start it again), 76 another process of the run was lost (start all of them again),
+            130 interrupted (training has saved, unless it was interrupted twice)
 
 examples:
   vtjax run --config=configs/vit.py:digits --workdir=runs/digits
@@ -54,9 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments after the program's name; default `sys.argv[1:]`.
 
     Returns:
-      The exit code: 0, 1 (a check missed), 2 (bad input), 3 (non-finite), 75 (preempted), 130 (interrupted).
+      The exit code: 0, 1 (a check missed), 2 (bad input), 3 (non-finite), 75 (preempted), 130 (interrupted). A process
+      that loses another one of its run ends with 76, and does not return.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    code = _main(list(sys.argv[1:] if argv is None else argv))
+    if (launch := sys.modules.get("vtjax.parallel.launch")) is not None:
+        launch.leave(code, together=code not in (EXIT_BAD_INPUT, 1))
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     command = next((a for a in arguments if not a.startswith("-")), "")
     # Orbax warns about files that it can do without, and logs the traceback of what it raises; both would hide the one
@@ -65,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("vtjax").setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
         parsed = _parse([a for a in arguments if a != "--debug"])
+        parsed.debug = debug
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is for people
             code, result = importlib.import_module(f"vtjax.cli.{parsed.command}").run(parsed)
-        print(json.dumps(_finite(result), allow_nan=False), flush=True)
+        _answer(_finite(result))
         return code
     except BrokenPipeError:
         # The reader of our output left (`vtjax ... | head`): nothing to say, and nobody to say it to.
@@ -80,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(EXIT_NON_FINITE, command, str(error), debug)
     except Preempted as error:
         word = "interrupted" if error.code == EXIT_INTERRUPTED else "preempted"
-        print(json.dumps({word: True}), flush=True)
+        _answer({word: True})
         return error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:
         return _fail(EXIT_INTERRUPTED, command, "interrupted", debug)
@@ -109,6 +118,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(rest)
     parsed.overrides = overrides
     return parsed
+
+
+def _answer(result: Any) -> None:
+    if (launch := sys.modules.get("vtjax.parallel.launch")) is not None:
+        launch.restore_stdout()
+    print(json.dumps(result, allow_nan=False), flush=True)
 
 
 def _message(error: BaseException) -> str:

@@ -26,9 +26,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from vtjax.cli import assemble
 
     assemble.check_workdir(config.workdir)
-    assemble.join_processes(args.multihost)
+    assemble.join_processes(config, args)
     task, data = assemble.assemble(config)
 
+    from vtjax.parallel import launch
     from vtjax.train import loop
 
-    return 0, loop.train(task, data, config, config.workdir)
+    with launch.naming_the_lost(config.heartbeat_timeout):
+        return 0, loop.train(task, data, config, config.workdir)

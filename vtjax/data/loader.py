@@ -23,7 +23,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -69,7 +69,7 @@ class ImageData:
       prefetch: batches that are prepared ahead, by one thread each (with workers: per worker); 0 = none.
       repeats: how often a batch of training holds each of its images, differently augmented.
       cache: keep decoded examples in memory; None = if they take less than `sources.CACHE_LIMIT`.
-      process_index, process_count: this process and how many there are.
+      rows: this process's rows of every global batch, ascending; None = all of them. Processes may share rows.
 
     Raises:
       InputError: a value out of range, batch sizes that do not divide, or sources with different classes.
@@ -93,8 +93,7 @@ class ImageData:
         prefetch: int = 2,
         repeats: int = 1,
         cache: bool | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
         augment = augment or Augment()
         for name, value, least in [
@@ -103,19 +102,17 @@ class ImageData:
             ("config.data.workers", workers, 0),
             ("config.data.prefetch", prefetch, 0),
             ("config.data.repeats", repeats, 1),
-            ("process_count", process_count, 1),
             ("image_size", min(image_size), 1),
         ]:
             if value < least:
                 raise InputError(f"{name} must be at least {least}, found {value}")
-        if not 0 <= process_index < process_count:
-            raise InputError(f"process_index must be in 0..{process_count - 1}, found {process_index}")
-        if batch_size % process_count:
-            raise InputError(f"batch_size must be a multiple of process_count={process_count}, found {batch_size}")
-        if augment.mixes and (batch_size // process_count) % 2:
+        mine = list(range(batch_size)) if rows is None else list(rows)
+        if sorted(set(mine)) != mine or not mine or mine[0] < 0 or mine[-1] >= batch_size:
+            raise InputError(f"rows must ascend within 0..{batch_size - 1}, found {mine[:8]}")
+        if augment.mixes and (len(mine) % 2 or any(a % 2 or a + 1 not in mine for a in mine[::2])):
             raise InputError(
-                f"config.data.mixup and config.data.cutmix pair rows: batch_size must be a multiple of "
-                f"2 * process_count = {2 * process_count}, found {batch_size}"
+                "config.data.mixup and config.data.cutmix pair the rows 0 and 1, 2 and 3, ...: every process must hold "
+                f"whole pairs of the {batch_size} rows of a batch, found {len(mine)} rows from {mine[0]} on"
             )
         if not 0 < crop <= 1:
             raise InputError(f"preprocess.crop must be in (0, 1], found {crop}")
@@ -135,8 +132,7 @@ class ImageData:
         self._seed, self._size, self._augment = seed, image_size, augment
         self._crop, self._interpolation, self._squash, self._mean, self._std = crop, interpolation, squash, mean, std
         self._workers, self._prefetch = workers, prefetch
-        self._batch_size, self._rows = batch_size, batch_size // process_count
-        self._first = process_index * self._rows  # the first row of the global batch that is ours
+        self._batch_size, self._rows = batch_size, mine
         # Row of the global batch -> its place in the stream: all first copies, then all second ones, and so on.
         self._repeats = repeats
         self._places = np.concatenate([np.arange(copy, batch_size, repeats) for copy in range(repeats)])
@@ -151,7 +147,7 @@ class ImageData:
         return self._stream(self._train_batch, start_step, ENDLESS)
 
     def eval(self, split: str = "eval") -> Iterator[Batch]:
-        """The split once, in order, without augmentation; each example is valid in exactly one row of one process, and
+        """The split once, in order, without augmentation; each example is valid in one row of the global batches, and
         every process gets the same number of batches."""
         count = -(-len(self._source(split)) // self._batch_size)
         return self._stream(functools.partial(self._eval_step, split), 0, count)
@@ -172,10 +168,9 @@ class ImageData:
             raise InputError(f"split must be one of {choices(split, sorted(self._sources))}, found {split!r}")
         return self._sources[split]
 
-    def _row_numbers(self, step: int) -> range:
+    def _row_numbers(self, step: int) -> list[int]:
         """Our rows of global batch `step`, counted through all batches."""
-        first = step * self._batch_size + self._first
-        return range(first, first + self._rows)
+        return [step * self._batch_size + row for row in self._rows]
 
     def _train_batch(self, step: int) -> Batch:
         source = self._sources["train"]
@@ -193,7 +188,7 @@ class ImageData:
             image, label2, lam = transforms.mix(
                 batch["image"], batch["label"], rng, self._augment.mixup, self._augment.cutmix
             )
-            batch |= {"image": image, "label2": label2, "lam": np.full(self._rows, lam, np.float32)}
+            batch |= {"image": image, "label2": label2, "lam": np.full(len(self._rows), lam, np.float32)}
         return batch
 
     def _augmented(self, example: Example, row: int) -> np.ndarray:
@@ -301,8 +296,7 @@ def from_config(
     batch_size: int,
     image_size: tuple[int, int],
     preprocess: Preprocess | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> ImageData:
     """Data that `config.data` describes.
 
@@ -310,23 +304,13 @@ def from_config(
       config: mapping with `name, train_split, eval_split, path, workers, prefetch, augment, crop_scale, flip, jitter,
         randaugment, mixup, cutmix, erase`; also, where present, `hue`, `repeats`, `cache` and the options `n, classes`
         of "procedural". An empty `train_split` means evaluation only.
-      seed, batch_size, image_size, process_index, process_count: as for `ImageData`.
+      seed, batch_size, image_size, rows: as for `ImageData`.
       preprocess: evaluation transform and normalisation; None = crop 0.875, bicubic, mean and std 0.5.
 
     Raises:
       InputError: as `sources.open_source`, `Augment` and `ImageData`.
     """
-    augment = Augment(
-        geometry=config["augment"],
-        flip=config["flip"],
-        crop_scale=tuple(config["crop_scale"]),
-        jitter=config["jitter"],
-        hue=config.get("hue", 0.0),
-        randaugment=tuple(config["randaugment"]),
-        erase=config["erase"],
-        mixup=config["mixup"],
-        cutmix=config["cutmix"],
-    )
+    augment = _augment_of(config)
     name, path = config["name"], config["path"]
     options: dict[str, Any] = {"path": path} if path else {}
     if name == "procedural":
@@ -347,9 +331,43 @@ def from_config(
         prefetch=config["prefetch"],
         repeats=config.get("repeats", 1),
         cache=config.get("cache"),
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
         **form,
+    )
+
+
+def batch_shapes(
+    config: Any, *, batch_size: int, image_size: tuple[int, int], training: bool
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of what a global batch of `config.data` holds, on the devices (where int64 is int32); no source
+    is opened.
+
+    Raises:
+      InputError: as `Augment`.
+    """
+    rows, ints, floats = (batch_size,), np.dtype(np.int32), np.dtype(np.float32)
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        "image": ((batch_size, *image_size, 3), floats),
+        "label": (rows, ints),
+        "valid": (rows, np.dtype(bool)),
+        "index": (rows, ints),
+    }
+    if training and _augment_of(config).mixes:
+        shapes |= {"label2": (rows, ints), "lam": (rows, floats)}
+    return shapes
+
+
+def _augment_of(config: Any) -> Augment:
+    return Augment(
+        geometry=config["augment"],
+        flip=config["flip"],
+        crop_scale=tuple(config["crop_scale"]),
+        jitter=config["jitter"],
+        hue=config.get("hue", 0.0),
+        randaugment=tuple(config["randaugment"]),
+        erase=config["erase"],
+        mixup=config["mixup"],
+        cutmix=config["cutmix"],
     )
 
 

@@ -2,7 +2,8 @@
 """The device mesh, and how host batches become global arrays on it.
 
 Three axes: `data` (batch only), `fsdp` (batch and parameters), `tensor` (the widths inside a layer). The batch is split
-over `(data, fsdp)`. Axis types are `Auto`: the partitioner fills in what the rules leave open.
+over `(data, fsdp)`. Axis types are `Auto`: the partitioner fills in what the rules leave open. Where the devices lie
+in several slices, joined by a data centre network, the data axis spans the slices and the others stay within one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vtjax.errors import InputError
@@ -29,8 +31,8 @@ def make(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
         the rest". Absent axes have size 1.
 
     Raises:
-      InputError: an unknown axis, a size that is neither positive nor -1, two axes of -1, or a product that is not the
-        number of devices.
+      InputError: an unknown axis, a size that is neither positive nor -1, two axes of -1, a product that is not the
+        number of devices, or a data axis that does not divide over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     for name in config:
@@ -45,7 +47,19 @@ def make(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
         sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise InputError(f"mesh {asked} does not fit {len(devices)} devices, expected that many as product")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if (slices := len({slice_of(device) for device in devices})) == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    if sizes["data"] % slices:
+        raise InputError(f"config.mesh.data must be a multiple of the {slices} slices, found {sizes['data']}")
+    inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def slice_of(device: jax.Device) -> int:
+    """Index of the slice (TPU chips with a fast network of their own) that a device lies in; 0 where there is one."""
+    return (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -63,30 +77,61 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put(value: Any, sharding: NamedSharding) -> jax.Array:
+    """A host array on the devices, every process its own part. Nothing is sent between processes or compared."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of a global batch that this process's devices hold, ascending. Processes that share rows (where the tensor
+    axis spans them, or the batch has fewer parts than there are processes) each hold them all.
+
+    Raises:
+      InputError: the batch does not divide over the mesh.
+    """
+    _check_divides(batch_size, mesh)
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for place in places if place for row in range(*place[0].indices(batch_size))})
+
+
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> dict[str, jax.Array]:
     """Global arrays from this process's rows of a batch.
 
     Args:
-      batch: host arrays `[b, ...]`, the contiguous rows `p * b .. (p + 1) * b` of process p. int64 becomes int32
-        (indices; JAX runs without 64-bit types).
+      batch: host arrays `[b, ...]`, the rows `local_rows(mesh, batch_size)`. int64 becomes int32 (indices; JAX runs
+        without 64-bit types).
+      batch_size: rows of the global batch; None = those of all processes together, each row held by one.
 
     Returns:
-      Arrays `[b * processes, ...]`, split over `(data, fsdp)`.
+      Arrays `[batch_size, ...]`, split over `(data, fsdp)`.
 
     Raises:
       InputError: the global batch does not divide over the mesh, or the arrays differ in their number of rows.
     """
-    sharding, shards = batch_sharding(mesh), batch_shards(mesh)
     rows = {name: np.shape(value)[0] for name, value in batch.items()}
     if len(set(rows.values())) != 1:
         raise InputError(f"the arrays of a batch must have equally many rows, found {rows}")
-    total = next(iter(rows.values())) * jax.process_count()
-    if total % shards:
-        raise InputError(f"a batch of {total} does not divide over data x fsdp = {shards} devices")
+    found = next(iter(rows.values()))
+    total = found * jax.process_count() if batch_size is None else batch_size
+    where = {row: position for position, row in enumerate(local_rows(mesh, total))}
+    if len(where) != found:
+        raise InputError(f"a batch of {total} has {len(where)} rows on this process, found {found}")
+    sharding = batch_sharding(mesh)
 
-    def put(value: Any) -> jax.Array:
+    def global_array(value: Any) -> jax.Array:
         local = np.asarray(value)
         local = local.astype(np.int32) if local.dtype == np.int64 else local
-        return jax.make_array_from_process_local_data(sharding, local, (total, *local.shape[1:]))
 
-    return {name: put(value) for name, value in batch.items()}
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(total)  # neighbours in the batch are neighbours here
+            return local[where[start] : where[start] + stop - start]
+
+        return jax.make_array_from_callback((total, *local.shape[1:]), sharding, part)
+
+    return {name: global_array(value) for name, value in batch.items()}
+
+
+def _check_divides(batch_size: int, mesh: Mesh) -> None:
+    if batch_size % (shards := batch_shards(mesh)):
+        raise InputError(f"a batch of {batch_size} does not divide over data x fsdp = {shards} devices")

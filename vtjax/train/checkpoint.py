@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from vtjax import spec as spec_lib
 from vtjax.errors import InputError
+from vtjax.parallel import mesh as mesh_lib
 from vtjax.train import log
 from vtjax.train.state import TrainState, flatten, merge
 
@@ -149,7 +150,7 @@ class Checkpoints:
                 args[name] = ocp.args.StandardRestore(tree)
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         parts = {name: restored[name] if name in args else getattr(abstract, name) for name in ITEMS}
-        return TrainState(step=jax.device_put(np.int32(step), abstract.step.sharding), **parts)
+        return TrainState(step=mesh_lib.put(np.int32(step), abstract.step.sharding), **parts)
 
     def close(self) -> None:
         """Waits for the last save, and frees the threads."""

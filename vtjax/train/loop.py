@@ -31,6 +31,8 @@ from vtjax.train.program import Program
 from vtjax.train.state import params_sha256
 from vtjax.train.task import Batch, Data, Task, closing
 
+SIGNS = ("finite", "stop")  # what a step reports to the loop, not to the log
+
 
 def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains and evaluates, or resumes; returns the content of `result.json`.
@@ -81,7 +83,7 @@ def evaluate(task: Task, data: Data, config: Any, params: Any, extra: Any = None
     program = Program(task, config, mesh_lib.make(config.mesh))
     with jax.set_mesh(program.mesh):
         params = program.place_params(params)
-        extra = program.init_extra() if extra is None else jax.device_put(extra, program.shardings.extra)
+        extra = program.init_extra() if extra is None else program.place_extra(extra)
         return program.evaluate(params, program.init_frozen(), extra, data.eval("eval")) or {}
 
 
@@ -143,13 +145,14 @@ class _Run:
         with closing(batches), log.Profile(config.profile, self.folder / "profile") as profile:
             batch = self._next(batches) if first <= config.steps else None
             for step in range(first, config.steps + 1):
-                if self.stop.agreed(ask=step % config.log_every == 0):
+                if self.stop.now:
                     self._stop(step - 1, pending)
                 if step == first:
                     self.progress.say("compiling the training step ...")
                 profile.before(step - 1)
                 count = np.int32(step - 1)
-                self.state, metrics = program.step(self.state, self.frozen, knobs, batch, program.key, count)
+                flag = self.stop.flag(program.mesh)
+                self.state, metrics = program.step(self.state, self.frozen, knobs, batch, program.key, count, flag)
                 profile.after(step - 1, self.state.step)
                 if step == first:
                     self._settle(step, metrics)
@@ -214,7 +217,7 @@ class _Run:
         params, extra = self.program.averaged(self.state), self.state.extra
         say = functools.partial(self.progress.say, keep=False)
         batches = log.watched(self.data.eval("eval"), self.data.eval_examples, say)
-        values = self.program.evaluate(params, self.frozen, extra, batches, lambda: self.stop.local)
+        values = self.program.evaluate(params, self.frozen, extra, batches, self.stop)
         if values is None:
             return False
         self.values = values
@@ -229,6 +232,7 @@ class _Run:
 
     def _settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Looks at the metrics of a step: stops where they are not finite, logs them where it is time."""
+        self.stop.hear(int(metrics["stop"]))
         if not bool(metrics["finite"]):
             self.checkpoints.wait()
             good = self.checkpoints.path(self.checkpoints.latest) if self.checkpoints.latest >= 0 else "none"
@@ -242,7 +246,7 @@ class _Run:
         self.progress.done()
         logged = step % self.config.log_every == 0 or step == self.config.steps
         if logged or step == self.start + 1:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
+            values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in SIGNS}
             if logged:
                 self._write(step, values)
             self.progress.show(step, values)
@@ -282,10 +286,10 @@ class _Run:
         return step == self.config.steps or bool(every and step % every == 0)
 
     def _next(self, batches: Iterator[Batch]) -> dict[str, jax.Array]:
-        return mesh_lib.place(next(batches), self.program.mesh)
+        return mesh_lib.place(next(batches), self.program.mesh, self.config.batch_size)
 
     def _draw(self, split: str, index: int) -> dict[str, jax.Array]:
-        return mesh_lib.place(self.data.draw(split, index), self.program.mesh)
+        return mesh_lib.place(self.data.draw(split, index), self.program.mesh, self.config.batch_size)
 
 
 def _check_best(program: Program, data: Data, best: str) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,10 +49,22 @@ def group_of(config: Any) -> Callable[[str], str | None]:
     return trainable
 
 
-def schedule(config: Any, steps: int) -> optax.Schedule:
+def numbers(config: Any) -> dict[str, float]:
+    """The continuous settings, by config leaf: they may enter a compiled step as arrays (see `make`). What is zero, or
+    a group's factor of one, is left out: it leaves an operation out."""
+    named = {name: float(config[name]) for name in ("lr", "end_lr", "weight_decay", "b1", "b2", "momentum", "clip")}
+    for name, group in config.get("groups", {}).items():
+        factor = float(group.get("lr_scale", 1.0))
+        named[f"groups.{name}.lr_scale"] = 0.0 if factor == 1.0 else factor
+        named[f"groups.{name}.weight_decay"] = max(float(group.get("weight_decay", -1.0)), 0.0)
+    return {f"optim.{name}": value for name, value in named.items() if value}
+
+
+def schedule(config: Any, steps: int, traced: Mapping[str, Any] | None = None) -> optax.Schedule:
     """Learning rate as a function of the step 0 .. steps - 1.
 
     Linear from 0 over `warmup` steps to `lr`; then "cosine" to `end_lr` at `steps`, or "constant".
+    `traced`: see `make`.
 
     Raises:
       InputError: an unknown schedule, or a warm-up that does not end before `steps`.
@@ -61,18 +73,23 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
         raise InputError(f"config.optim.schedule must be one of {', '.join(SCHEDULES)}, found {config.schedule!r}")
     if not 0 <= config.warmup < max(steps, 1):
         raise InputError(f"config.optim.warmup must be in 0..{steps - 1} (config.steps={steps}), found {config.warmup}")
+    lr, end_lr = ((traced or {}).get(f"optim.{name}", config[name]) for name in ("lr", "end_lr"))
     if config.schedule == "constant":
-        after: optax.Schedule = optax.constant_schedule(config.lr)
+        after: optax.Schedule = optax.constant_schedule(lr)
     else:
-        alpha = config.end_lr / config.lr if config.lr else 0.0
-        after = optax.cosine_decay_schedule(config.lr, steps - config.warmup, alpha)
+        alpha = end_lr / lr if config.lr and config.end_lr else 0.0
+        after = optax.cosine_decay_schedule(lr, steps - config.warmup, alpha)
     if not config.warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), after], [config.warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, config.warmup), after], [config.warmup])
 
 
 def make(
-    config: Any, steps: int, params: Any, trainable: Callable[[str], str | None]
+    config: Any,
+    steps: int,
+    params: Any,
+    trainable: Callable[[str], str | None],
+    traced: Mapping[str, Any] | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser of the trained part of `params`, and its learning-rate schedule.
 
@@ -86,6 +103,7 @@ def make(
       config: `optim` of the config.
       params: the whole tree, arrays or abstract.
       trainable: path -> group or None, see `Task`.
+      traced: arrays in place of the settings of `numbers`, by the same names, so that other values compile nothing new.
 
     Returns:
       A transformation of the trained part (nested dict, see `state.split`), and the schedule.
@@ -102,25 +120,31 @@ def make(
         if getattr(config, name) < 0:
             raise InputError(f"config.optim.{name} must be 0 or more, found {getattr(config, name)}")
 
-    def scale(path: str) -> float:
-        return float(groups.get(trainable(path) or "", {}).get("lr_scale", 1.0))
+    given = numbers(config) | dict(traced or {})
 
-    def decay(path: str) -> float:
-        stated = float(groups.get(trainable(path) or "", {}).get("weight_decay", -1.0))
+    def scale(path: str) -> Any:
+        name = trainable(path)
+        stated = float(groups.get(name or "", {}).get("lr_scale", 1.0))
+        return given.get(f"optim.groups.{name}.lr_scale", stated)
+
+    def decay(path: str) -> Any:
+        name = trainable(path)
+        stated = float(groups.get(name or "", {}).get("weight_decay", -1.0))
         if stated >= 0.0:
-            return stated
-        return float(config.weight_decay) if path.split("/")[-1] == "kernel" else 0.0
+            return given.get(f"optim.groups.{name}.weight_decay", 0.0)
+        return given.get("optim.weight_decay", 0.0) if path.split("/")[-1] == "kernel" else 0.0
 
+    number = {name: given.get(f"optim.{name}", config[name]) for name in ("b1", "b2", "momentum", "clip")}
     if config.name == "adamw":
-        direction = optax.scale_by_adam(b1=config.b1, b2=config.b2)
+        direction = optax.scale_by_adam(b1=number["b1"], b2=number["b2"])
     elif config.name == "sgd":
-        direction = optax.trace(decay=config.momentum) if config.momentum else optax.identity()
+        direction = optax.trace(decay=number["momentum"]) if config.momentum else optax.identity()
     elif config.name == "adafactor":
         direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     else:
         raise InputError(f"config.optim.name must be one of {', '.join(OPTIMISERS)}, found {config.name!r}")
-    rate = schedule(config, steps)
-    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    rate = schedule(config, steps, traced)
+    clip = optax.clip_by_global_norm(number["clip"]) if config.clip else optax.identity()
     return optax.chain(clip, direction, _decay(decay), optax.scale_by_learning_rate(rate), _scale(scale)), rate
 
 
@@ -157,18 +181,23 @@ def check_batch(batch_size: int, parts: int, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _decay(rate: Callable[[str], float]) -> optax.GradientTransformation:
+def _decay(rate: Callable[[str], Any]) -> optax.GradientTransformation:
     def update(updates: Any, params: Any) -> Any:
-        return _with_path(lambda path, u, p: u + rate(path) * p if rate(path) else u, updates, params)
+        return _with_path(lambda path, u, p: u if _is(rate(path), 0.0) else u + rate(path) * p, updates, params)
 
     return optax.stateless(update)
 
 
-def _scale(factor: Callable[[str], float]) -> optax.GradientTransformation:
+def _scale(factor: Callable[[str], Any]) -> optax.GradientTransformation:
     def update(updates: Any, params: Any) -> Any:
-        return _with_path(lambda path, u, p: u * factor(path) if factor(path) != 1.0 else u, updates, params)
+        return _with_path(lambda path, u, p: u if _is(factor(path), 1.0) else u * factor(path), updates, params)
 
     return optax.stateless(update)
+
+
+def _is(value: Any, number: float) -> bool:
+    """Whether a setting is known, untraced, to have this value."""
+    return isinstance(value, float) and value == number
 
 
 def _with_path(fn: Callable[[str, Any, Any], Any], updates: Any, params: Any) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from vtjax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from vtjax.parallel import mesh as mesh_lib
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,6 +32,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = 0
+        self._heard = 0
+        self._flag: tuple[int, jax.Array] | None = None
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -43,9 +46,23 @@ class StopRequest:
             self._restore(number)
 
     @property
-    def local(self) -> bool:
-        """Whether to break off work that only a process alone may break off: the others would wait for it."""
-        return bool(self.received) and jax.process_count() == 1
+    def now(self) -> bool:
+        """Whether to stop now, the same on all processes: alone as soon as the signal is here, with others when all
+        have heard of it."""
+        return bool(self.received if jax.process_count() == 1 else self._heard)
+
+    def flag(self, mesh: Mesh) -> jax.Array:
+        """int32 `[data x fsdp]`: the signal that this process has received, at its own places; what a compiled step
+        takes the maximum of."""
+        if self._flag is None or self._flag[0] != self.received:
+            value = np.full(mesh_lib.batch_shards(mesh), self.received, np.int32)
+            self._flag = self.received, mesh_lib.put(value, mesh_lib.batch_sharding(mesh))
+        return self._flag[1]
+
+    def hear(self, number: int) -> None:
+        """The maximum that a step gave back. Of two signals the larger number, SIGTERM, counts everywhere."""
+        if number:
+            self._heard = self.received = number
 
     @property
     def name(self) -> str:
@@ -56,17 +73,6 @@ class StopRequest:
     def exit_code(self) -> int:
         """`EXIT_INTERRUPTED` after SIGINT, `EXIT_PREEMPTED` after SIGTERM."""
         return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
-
-    def agreed(self, ask: bool) -> bool:
-        """Whether to stop now, the same on all processes. With several, they ask each other where `ask` is true."""
-        if jax.process_count() == 1:
-            return bool(self.received)
-        if not ask:
-            return False
-        # Of two signals the larger number, SIGTERM, counts everywhere. What arrives meanwhile waits for the next time.
-        found = int(multihost_utils.process_allgather(np.asarray(self.received)).max())
-        self.received = found or self.received
-        return bool(found)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

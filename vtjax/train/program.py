@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from vtjax.errors import InputError
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.parallel import rules
 from vtjax.train import optim
+from vtjax.train.executables import Executables
+from vtjax.train.preempt import StopRequest
 from vtjax.train.state import TrainState, flatten, merge, prune, split
 from vtjax.train.task import Batch, Task
 
@@ -25,28 +28,36 @@ from vtjax.train.task import Batch, Task
 class Program:
     """A task on a mesh. Building it traces `task.init` abstractly and touches no device.
 
-    `step` and `evaluate_step` are jitted once; knobs, the key and the step enter as arrays, so other values of them
-    reuse the compilation.
+    `step(state, frozen, knobs, batch, key, count, stop)` and `evaluate_step(params, frozen, extra, knobs, batch, stop)`
+    are jitted once; knobs, key, count and `stop` enter as arrays, so other values of them reuse the compilation.
+    `stop` is int32 `[data x fsdp]`, a number from every part of the mesh, or None; the largest is given back, so that
+    all processes learn at the same step that one of them was asked to stop.
 
     Args:
       config: needs `optim, steps, batch_size, accumulate, ema, seed`.
+      executables: shared with other programs of this process, see `Executables`; None = compiled for this one alone.
 
     Raises:
       InputError: bad optimiser settings, or a batch that does not divide.
     """
 
-    def __init__(self, task: Task, config: Any, mesh: Mesh):
+    def __init__(self, task: Task, config: Any, mesh: Mesh, executables: Executables | None = None):
         optim.check_batch(config.batch_size, config.accumulate, mesh)
         if not 0.0 <= config.ema < 1.0:
             raise InputError(f"config.ema must be in [0, 1), 0 = off, found {config.ema}")
         self.task, self.mesh = task, mesh
-        self._decay, self._accumulate, self._batch_size = config.ema, config.accumulate, config.batch_size
+        self._accumulate, self._batch_size = config.accumulate, config.batch_size
+        self._averages = bool(config.ema)
+        # What may differ without another compilation: the task's knobs, and the continuous settings of the optimiser.
+        self._numbers = {**optim.numbers(config.optim), **({"ema": config.ema} if config.ema else {}), **task.knobs}
         # Different streams for initialisation and training; step s uses fold_in(key, s).
         self._init_key, self.key = jax.random.split(jax.random.key(config.seed))
         params, self._frozen_shapes, extra = jax.eval_shape(self._init, self._init_key)
         self.groups = {path: task.trainable(path) for path in flatten(params)}
-        self.optimiser, self.schedule = optim.make(config.optim, config.steps, params, task.trainable)
+        self._optimiser = functools.partial(optim.make, config.optim, config.steps, params, task.trainable)
+        optimiser, _ = self._optimiser()
         trained, _ = split(params, self.groups)
+        self._start = functools.partial(_start, optimiser, self._averages)
         opt, ema = jax.eval_shape(self._start, trained)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(step=step, params=params, opt=opt, ema=ema, extra=extra)
@@ -55,21 +66,48 @@ class Program:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings
         )
         whole = mesh_lib.replicated(mesh)
-        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, whole))
-        self.evaluate_step = jax.jit(self._evaluate, out_shardings=whole)
+        share = (lambda fn, name: fn) if executables is None else executables.share
+        self._jit = lambda fn, name, **options: share(jax.jit(fn, **options), name)
+        self.step = self._jit(self._step, "step", donate_argnums=0, out_shardings=(self.shardings, whole))
+        self.evaluate_step = self._jit(self._evaluate, "evaluate", out_shardings=whole)
 
     def knobs(self) -> dict[str, jax.Array]:
-        """The task's knobs as float32 scalars."""
+        """The task's knobs and the optimiser's continuous settings, as float32 scalars."""
         whole = mesh_lib.replicated(self.mesh)
-        return {name: jax.device_put(np.float32(value), whole) for name, value in self.task.knobs.items()}
+        return {name: mesh_lib.put(np.float32(value), whole) for name, value in self._numbers.items()}
+
+    def abstract_arguments(self, kind: str, batch: Mapping[str, tuple[tuple[int, ...], Any]]) -> tuple[Any, ...]:
+        """What `step` ("train") or `evaluate_step` ("eval") takes, as `jax.ShapeDtypeStruct`s with shardings; for
+        `step.lower(...)` on a mesh whose devices need not exist.
+
+        Args:
+          batch: shape and dtype of the arrays of a global batch, see `data.loader.batch_shapes`.
+        """
+        whole, rows = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
+
+        def struct(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        frozen = jax.tree.map(
+            lambda x, s: struct(x.shape, x.dtype, s),
+            self._frozen_shapes,
+            rules.shardings(self._frozen_shapes, self.mesh),
+        )
+        knobs = {name: struct((), jnp.float32, whole) for name in self._numbers}
+        arrays = {name: struct(shape, dtype, rows) for name, (shape, dtype) in batch.items()}
+        state, stop = self.abstract, struct((mesh_lib.batch_shards(self.mesh),), jnp.int32, rows)
+        if kind == "eval":
+            return state.params, frozen, state.extra, knobs, arrays, stop
+        key = jax.eval_shape(lambda: self.key)
+        return state, frozen, knobs, arrays, struct(key.shape, key.dtype, whole), struct((), jnp.int32, whole), stop
 
     def init(self) -> tuple[TrainState, Any]:
         """`(state, frozen)` at step 0, every array born in its sharding."""
         params, frozen, extra = self._place(("params", "frozen", "extra"))
         shardings = self.shardings
-        start = jax.jit(self._start, out_shardings=(shardings.opt, shardings.ema))
+        start = self._jit(self._start, "start", out_shardings=(shardings.opt, shardings.ema))
         opt, ema = start(split(params, self.groups)[0])
-        step = jax.device_put(np.int32(0), shardings.step)
+        step = mesh_lib.put(np.int32(0), shardings.step)
         return TrainState(step=step, params=params, opt=opt, ema=ema, extra=extra), frozen
 
     def init_frozen(self) -> Any:
@@ -92,17 +130,21 @@ class Program:
             if found != expected:
                 raise InputError(f"parameter {path!r} is {found}, expected {expected}")
         return jax.tree.map(
-            lambda x, a: jax.device_put(np.asarray(x, a.dtype), a.sharding), prune(params), self.abstract.params
+            lambda x, a: mesh_lib.put(np.asarray(x, a.dtype), a.sharding), prune(params), self.abstract.params
         )
+
+    def place_extra(self, extra: Any) -> Any:
+        """The method's state, from host arrays."""
+        return jax.tree.map(mesh_lib.put, extra, self.shardings.extra)
 
     def averaged(self, state: TrainState) -> Any:
         """The parameters that evaluation uses: with the moving average where the run has one."""
-        return merge(state.params, state.ema) if self._decay else state.params
+        return merge(state.params, state.ema) if self._averages else state.params
 
     def evaluate(
-        self, params: Any, frozen: Any, extra: Any, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False
+        self, params: Any, frozen: Any, extra: Any, batches: Iterable[Batch], stop: StopRequest | None = None
     ) -> dict[str, float] | None:
-        """Mean metrics over all valid examples, and their `count`; None where `stop()` became true on the way.
+        """Mean metrics over all valid examples, and their `count`; None where `stop` was heard of on the way.
 
         Raises:
           InputError: there are no valid examples, or the task reports no "count".
@@ -111,13 +153,15 @@ class Program:
         totals: dict[str, clu_metrics.Average] = {}
         pending: list[Any] = []
         for batch in batches:
-            pending.append(self.evaluate_step(params, frozen, extra, knobs, mesh_lib.place(batch, self.mesh)))
+            flag = None if stop is None else stop.flag(self.mesh)
+            placed = mesh_lib.place(batch, self.mesh, self._batch_size)
+            pending.append(self.evaluate_step(params, frozen, extra, knobs, placed, flag))
             if len(pending) > 1:  # one batch behind, so that the host does not queue the whole split on the device
-                _add(totals, pending.pop(0))
-            if stop():
+                _add(totals, pending.pop(0), stop)
+            if stop is not None and stop.now:
                 return None
         for sums in pending:
-            _add(totals, sums)
+            _add(totals, sums, stop)
         count = float(totals["count"].total) if "count" in totals else 0.0
         if not count:
             raise InputError("the evaluation saw no valid examples, expected a split with at least one")
@@ -130,9 +174,9 @@ class Program:
             name: jax.ShapeDtypeStruct((self._batch_size, *x.shape[1:]), x.dtype)
             for name, x in {k: np.asarray(v) for k, v in batch.items()}.items()
         }
-        knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in self.task.knobs}
+        knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in self._numbers}
         state = self.abstract
-        sums = jax.eval_shape(self._evaluate, state.params, self._frozen_shapes, state.extra, knobs, rows)
+        sums, _ = jax.eval_shape(self._evaluate, state.params, self._frozen_shapes, state.extra, knobs, rows)
         return sorted(set(sums) - {"count"})
 
     def _init(self, key: jax.Array) -> tuple[Any, Any, Any]:
@@ -167,18 +211,23 @@ class Program:
 
         jax.eval_shape(leaves, self._init_key)
         computed = [s for i, s in enumerate(shardings) if i not in loaded]
-        values = iter(jax.jit(leaves, out_shardings=computed)(self._init_key) if computed else [])
-        placed = [jax.device_put(loaded[i], s) if i in loaded else next(values) for i, s in enumerate(shardings)]
+        made = self._jit(leaves, "init", out_shardings=computed)(self._init_key) if computed else []
+        values = iter(made)
+        placed = [mesh_lib.put(loaded[i], s) if i in loaded else next(values) for i, s in enumerate(shardings)]
         return jax.tree.unflatten(structure, placed)
 
-    def _start(self, trained: Any) -> tuple[Any, Any]:
-        ema = jax.tree.map(jnp.copy, trained) if self._decay else {}
-        return self.optimiser.init(trained), ema
-
     def _step(
-        self, state: TrainState, frozen: Any, knobs: Mapping[str, Any], batch: Any, key: jax.Array, step: jax.Array
+        self,
+        state: TrainState,
+        frozen: Any,
+        knobs: Mapping[str, Any],
+        batch: Any,
+        key: jax.Array,
+        step: jax.Array,
+        stop: jax.Array | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update. `step` is the host's count: where a masked update left the state behind it, nothing trains on."""
+        optimiser, schedule = self._optimiser(knobs)
         trained, untrained = split(state.params, self.groups)
 
         def loss(trained: Any, rows: Any, key: jax.Array) -> tuple[jax.Array, Any]:
@@ -190,26 +239,40 @@ class Program:
             lambda rows, key: grad(trained, rows, key), batch, jax.random.fold_in(key, state.step), self._accumulate
         )
         norm = optax.tree.norm(grads)
-        updates, opt = self.optimiser.update(grads, state.opt, trained)
+        updates, opt = optimiser.update(grads, state.opt, trained)
         new = optax.apply_updates(trained, updates)
         ema = {}
-        if self._decay:
-            ema = jax.tree.map(lambda e, p: self._decay * e + (1.0 - self._decay) * p, state.ema, new)
+        if self._averages:
+            decay = knobs.get("ema", self._numbers["ema"])
+            ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, new)
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         good = finite & (state.step == step)
         changed = (state.step + 1, new, opt, ema)
         before = (state.step, trained, state.opt, state.ema)
         count, new, opt, ema = jax.tree.map(lambda a, b: jnp.where(good, a, b), changed, before)
         state = dataclasses.replace(state, step=count, params=merge(untrained, new), opt=opt, ema=ema)
-        rate = jnp.asarray(self.schedule(step), jnp.float32)
-        return state, {**reported, "loss": value, "grad_norm": norm, "lr": rate, "finite": finite}
+        rate = jnp.asarray(schedule(step), jnp.float32)
+        values = {**reported, "loss": value, "grad_norm": norm, "lr": rate, "finite": finite, "stop": _asked(stop)}
+        return state, values
 
-    def _evaluate(self, params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> Mapping[str, jax.Array]:
-        return self.task.evaluate(params, frozen, extra, knobs, batch)
+    def _evaluate(
+        self, params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, stop: jax.Array | None = None
+    ) -> tuple[Mapping[str, jax.Array], jax.Array]:
+        return self.task.evaluate(params, frozen, extra, knobs, batch), _asked(stop)
 
 
-def _add(totals: dict[str, clu_metrics.Average], sums: Any) -> None:
-    sums = jax.device_get(sums)
+def _start(optimiser: optax.GradientTransformation, averages: bool, trained: Any) -> tuple[Any, Any]:
+    return optimiser.init(trained), jax.tree.map(jnp.copy, trained) if averages else {}
+
+
+def _asked(stop: jax.Array | None) -> jax.Array:
+    return jnp.int32(0) if stop is None else stop.max()
+
+
+def _add(totals: dict[str, clu_metrics.Average], result: Any, stop: StopRequest | None) -> None:
+    sums, asked = jax.device_get(result)
+    if stop is not None:
+        stop.hear(int(asked))
     for name, value in sums.items():
         one = clu_metrics.Average(total=np.float64(value), count=np.float64(sums.get("count", 0)))
         totals[name] = totals[name].merge(one) if name in totals else one

@@ -13,8 +13,9 @@ from vtjax.errors import InputError
 from vtjax.train import log
 from vtjax.train.task import Data, Task
 
-# Leaves without influence on what is computed. `steps` is not among them: a longer run is another schedule.
-FREE_LEAVES = ("workdir", "log_every", "profile", "allow_config_change")
+# Leaves without influence on what is computed (`mesh`: but for the order of sums). `steps` is not among them: a longer
+# run is another schedule.
+FREE_LEAVES = ("workdir", "mesh", "log_every", "profile", "allow_config_change", "heartbeat_timeout")
 
 
 def check_settings(config: Any, data: Data) -> None:
