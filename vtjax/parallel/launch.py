@@ -60,9 +60,11 @@ def join(multihost: bool, heartbeat_timeout: int, *, quiet: bool = True) -> None
         raise InputError(f"several processes need HOST:PORT, their number and each one's index, found {found}")
     if quiet:
         _explain_aborts(heartbeat_timeout)
+    described: dict[str, Any] = {}
+    if not multihost:
+        described = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
     try:
-        here: tuple[Any, ...] = (None, None, None) if multihost else (address, int(count), int(index))
-        jax.distributed.initialize(*here, heartbeat_timeout_seconds=heartbeat_timeout)
+        jax.distributed.initialize(**described, heartbeat_timeout_seconds=heartbeat_timeout)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the processes of this run cannot be joined: {error}") from error
     _client().key_value_set(f"vtjax/host/{jax.process_index()}", socket.gethostname())
