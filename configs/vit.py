@@ -70,6 +70,10 @@ def pretrained(**leaves: Any) -> ConfigDict:
     return common.with_leaves(ConfigDict({"image_size": (224, 224), "classes": 1000, **execution()}), leaves)
 
 
+SCANNED = {"remat": "names", "scan": True}
+"""For TPU: compiles once for all blocks, keeps attention outputs and MLP hidden layers for the backward pass."""
+
+
 def execution() -> dict[str, Any]:
     """How a model is run, whatever its spec."""
     return {"drop_path": 0.0, "remat": "none", "scan": False, "attention": "auto"}
@@ -167,7 +171,7 @@ def s16_i1k(steps: int, batch_size: int) -> ConfigDict:
     _imagenet(config)
     config.optim.update(lr=1e-3, warmup=10_000, weight_decay=0.1, clip=1.0)
     config.data.update(crop_scale=(0.05, 1.0), randaugment=(2, 10), mixup=0.2)
-    config.model = model(width=384, depth=12, heads=6, class_token=False, pooling="mean", pos="sincos2d", remat="none")
+    config.model = model(width=384, depth=12, heads=6, class_token=False, pooling="mean", pos="sincos2d", **SCANNED)
     return config
 
 
@@ -195,6 +199,7 @@ def b16_i1k(steps: int, batch_size: int) -> ConfigDict:
         depth=12,
         heads=12,
         drop_path=0.1,
+        **SCANNED,
         preprocess={
             "crop": 0.875,
             "interpolation": "bicubic",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vtjax.cli import config as config_lib
@@ -26,6 +28,7 @@ COMMANDS = {
     "run": "train and evaluate; a second start resumes",
     "eval": "evaluate a checkpoint or the weights named in the config",
     "convert": "convert pretrained weights to or from timm and Hugging Face files",
+    "aot": "compile a config's step for a TPU topology, without a TPU: does it fit, what does it send",
     "inspect": "spec, parameters and MACs of a model, or the difference of two",
 }
 
@@ -38,6 +41,7 @@ examples:
   vtjax run --config=configs/vit.py:digits --workdir=runs/digits
   vtjax run --config=configs/vit.py:digits --workdir=runs/slow --config.optim.lr=3e-4 --config.steps=500
   vtjax eval --config=configs/vit.py:ti16
+  vtjax aot --config=configs/vit.py:b16_i1k --topology=v5e:2x4
   vtjax inspect configs/vit.py:ti16 configs/vit.py:b16_i1k
   vtjax convert HF_FOLDER model.safetensors
 """
@@ -66,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
+    _leave_libtpu_alone()
     command = next((a for a in arguments if not a.startswith("-")), "")
     # Orbax warns about files that it can do without, and logs the traceback of what it raises; both would hide the one
     # line that counts.
@@ -93,6 +98,14 @@ def _main(arguments: list[str]) -> int:
         return error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:
         return _fail(EXIT_INTERRUPTED, command, "interrupted", debug)
+
+
+def _leave_libtpu_alone() -> None:
+    """On a machine without TPUs, where libtpu is installed for `vtjax aot`, JAX would try it first, at length."""
+    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    gpu = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+    if importlib.util.find_spec("libtpu") and not chips and not gpu:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
