@@ -80,7 +80,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
     several = {"num_slices": slices} if slices > 1 else {}
     try:
         with _silenced():
-            devices = list(topologies.get_topology_desc(name, platform="tpu", **several).devices)
+            devices: list[Any] = list(topologies.get_topology_desc(name, platform="tpu", **several).devices)
     except Exception as error:  # jaxlib names no class of its own for this
         reason = " ".join(str(error).split())
         raise InputError(
@@ -274,7 +274,8 @@ def temporaries(
 ) -> int:
     """A hand estimate of the temporary memory of a step on one device, in bytes: what should be there, not what is.
 
-    Training: gradients of what is trained, what `remat` keeps of every block, and the backward pass of one block.
+    Training: gradients of what is trained and the updates made of them (the guard looks at all before it applies one),
+    what `remat` keeps of every block, and the backward pass of one block.
     Evaluation: the forward pass of one block. Much more than this is a bug to find: activations that the partitioner
     replicates, as a rule.
 
@@ -299,4 +300,4 @@ def temporaries(
         largest = max(largest, whole)
     if not training:
         return largest
-    return kept + 2 * largest + trained_bytes
+    return kept + 2 * largest + 2 * trained_bytes
