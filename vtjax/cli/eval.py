@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vtjax.cli import config as config_lib
@@ -38,19 +38,39 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     assemble.join_processes(config, args)
     if not args.config:
         _fit_mesh(config)
+    return 0, measure(config, args.workdir, args.which, _check_same if args.config else None)
+
+
+def measure(
+    config: config_lib.Config,
+    workdir: str = "",
+    which: str = "last",
+    check: Callable[[Any, Any, str], None] | None = None,
+    executables: Any = None,
+) -> dict[str, Any]:
+    """Evaluates the checkpoint `which` of a run, or without one the weights of `config.init_from`.
+
+    Args:
+      check: called with the spec that the config describes, the checkpoint's, and the workdir.
+      executables: compiled programs to share with other evaluations of this process.
+
+    Raises:
+      InputError: nothing to evaluate, or as `assemble`.
+    """
     import jax
 
+    from vtjax.cli import assemble
     from vtjax.parallel import launch
     from vtjax.train import checkpoint, loop
 
     extra = None
-    if args.workdir:
-        spec, params = checkpoint.load_params(args.workdir, which=args.which)
-        extra = checkpoint.load_extra(args.workdir, which=args.which)
-        if args.config:
-            _check_same(assemble.task(config).spec, spec, args.workdir)
+    if workdir:
+        spec, params = checkpoint.load_params(workdir, which=which)
+        extra = checkpoint.load_extra(workdir, which=which)
+        if check is not None:
+            check(assemble.task(config).spec, spec, workdir)
         # The checkpoint brings its own spec, whatever it was started from.
-        config_lib.override(config, "init_from", args.workdir)
+        config_lib.override(config, "init_from", workdir)
         task, data = assemble.assemble(config)
     else:
         if not config.init_from:
@@ -60,13 +80,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         task, data = assemble.assemble(config)
         params, _, _ = task.init(jax.random.key(config.seed))
     with launch.naming_the_lost(config.heartbeat_timeout):
-        result = loop.evaluate(task, _Watched(data), config, params, extra)
-    return 0, {
-        **result,
-        **task.summary,
-        "source": args.workdir or config.init_from,
-        "split": config.data.eval_split,
-    }
+        result = loop.evaluate(task, _Watched(data), config, params, extra, executables)
+    source = workdir or config.init_from
+    return {**result, **task.summary, "source": source, "split": config.data.eval_split}
 
 
 class _Watched:

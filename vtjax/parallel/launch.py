@@ -70,6 +70,11 @@ def join(multihost: bool, heartbeat_timeout: int, *, quiet: bool = True) -> None
     _client().key_value_set(f"vtjax/host/{jax.process_index()}", socket.gethostname())
 
 
+def first() -> bool:
+    """Whether this is the process that writes what one must write: process 0, or the only one."""
+    return jax.process_index() == 0
+
+
 def leave(code: int, *, together: bool) -> None:
     """Ends a process of several: together with the others, which need process 0 until their end; or, where only this
     one may have failed, with `code` and without waiting for more than a moment."""

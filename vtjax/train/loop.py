@@ -26,6 +26,7 @@ from vtjax.parallel import mesh as mesh_lib
 from vtjax.train import log
 from vtjax.train import workdir as workdir_lib
 from vtjax.train.checkpoint import Checkpoints, best_step
+from vtjax.train.executables import Executables
 from vtjax.train.preempt import StopRequest
 from vtjax.train.program import Program
 from vtjax.train.state import params_sha256
@@ -34,7 +35,9 @@ from vtjax.train.task import Batch, Data, Task, closing
 SIGNS = ("finite", "stop")  # what a step reports to the loop, not to the log
 
 
-def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def train(
+    task: Task, data: Data, config: Any, workdir: str | os.PathLike[str], executables: Executables | None = None
+) -> dict[str, Any]:
     """Trains and evaluates, or resumes; returns the content of `result.json`.
 
     Writes `config.json, spec.json, metrics.jsonl, checkpoints/, result.json` into `workdir`; progress goes to stderr. A
@@ -44,6 +47,7 @@ def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) 
     Args:
       config: needs `experiment, seed, steps, batch_size, init_from, mesh, optim, accumulate, ema, log_every,
         eval_every, checkpoint, profile, allow_config_change`.
+      executables: compiled programs that several runs of this process share.
 
     Raises:
       InputError: bad settings; a config or spec other than the one that the run began with, unless
@@ -59,7 +63,7 @@ def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) 
         if (result := workdir_lib.finished(folder, config.steps)) is not None:
             print(f"{folder} is finished (step {config.steps}); its result stands", file=sys.stderr)
             return result
-        program = Program(task, config, mesh_lib.make(config.mesh))
+        program = Program(task, config, mesh_lib.make(config.mesh), executables)
         with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
             _check_best(program, data, config.checkpoint.best)
             run = _Run(program, data, config, folder, stop, stack)
@@ -67,12 +71,15 @@ def train(task: Task, data: Data, config: Any, workdir: str | os.PathLike[str]) 
             return run.result()
 
 
-def evaluate(task: Task, data: Data, config: Any, params: Any, extra: Any = None) -> dict[str, float]:
+def evaluate(
+    task: Task, data: Data, config: Any, params: Any, extra: Any = None, executables: Executables | None = None
+) -> dict[str, float]:
     """Metrics of `params` on the evaluation split: every valid example counts once, at any batch size or device count.
 
     Args:
       params: nested dict of host or device arrays.
       extra: the method's state; what `task.init` gives where None.
+      executables: as of `train`.
 
     Returns:
       Mean metrics and `count`.
@@ -80,7 +87,7 @@ def evaluate(task: Task, data: Data, config: Any, params: Any, extra: Any = None
     Raises:
       InputError: params that do not fit the task's model, by name; no valid example.
     """
-    program = Program(task, config, mesh_lib.make(config.mesh))
+    program = Program(task, config, mesh_lib.make(config.mesh), executables)
     with jax.set_mesh(program.mesh):
         params = program.place_params(params)
         extra = program.init_extra() if extra is None else program.place_extra(extra)

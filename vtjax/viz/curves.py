@@ -54,7 +54,7 @@ def training(runs: Mapping[str, Mapping[str, Series]]) -> Any:
     Returns:
       A matplotlib `Figure`; see `save`.
     """
-    figure = _figure(9.0, 3.7 + 0.24 * len(runs))
+    figure = new_figure(9.0, 3.7 + 0.24 * len(runs))
     grid = figure.add_gridspec(2, 2, height_ratios=[3.1, 0.35 + 0.26 * len(runs)], hspace=0.34, wspace=0.2)
     loss, accuracy = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     several = len(runs) > 1
@@ -104,7 +104,7 @@ def report(
     classes = max(classes, len(names or ()))
     names = list(names) if names is not None else [str(i) for i in range(classes)]
 
-    figure = _figure(10.0, 8.0)
+    figure = new_figure(10.0, 8.0)
     if title:
         figure.suptitle(title, x=0.125, y=0.97, ha="left", fontsize=14, fontweight="bold", color=INK)
     if note:
@@ -141,7 +141,7 @@ def save(figure: Any, path: str | os.PathLike[str], dpi: int = 110) -> Path:
     return file
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -193,12 +193,12 @@ def _mark_last(axes: Any, step: float, value: float, color: str) -> None:
     )
 
 
-def _title(axes: Any, title: str) -> None:
+def set_title(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
 
 
 def _finish(axes: Any, title: str, xlabel: str, percent: bool = False) -> None:
-    _title(axes, title)
+    set_title(axes, title)
     axes.set_xlabel(xlabel, color=MUTED, fontsize=9)
     axes.tick_params(colors=MUTED, labelsize=9, length=0)
     axes.grid(color=GRID, linewidth=0.8)
@@ -265,7 +265,7 @@ def _confusion(axes: Any, matrix: np.ndarray, names: Sequence[str]) -> None:
                 axes.text(column, row, value, ha="center", va="center", fontsize=8, color=INK if pale else "white")
         axes.set_xticks(range(count), names)
         axes.set_yticks(range(count), names)
-    _title(axes, f"Confusion, {int(matrix.sum()):,} test images")
+    set_title(axes, f"Confusion, {int(matrix.sum()):,} test images")
     axes.set_anchor("NW")
     axes.set_xlabel("predicted", color=MUTED, fontsize=9)
     axes.set_ylabel("true", color=MUTED, fontsize=9)
@@ -292,7 +292,7 @@ def _gallery(
     rows = math.ceil(len(chosen) / columns)
     frame = figure.add_subplot(place)
     frame.axis("off")
-    _title(frame, f"What it says: {len(wrong)} of {len(labels):,} wrong")
+    set_title(frame, f"What it says: {len(wrong)} of {len(labels):,} wrong")
     # The empty first row keeps the captions of the first images clear of the title.
     body = place.subgridspec(2, 1, height_ratios=[0.05, 1.0], hspace=0.04)[1]
     inner = body.subgridspec(rows, columns, hspace=0.5, wspace=0.12)
