@@ -100,7 +100,7 @@ def compile_step(jitted: Any, arguments: Sequence[Any], devices: Sequence[Any]) 
       `hbm_limit`, what the compiler grants; `temp_bytes`, `argument_bytes`, `output_bytes`, `alias_bytes`,
       `code_bytes`; `collectives`, see `collectives`; `compile_s` (lowering included). A program that the compiler
       rejects for its size has `fits` false, the size that the compiler named (of the part that it looked at), and no
-      collectives.
+      collectives. They are None where jaxlib cannot read the program that libtpu made (0.0.52 for TPU7x).
 
     Raises:
       RuntimeError: the compile failed for another reason.
@@ -131,9 +131,17 @@ def compile_step(jitted: Any, arguments: Sequence[Any], devices: Sequence[Any]) 
         "hbm_bytes_per_device": total,
         "hbm_limit": limit,
         **parts,
-        "collectives": collectives(compiled.as_text()),
+        "collectives": _readable(compiled),
         "compile_s": seconds,
     }
+
+
+def _readable(compiled: Any) -> dict[str, dict[str, int]] | None:
+    try:
+        with _silenced():
+            return collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def needed_bytes(message: str) -> int | None:

@@ -103,6 +103,8 @@ def _table(result: dict[str, Any]) -> list[str]:
     if "temp_bytes" in result:
         found, hand = gib(result["temp_bytes"]), gib(result["temp_estimate_bytes"])
         rows.insert(1, ("of it temporary", f"{found}, {result['temp_ratio']} x the hand estimate of {hand}"))
-        for kind, entry in result["collectives"].items():
+        if result["collectives"] is None:
+            rows.append(("collectives", "jaxlib cannot read what libtpu compiled"))
+        for kind, entry in (result["collectives"] or {}).items():
             rows.append((kind, f"{entry['count']} per step, {entry['bytes'] / 2**20:.1f} MiB per device"))
     return tables.text(("", ""), rows).splitlines()
