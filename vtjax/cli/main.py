@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint or the weights named in the config",
     "sweep": "run or evaluate every point of a grid; points that differ in traced values only share one compilation",
     "convert": "convert pretrained weights to or from timm and Hugging Face files",
+    "bench": "time a reduced model beside its dense baseline, with memory, work, cost and energy",
     "aot": "compile a config's step for a TPU topology, without a TPU: does it fit, what does it send",
     "inspect": "spec, parameters and MACs of a model, or the difference of two",
 }
@@ -43,6 +44,7 @@ examples:
   vtjax run --config=configs/vit.py:digits --workdir=runs/slow --config.optim.lr=3e-4 --config.steps=500
   vtjax eval --config=configs/vit.py:ti16
   vtjax sweep --config=configs/vit.py:digits --grid=config.optim.lr=1e-3,3e-3 --grid=config.seed=0,1 --workdir=runs/lr
+  vtjax bench --config=configs/vit.py:ti16 --dense=vit_ti16_augreg --batch=16 --price=1.2 --watts=65
   vtjax aot --config=configs/vit.py:b16_i1k --topology=v5e:2x4
   vtjax inspect configs/vit.py:ti16 configs/vit.py:b16_i1k
   vtjax convert HF_FOLDER model.safetensors
