@@ -14,7 +14,7 @@ export VTJAX_DATA := $(or $(VTJAX_DATA),$(CURDIR)/data)$(if $(SHARED),:$(SHARED)
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format notebooks
+.PHONY: help venv demo test test-slow lint format notebooks docs
 
 help:
 	@echo "make demo       train a small ViT on real handwritten digits, evaluate it, draw it (minutes; FRESH=1: once more)"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint       ruff (rules and format) and mypy"
 	@echo "make format     let ruff fix and format"
 	@echo "make notebooks  run the notebooks at their real size and keep the outputs (make notebooks ONLY=00_tour)"
+	@echo "make docs       make the tables of docs/configs.md anew, from the configs and the records"
 	@echo "make venv       only create .venv"
 
 venv: $(STAMP)
@@ -58,3 +59,6 @@ format: $(STAMP)
 ONLY ?= *
 notebooks: $(STAMP)
 	@$(BIN)/python notebooks/execute.py $(wildcard notebooks/$(ONLY).ipynb)
+
+docs: $(STAMP)
+	@$(BIN)/python -m docs.make_configs

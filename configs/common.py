@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from vtjax.errors import InputError
 
 IMAGENET_TRAIN = 1_281_167  # examples in the training split of ImageNet-1k
+
+
+class Expected(NamedTuple):
+    """What a variant should reach: the figure, where it comes from, and whether it was run by us. Every config file has
+    `EXPECTED`, one per variant, from which docs/configs.md is made."""
+
+    figure: str
+    source: str
+    run_here: bool
 
 
 def base() -> ConfigDict:

@@ -29,11 +29,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """One model: model, params, macs_per_image, kinds, spec. Two: pairs of these, and spec_diff."""
     from vtjax.cli.assemble import say
 
-    first = _model(args.model, args.overrides)
+    first = open_model(args.model, args.overrides)
     if args.other is None:
         say(_describe(first))
         return 0, {**first.facts(), "spec": first.spec.to_dict()}
-    second = _model(args.other, args.overrides)
+    second = open_model(args.other, args.overrides)
     say(_compare(first, second))
     pairs = {name: [value, second.facts()[name]] for name, value in first.facts().items()}
     return 0, {**pairs, "spec_diff": {k: list(v) for k, v in first.spec.diff(second.spec).items()}}
@@ -61,7 +61,12 @@ class Inspected:
         }
 
 
-def _model(target: str, overrides: Mapping[str, Any]) -> Inspected:
+def open_model(target: str, overrides: Mapping[str, Any]) -> Inspected:
+    """A config's model (by its spec alone where the weights are not here), a workdir, a spec, or weights.
+
+    Raises:
+      InputError: none of these.
+    """
     import jax
 
     import vtjax
