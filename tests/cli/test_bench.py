@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtjax bench`: a model with half of its hidden neurons beside the whole one; rates; bad input."""
+"""`vtjax bench`: a pruned model beside the whole one, training steps, deployed forms of experiments, bad input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vtjax import weights
-from vtjax.account import bench, flops, timing
+from vtjax.account import flops
 from vtjax.models.vit import ViT
 from vtjax.spec import ViTSpec
 
@@ -43,7 +43,7 @@ def test_a_pruned_model_beside_the_one_before(vtjax, pair):
     assert [r["batch"] for r in result["batches"]] == [1, 4] and result["batch"] == 4
     for label, spec in (("dense", dense_spec), ("reduced", pruned_spec)):
         side = result[label]
-        assert side["macs"] == side["macs_walked"] == flops.macs(spec)
+        assert side["macs"] == side["macs_walked"] == flops.macs(spec) and side["macs_agree"]
         assert side["images_per_s"] == pytest.approx(4 / side["median_s"])
         assert side["cost_per_million"] == pytest.approx(1e-3 * side["median_s"] / 4 * 1e6)
         assert side["kwh_per_million"] == pytest.approx(100 * side["median_s"] / 4 * 1e6 / 3.6e6)
@@ -54,20 +54,98 @@ def test_a_pruned_model_beside_the_one_before(vtjax, pair):
     assert result["time_ratio"] == pytest.approx(result["dense"]["median_s"] / result["reduced"]["median_s"])
     assert result["realised"] == pytest.approx(result["time_ratio"] / result["mac_ratio"])
     assert "other_cores" in result and "realised" in done.err
+    assert (result["images"], result["images_from"], result["step"]) == (64, "procedural:test", "forward")
 
 
 def test_a_model_is_its_own_baseline_where_nothing_was_taken(vtjax, pair):
-    done = vtjax("bench", TINY, f"--config.init_from={pair[0]}", "--rounds=1")
+    done = vtjax("bench", TINY, f"--config.init_from={pair[0]}", "--rounds=1", "--noise")
     assert done.code == 0, done.err
     assert done.json["mac_ratio"] == 1.0 and "cost_per_million" not in done.json["dense"]
+    assert done.json["batch"] == 4 and done.json["images_from"] == "noise" and "the same work" in done.err
+
+
+def test_a_run_is_measured_by_its_own_config(vtjax, finished):
+    done = vtjax("bench", f"--workdir={finished}", f"--dense={TINY.removeprefix('--config=')}", "--rounds=1")
+    assert done.code == 0, done.err
+    assert done.json["batch"] == 8 and done.json["mac_ratio"] == 1.0
+    assert f"({finished})" in done.err
+
+
+def test_a_training_step_beside_that_of_another_config(vtjax, tmp_path):
+    deeper = tmp_path / "deeper.py"
+    deeper.write_text(
+        "from configs import vit\n\n\ndef get_config(arg='tiny'):\n    config = vit.get_config(arg)\n"
+        "    config.model.depth = 4\n    config.dtype = 'bfloat16'\n    return config\n"
+    )
+    done = vtjax("bench", TINY, "--step=train", f"--dense={deeper}:tiny", "--rounds=1", "--images=8")
+    assert done.code == 0, done.err
+    result = done.json
+    dense, reduced = result["dense"], result["reduced"]
+    # Forward, and backward by every weight and activation but the pixels: below three times the forward pass.
+    for side in (dense, reduced):
+        assert 2.5 < side["macs_walked"] / side["macs"] < 3
+    assert result["mac_ratio"] == dense["macs_walked"] / reduced["macs_walked"] == pytest.approx(2, rel=0.15)
+    assert dense["params"] > reduced["params"] and dense["memory_bytes"] > reduced["memory_bytes"]
+    assert (result["step"], result["dtype"], result["images_from"]) == ("train", "float32", "procedural:train")
+
+
+LAZY = """
+import jax
+import numpy as np
+
+from experiments.vit.main import build
+from vtjax.account import bench
+from vtjax.models import build as model_of
+
+
+def deploy(config, task, images, dense):
+    assert images.shape == (4, 16, 16, 3)
+    model = model_of(task.spec)
+    params = task.init(jax.random.key(0))[0]
+    run = jax.jit(model.apply)
+
+    def bright(params, images):
+        chosen = np.flatnonzero(np.asarray(images).mean((1, 2, 3)) > MEAN)
+        return run(params, images[:1])[0] if len(chosen) else images
+
+    def macs(images):
+        return 1000.0 * float((np.asarray(images).mean((1, 2, 3)) > MEAN).mean())
+
+    whole = bench.Candidate("whole", lambda p, x: model.apply(p, x)[0], params, 2000)
+    return bench.Candidate("bright", bright, params, macs, {"mean": MEAN}, jit=False), whole
+"""
+
+
+def test_an_experiment_deploys_another_form(vtjax, tmp_path, monkeypatch):
+    """Its work depends on the images, so these must be real, and are counted as they are timed."""
+    folder = tmp_path / "experiments" / "lazy"
+    folder.mkdir(parents=True)
+    (folder / "main.py").write_text(LAZY.replace("MEAN", "-9.0"))
+    monkeypatch.chdir(tmp_path)
+    done = vtjax("bench", TINY, "--config.experiment=lazy", "--rounds=1")
+    assert done.code == 0, done.err
+    reduced = done.json["reduced"]
+    assert (reduced["macs"], reduced["macs_walked"], reduced["mean"]) == (1000, None, -9.0)
+    assert done.json["mac_ratio"] == 2.0 and done.json["dense"]["macs_agree"] is False
+    done = vtjax("bench", TINY, "--config.experiment=lazy", "--noise")
+    assert done.code == 2 and "depends on the images, expected real ones" in done.err
+
+
+def test_data_that_are_not_here_may_be_noise(vtjax):
+    config = f"--config={ROOT / 'configs' / 'vit.py'}:s16_i1k"
+    done = vtjax("bench", config)
+    assert done.code == 2 and done.err.rstrip().endswith("(or measure on noise: --noise)"), done.err
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--price=-1"], "--price must be 0 or more, found -1.0"),
-        (["--watts=inf"], "--watts must be 0 or more, found inf"),
+        (["--price=-1"], "--price must be positive and finite, found -1.0"),
+        (["--watts=inf"], "--watts must be positive and finite, found inf"),
         (["--rounds=0"], "--rounds must be 1 or more, found 0"),
+        (["--images=0"], "--images must be 1 or more, found 0"),
+        (["--noise", "--step=train"], "--noise makes images without labels"),
+        (["--config.mesh.fsdp=3"], "mesh data=-1, fsdp=3, tensor=1 does not fit 1 devices"),
         (["--batch=1,-4"], "--batch must be one or several sizes above 0, as in 1,16, found '1,-4'"),
         (["--batch=many"], "found 'many'"),
         (["--multihost"], "bench measures one process"),
@@ -82,28 +160,13 @@ def test_bad_input_is_one_line(vtjax, argv, message):
 
 def test_a_pruned_model_needs_a_baseline_of_the_same_image_size(vtjax, pair, tmp_path):
     done = vtjax("bench", TINY, f"--config.init_from={pair[1]}")
-    assert done.code == 2 and "--dense=MODEL must name the model before" in done.err
+    assert done.code == 2 and "its blocks differ in width): name it by --dense=" in done.err
     spec = ViTSpec.uniform(depth=1, width=32, heads=2, mlp=64, image_size=32, patch=4, classes=10)
     weights.save(tmp_path / "large.safetensors", spec, jax.jit(ViT(spec).init)(jax.random.key(0)))
     done = vtjax("bench", TINY, f"--config.init_from={pair[1]}", f"--dense={tmp_path / 'large.safetensors'}")
     assert done.code == 2 and "--dense must take images of (16, 16)" in done.err
 
 
-def test_macs_may_depend_on_the_images_and_ratios_are_dense_over_reduced(monkeypatch):
-    seconds = {"dense": 0.3, "reduced": 0.1}
-
-    def compare(timers, **_):
-        turns = {name: timing.Timing(((seconds[name],) * 3,) * 2) for name in timers}
-        return timing.Comparison(turns, 0.0, 0.0, 0.0)
-
-    monkeypatch.setattr(timing, "compare", compare)
-    params = {"kernel": np.ones((3, 5), np.float32)}
-
-    def side(name, macs):
-        return bench.Candidate(name, lambda p, x: x @ p["kernel"], params, macs)
-
-    images = jax.numpy.ones((2, 3))
-    result = bench.measure(side("some", lambda x: float(x.sum())), side("all", 15), images)
-    assert result["reduced"]["macs"] == 6.0 and result["dense"]["macs_walked"] == 15
-    assert result["mac_ratio"] == 2.5 and result["time_ratio"] == pytest.approx(3.0)
-    assert result["realised"] == pytest.approx(1.2)
+def test_without_config_and_workdir(vtjax):
+    done = vtjax("bench")
+    assert done.code == 2 and "bench needs --config=FILE.py:VARIANT or --workdir=DIR" in done.err
