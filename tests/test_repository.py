@@ -59,7 +59,7 @@ def test_constraints_are_exact_pins() -> None:
 
 def test_every_dependency_is_pinned() -> None:
     def key(name: str) -> str:
-        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=~! ]", name)[0]).lower()
+        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=~!; ]", name)[0]).lower()
 
     pinned = {key(x) for x in (ROOT / "constraints.txt").read_text().splitlines() if "==" in x}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -132,9 +132,16 @@ def test_an_experiment_deploys_another_form(vtjax, tmp_path, monkeypatch):
 
 
 def test_data_that_are_not_here_may_be_noise(vtjax):
-    config = f"--config={ROOT / 'configs' / 'vit.py'}:s16_i1k"
-    done = vtjax("bench", config)
+    """Scanned, as this recipe is; what is wrong with the model is not blamed on the data."""
+    small = [f"--config.model.{leaf}" for leaf in ("depth=2", "width=32", "heads=2", "mlp=64", "image_size=(32,32)")]
+    argv = ["bench", f"--config={ROOT / 'configs' / 'vit.py'}:s16_i1k", "--batch=2", *small]
+    done = vtjax(*argv)
     assert done.code == 2 and done.err.rstrip().endswith("(or measure on noise: --noise)"), done.err
+    done = vtjax(*argv, "--config.model.remat=none")
+    assert done.code == 2 and "scan=True needs remat" in done.err and "noise" not in done.err
+    done = vtjax(*argv, "--noise", "--rounds=1")
+    assert done.code == 0, done.err
+    assert done.json["dtype"] == "bfloat16" and done.json["dense"]["macs_agree"]
 
 
 @pytest.mark.parametrize(

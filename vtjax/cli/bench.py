@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from vtjax.cli import config as config_lib
@@ -123,8 +122,11 @@ def _forward(
         task = assemble.task(config)
         rows = _noise(task.spec, count)
     else:
-        with _hinting(" (or measure on noise: --noise)"):
+        try:
             task, data = assemble.assemble(config)
+        except InputError:
+            _check_data(config)
+            raise
         rows = _real(data, count)
     baseline = _load(args.dense, config) if args.dense else None
     make = getattr(assemble.experiment(config.experiment), "deploy", _as_it_is)
@@ -206,7 +208,7 @@ def _as_it_is(config: Config, task: Any, images: Any, dense: Any) -> tuple[Any, 
     from vtjax.parallel import rules
     from vtjax.spec import is_backbone
 
-    options = {name: config.model[name] for name in ("scan", "attention") if name in config.model}
+    options = {name: config.model[name] for name in ("scan", "remat", "attention") if name in config.model}
 
     def candidate(name: str, spec: Any, params: Any) -> Any:
         model = build(spec, dtype=jnp.dtype(config.dtype), constrain=rules.constrain, **options)
@@ -266,12 +268,15 @@ def _load(text: str, config: Config) -> Any:
     return vtjax.Model(task.spec, params, build(task.spec, dtype=jnp.dtype(config.dtype)).apply)
 
 
-@contextlib.contextmanager
-def _hinting(hint: str) -> Iterator[None]:
+def _check_data(config: Config) -> None:
+    """Raises `InputError` with the way out, where it is the data that are missing."""
+    from vtjax.cli import assemble
+
+    spec = assemble.task(config).spec
     try:
-        yield
+        assemble.image_data(config, spec)
     except InputError as error:
-        raise InputError(f"{error}{hint}") from None
+        raise InputError(f"{error} (or measure on noise: --noise)") from None
 
 
 def _real(data: Any, count: int) -> dict[str, Any]:
