@@ -7,13 +7,15 @@ that compiler decided for one device of the mesh.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,29 +31,28 @@ class Chip:
     """A TPU generation.
 
     Attributes:
-      hbm_gib: memory of a chip as published, by Google Cloud's pages on its TPU versions (in GB there, of 2^30 bytes).
+      hbm_gb: memory of a chip as published on the page of its version, cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and
+        tpu7x. The pages say GB or GiB; powers of two are meant.
       available_gib: what the compiler of libtpu 0.0.52 grants to one device of it, as it says itself when a program
-        does not fit. v4 and TPU7x chips are two devices.
-      bf16_tflops: peak of a chip in bf16, from the same pages; an upper bound for estimates.
+        does not fit. v4 and TPU7x chips are two devices in a topology.
     """
 
-    hbm_gib: int
+    hbm_gb: int
     available_gib: float
-    bf16_tflops: float
 
 
 CHIPS = {
-    "TPU v4": Chip(32, 15.25, 275),
-    "TPU v5 lite": Chip(16, 15.75, 197),
-    "TPU v5": Chip(95, 95.73, 459),
-    "TPU v6 lite": Chip(32, 31.24, 918),
-    "TPU7x": Chip(192, 94.74, 2307),
+    "TPU v4": Chip(32, 15.25),
+    "TPU v5 lite": Chip(16, 15.75),
+    "TPU v5": Chip(95, 95.73),
+    "TPU v6 lite": Chip(32, 31.24),
+    "TPU7x": Chip(192, 94.74),
 }
 """By `device_kind`: v4, v5e, v5p, v6e, TPU7x."""
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
-# libtpu looks for a TPU VM's metadata, and complains where there is none. It also writes to standard error from C++.
+# libtpu looks for a TPU VM's metadata, and complains on standard error where there is none.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -79,8 +80,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
         os.environ.setdefault(variable, value)
     several = {"num_slices": slices} if slices > 1 else {}
     try:
-        with _silenced():
-            devices: list[Any] = list(topologies.get_topology_desc(name, platform="tpu", **several).devices)
+        devices: list[Any] = list(topologies.get_topology_desc(name, platform="tpu", **several).devices)
     except Exception as error:  # jaxlib names no class of its own for this
         reason = " ".join(str(error).split())
         raise InputError(
@@ -100,7 +100,7 @@ def compile_step(jitted: Any, arguments: Sequence[Any], devices: Sequence[Any]) 
       `hbm_limit`, what the compiler grants; `temp_bytes`, `argument_bytes`, `output_bytes`, `alias_bytes`,
       `code_bytes`; `collectives`, see `collectives`; `compile_s` (lowering included). A program that the compiler
       rejects for its size has `fits` false, the size that the compiler named (of the part that it looked at), and no
-      collectives. They are None where jaxlib cannot read the program that libtpu made (0.0.52 for TPU7x).
+      collectives.
 
     Raises:
       RuntimeError: the compile failed for another reason.
@@ -108,8 +108,12 @@ def compile_step(jitted: Any, arguments: Sequence[Any], devices: Sequence[Any]) 
     limit = round(CHIPS[devices[0].device_kind].available_gib * GIB)
     start = time.perf_counter()
     try:
-        with _silenced():
-            compiled = jitted.lower(*arguments).compile()
+        # The program as the compiler itself writes it: jaxlib cannot read every program of libtpu (0.0.52 for TPU7x).
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = jitted.lower(*arguments).compile(options)
+            (program,) = Path(folder).glob("*.after_optimizations.txt")
+            hlo = program.read_text(encoding="utf-8")
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
@@ -131,17 +135,9 @@ def compile_step(jitted: Any, arguments: Sequence[Any], devices: Sequence[Any]) 
         "hbm_bytes_per_device": total,
         "hbm_limit": limit,
         **parts,
-        "collectives": _readable(compiled),
+        "collectives": collectives(hlo),
         "compile_s": seconds,
     }
-
-
-def _readable(compiled: Any) -> dict[str, dict[str, int]] | None:
-    try:
-        with _silenced():
-            return collectives(compiled.as_text())
-    except jax.errors.JaxRuntimeError:
-        return None
 
 
 def needed_bytes(message: str) -> int | None:
@@ -187,26 +183,26 @@ def _collective(line: str) -> tuple[str, int] | None:
         return None
     kind = match[2].removesuffix("-start")
     if kind == "send" and "is_host_transfer=true" in line and "megascale" in line:
-        return "dcn-send", _bytes(match[1])
+        return "dcn-send", _bytes(match[1])[0]
     if kind not in COLLECTIVES:
         return None
-    size = _bytes(match[1])
-    if match[2].endswith("-start") and match[1].startswith("("):
-        size //= 2  # operand and result
+    sizes = _bytes(match[1])
+    if match[2] in ("all-gather-start", "collective-permute-start"):  # operands, results, and what belongs to neither
+        sizes = [size for size in sizes if size > 4]
+        sizes = sizes[len(sizes) // 2 :]
+    size = sum(sizes)
     if kind == "reduce-scatter":
         size *= _group_size(line)
     return kind, size
 
 
-def _bytes(shapes: str) -> int:
+def _bytes(shapes: str) -> list[int]:
     widths = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
-    total = 0
-    for kind, sizes in re.findall(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]", shapes):
-        count = 1
-        for size in filter(None, sizes.split(",")):
-            count *= int(size)
-        total += count * widths.get(kind, 4)
-    return total
+    found = []
+    for kind, sizes in re.findall(r"\b(pred|bf16|f8|[fsu]\d+)\w*\[([\d,]*)\]", shapes):
+        count = math.prod(int(size) for size in sizes.split(",") if size)
+        found.append(count * (1 if kind == "f8" else widths.get(kind, 4)))
+    return found
 
 
 def _group_size(line: str) -> int:
@@ -216,10 +212,7 @@ def _group_size(line: str) -> int:
         return int(found[1])
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        size = 1
-        for axis in re.findall(r"'(\w+)'", found[2]):
-            size *= int(sizes[axis])
-        return size
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     return 1
 
 
@@ -249,8 +242,9 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
                 continue
             for called in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
                 visit(called, count)
-            if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
-                for called in re.findall(r"%?([\w.-]+)", branches[1]):
+            # Branches; and what a TPU7x hands to its sparse cores.
+            if several := re.search(r"(?:branch|called)_computations=\{([^}]*)\}", line):
+                for called in re.findall(r"%?([\w.-]+)", several[1]):
                     visit(called, count)
 
     visit("", 1)
@@ -262,19 +256,6 @@ def _trips(line: str, condition: Sequence[str]) -> int:
         return int(known[1])
     constants = {int(n) for text in condition for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)}
     return constants.pop() if len(constants) == 1 else 1
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Keeps what C++ writes to standard error from the user."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
 
 
 def temporaries(
