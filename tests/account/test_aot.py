@@ -93,6 +93,9 @@ def test_the_hand_estimate_is_made_of_what_is_kept() -> None:
         one_block = aot.temporaries(spec, training=False, **parts)
         return aot.temporaries(spec, training=True, **parts) - 2 * one_block - 2000
 
+    for training in (False, True):
+        parts = {"rows": 2, "remat": "full", "width_bytes": 2, "trained_bytes": 0, "training": training}
+        assert aot.temporaries(spec, stacked_bytes=500, **parts) == 500 + aot.temporaries(spec, **parts)
     assert kept("full") == 3 * tokens * 64 * 2
     assert kept("names") == 3 * tokens * (64 + 64 + 128) * 2
     assert kept("full") < kept("names") < kept("dots") < kept("none")

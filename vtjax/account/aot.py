@@ -259,20 +259,29 @@ def _trips(line: str, condition: Sequence[str]) -> int:
 
 
 def temporaries(
-    spec: ViTSpec, *, rows: int, training: bool, remat: str, width_bytes: int, trained_bytes: int, tensor: int = 1
+    spec: ViTSpec,
+    *,
+    rows: int,
+    training: bool,
+    remat: str,
+    width_bytes: int,
+    trained_bytes: int,
+    stacked_bytes: int = 0,
+    tensor: int = 1,
 ) -> int:
     """A hand estimate of the temporary memory of a step on one device, in bytes: what should be there, not what is.
 
     Training: gradients of what is trained and the updates made of them (the guard looks at all before it applies one),
     what `remat` keeps of every block, and the backward pass of one block.
-    Evaluation: the forward pass of one block. Much more than this is a bug to find: activations that the partitioner
-    replicates, as a rule.
+    Evaluation: the forward pass of one block. Both: the parameters that a scan stacks. Much more than this is a bug to
+    find: activations that the partitioner replicates, as a rule.
 
     Args:
       rows: images on the device; with `accumulate`, of one micro-batch.
       remat: "none", "full", "dots", "names".
       width_bytes: of an activation.
       trained_bytes: of the trained parameters on the device, float32.
+      stacked_bytes: of the blocks' parameters on the device, in the type of the activations, where blocks are scanned.
       tensor: devices that share the widths inside a layer.
     """
     tokens, width = rows * spec.tokens, spec.width
@@ -288,5 +297,5 @@ def temporaries(
         kept += tokens * least[remat] * width_bytes if remat in least else whole
         largest = max(largest, whole)
     if not training:
-        return largest
-    return kept + 2 * largest + 2 * trained_bytes
+        return largest + stacked_bytes
+    return kept + 2 * largest + 2 * trained_bytes + stacked_bytes

@@ -60,13 +60,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in flatten(tree).values())
 
     trained, _ = split(program.abstract.params, program.groups)
+    blocks = {name: x for name, x in program.abstract.params.items() if name.startswith("block_")}
+    width_bytes = 2 if config.dtype == "bfloat16" else 4
     estimate = aot.temporaries(
         task.spec,
         rows=config.batch_size // mesh_lib.batch_shards(mesh) // (config.accumulate if training else 1),
         training=training,
         remat=config.model.remat,
-        width_bytes=2 if config.dtype == "bfloat16" else 4,
+        width_bytes=width_bytes,
         trained_bytes=on_a_device(trained),
+        stacked_bytes=on_a_device(blocks) * width_bytes // 4 if config.model.scan else 0,
         tensor=mesh.shape["tensor"],
     )
     result = {
