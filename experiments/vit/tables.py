@@ -21,7 +21,7 @@ README = HERE / "README.md"
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
     found = {}
-    for name, make in (("beside_torch", beside_torch), ("figures", figures)):
+    for name, make in (("beside_torch", beside_torch), ("figures", figures), ("aot", aot)):
         if (results / f"{name}.jsonl").exists():
             found[name] = make(tables.read_jsonl(results / f"{name}.jsonl"))
     return found
@@ -84,6 +84,40 @@ def beside_torch(records: list[dict[str, Any]]) -> str:
     )
     lines = [tables.markdown(header, rows)]
     for text in dict.fromkeys(_circumstances(r) for r in latest.values()):
+        lines.append(text)
+    return "\n\n".join(lines)
+
+
+def aot(records: list[dict[str, Any]]) -> str:
+    """The latest record of every compile for a TPU topology, and the circumstances below."""
+    latest = {(r["config"], r["step"], r["topology"], r["slices"], str(r["mesh"])): r for r in records}
+    rows = []
+    for r in latest.values():
+        place = f"{r['slices']} x {r['topology']}" if r["slices"] > 1 else r["topology"]
+        sent = (
+            f"{kind} {e['count']:,} ({e['bytes'] / 2**20:,.1f} MiB)" for kind, e in r.get("collectives", {}).items()
+        )
+        rows.append(
+            (
+                f"`{r['config'].rpartition('/')[2]}`",
+                r["step"],
+                place,
+                r["devices"],
+                f"{r['hbm_bytes_per_device'] / 2**30:.2f}",
+                f"{r['hbm_limit'] / 2**30:.2f}",
+                "yes" if r["fits"] else "**no**",
+                r.get("temp_ratio"),
+                f"{r['compile_s']:.0f}",
+                ", ".join(sent),
+            )
+        )
+    header = ("config", "step", "topology", "devices", "GiB per device", "of", "fits", "temporary / by hand", "s")
+    lines = [tables.markdown((*header, "collectives per step (per device)"), rows)]
+    for text in dict.fromkeys(
+        f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores; jax {r['versions']['jax']}, libtpu {r['libtpu']}; "
+        f"{r['date'][:10]}, commit {r['commit']}."
+        for r in latest.values()
+    ):
         lines.append(text)
     return "\n\n".join(lines)
 
