@@ -48,9 +48,10 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
     Raises:
       InputError: nothing found, an unreadable file, or names that are missing, extra or mis-shaped.
     """
+    from vtjax import paths
     from vtjax.models import build
 
-    if (Path(path_or_name) / "checkpoints").is_dir():
+    if (paths.is_url(path_or_name) or (Path(path_or_name) / "checkpoints").is_dir()) and _is_workdir(path_or_name):
         from vtjax.train import checkpoint
 
         spec, params = checkpoint.load_params(path_or_name, which=which)
@@ -59,3 +60,9 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
 
         spec, params = weights.load(path_or_name, spec=spec)
     return Model(spec=spec, params=params, apply=build(spec, **options).apply)
+
+
+def _is_workdir(path: str | Path) -> bool:
+    from vtjax.train import checkpoint
+
+    return checkpoint.is_workdir(path)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from vtjax import paths
 from vtjax.cli import config as config_lib
 from vtjax.cli.config import Config
 from vtjax.errors import InputError
@@ -185,7 +186,8 @@ def check_workdir(workdir: str, *, exists: bool = False) -> str:
     """
     if not workdir:
         raise InputError("a workdir is needed: --workdir=DIR (or config.workdir)")
-    if "://" in workdir:
+    if paths.is_url(workdir):
+        paths.check_url(workdir)
         return workdir
     path = Path(workdir)
     if exists and not path.exists():

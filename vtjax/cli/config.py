@@ -25,6 +25,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from vtjax import paths
 from vtjax.errors import InputError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -153,6 +154,7 @@ def of_workdir(workdir: str, overrides: Mapping[str, Any]) -> Config:
     Raises:
       InputError: the file is missing or damaged, or as `load_config`.
     """
+    paths.check_url(workdir)
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise InputError(f"workdir {workdir} must hold a run, found no {path.name}")

@@ -34,11 +34,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from vtjax.weights.convert import convert
 
     options = {"layout": args.layout, "check": args.check, "atol": args.atol, "overwrite": args.overwrite}
-    if not (Path(args.src) / "checkpoints").is_dir():
+    from vtjax.train import checkpoint
+
+    if not checkpoint.is_workdir(args.src):
         result = convert(args.src, args.dst, args.spec, apply=_forward, **options)
     else:
-        from vtjax.train import checkpoint
-
         if args.spec:
             raise InputError(f"--spec is for bare weights, and {args.src} is a workdir, which knows its spec")
         spec, params = checkpoint.load_params(args.src, which=args.which)

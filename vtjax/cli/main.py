@@ -79,6 +79,8 @@ def _main(arguments: list[str]) -> int:
     # Orbax warns about files that it can do without, and logs the traceback of what it raises; both would hide the one
     # line that counts.
     logging.getLogger("absl").setLevel(logging.DEBUG if debug else logging.CRITICAL)
+    for name in ("gcsfs", "google.auth"):  # what they try before they find a way in
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.CRITICAL)
     logging.getLogger("vtjax").setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
         parsed = _parse([a for a in arguments if a != "--debug"])

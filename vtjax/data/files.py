@@ -103,6 +103,10 @@ class Files:
 
 def locate(path: str) -> Path:
     """`path` itself, or below a folder of `VTJAX_DATA`; raises `InputError` if neither exists."""
+    if paths.is_url(path):
+        if (copy := paths.fetch(path)) is None:
+            raise InputError(f"{path} does not exist, expected a folder or a tar file of images")
+        return copy
     direct = Path(path).expanduser()
     return direct if direct.exists() else paths.require(path, "give a folder or a tar file of images")
 

@@ -94,8 +94,8 @@ def open_tfds(name: str, path: str, own: tuple[str, ...]) -> Splits:
         raise InputError(f"data name must be {', '.join(own)} or a TFDS NAME[/CONFIG][:VERSION], found {name!r}")
     bare, _, version = name.partition(":")
     home = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    roots = [str(paths.cache_dir() / "tfds"), *(str(p / s) for p in paths.search_path() for s in ("tfds", "")), home]
-    roots = list(dict.fromkeys([path] if path else roots))
+    roots = [str(paths.cache_dir() / "tfds"), *(f"{p}/{s}" for p in paths.search_path() for s in ("tfds", "")), home]
+    roots = [root.rstrip("/") for root in dict.fromkeys([path] if path else roots)]
     for root in roots:
         folder = epath.Path(root).expanduser() / bare
         versions = _versions(folder)

@@ -202,6 +202,11 @@ def load_params(path: str | os.PathLike[str], which: str = "last", ema: bool = T
     return spec_lib.from_dict(meta["spec"]), params
 
 
+def is_workdir(path: str | os.PathLike[str]) -> bool:
+    """Whether a local or remote folder is the workdir of a run."""
+    return (log.absolute(path) / "checkpoints").is_dir()
+
+
 def load_meta(path: str | os.PathLike[str], which: str = "last") -> dict[str, Any]:
     """The JSON part of the checkpoint that `load_params` would read: step, spec, config, versions."""
     return _read_meta(_find(path, which))
@@ -278,7 +283,7 @@ def _lock(folder: epath.Path) -> int | None:
 
 
 def _steps(root: epath.Path) -> list[int]:
-    return sorted((int(p.name) for p in root.iterdir() if p.name.isdigit()), reverse=True)
+    return sorted((int(p.name) for p in _children(root) if p.name.isdigit()), reverse=True)
 
 
 def _valid(root: epath.Path, set_aside: bool) -> Iterator[tuple[int, epath.Path]]:
@@ -290,16 +295,26 @@ def _valid(root: epath.Path, set_aside: bool) -> Iterator[tuple[int, epath.Path]
             yield step, path
             continue
         logger.warning("checkpoint %s is skipped: %s", path, problem)
-        if set_aside:
+        if set_aside and not log.is_local(path) and not (path / MANIFEST).exists():
+            path.rmtree()  # what a killed save left: an object store has neither temporary folders nor cheap renames
+        elif set_aside:
             target = root / f"damaged-{step}"
             if target.exists():
                 target.rmtree()
             path.rename(target)
 
 
+def _children(folder: epath.Path) -> list[epath.Path]:
+    """What a folder holds; an object store has no empty folders, so there one that was made need not exist."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _unfinished(root: epath.Path) -> list[epath.Path]:
     """Temporary folders that a killed save left behind, named in a warning."""
-    paths = [p for p in root.iterdir() if ".orbax-checkpoint-tmp" in p.name]
+    paths = [p for p in _children(root) if ".orbax-checkpoint-tmp" in p.name]
     for path in paths:
         logger.warning("checkpoint %s is skipped: it was never finished", path)
     return paths

@@ -22,6 +22,7 @@ import numpy as np
 from clu import parameter_overview
 from etils import epath
 
+from vtjax import paths
 from vtjax.train.task import Batch
 
 SAY_EVERY = 2.0  # seconds between two lines of an evaluation
@@ -43,17 +44,18 @@ def plain(value: Any) -> Any:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all: temporary file, fsync where it is local, rename. Process 0 only."""
+    """Writes a file whole or not at all: where it is local by a temporary file, fsync and rename, where it is an object
+    (`gs://...`) by one write, which is that by itself. Process 0 only."""
     if jax.process_index() != 0:
         return
+    if not is_local(path):
+        path.write_text(text)
+        return
     temporary = path.parent / f".{path.name}.tmp"
-    if is_local(path):
-        with _naming(path), open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    else:
-        temporary.write_text(text)
+    with _naming(path), open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -77,7 +79,8 @@ def is_local(path: epath.Path) -> bool:
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """`path` as orbax wants it; `gs://` paths stay as they are."""
+    """`path` as orbax wants it; `gs://` paths stay as they are. Raises `MissingExtraError` where gcsfs is missing."""
+    paths.check_url(os.fspath(path))
     path = epath.Path(path)
     return epath.Path(os.path.abspath(path)) if is_local(path) else path
 

@@ -87,6 +87,10 @@ def resolve(name: str) -> Path:
     Raises:
       InputError: one line: what was looked for, where, and how to get it.
     """
+    if paths.is_url(name):
+        if (copy := paths.fetch(name)) is None:
+            raise InputError(f"the weights {name!r} do not exist")
+        return copy
     if Path(name).expanduser().exists():
         return Path(name).expanduser()
     entry = NAMED.get(name)
