@@ -42,7 +42,7 @@ demo: $(STAMP)
 	@FRESH=$(FRESH) $(BIN)/python experiments/vit/demo.py
 
 test: lint
-	@$(BIN)/python -m pytest -q --durations=10
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist loadfile --durations=10
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -q --durations=10 -m slow
