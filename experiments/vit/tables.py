@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ README = HERE / "README.md"
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
     found = {}
-    for name, make in (("beside_torch", beside_torch), ("figures", figures), ("aot", aot)):
+    for name, make in (("beside_torch", beside_torch), ("figures", figures), ("aot", aot), ("scale", scale)):
         if (results / f"{name}.jsonl").exists():
             found[name] = make(tables.read_jsonl(results / f"{name}.jsonl"))
     return found
@@ -44,6 +45,52 @@ def figures(records: list[dict[str, Any]]) -> str:
             rows.append(
                 (f"`make {target}` in an empty clone", f"below {aim}", f"{r[f'make_{target}_s']:.0f} s{failed}", r)
             )
+    return _aims(rows)
+
+
+def scale(records: list[dict[str, Any]]) -> str:
+    """The latest record of every figure, beside its aim, and the loss curves below."""
+    latest = {r["figure"]: r for r in records}
+    rows = []
+    if r := latest.get("curves"):
+        places = {"eight": "8 devices", "two": "2 processes"}
+        for what, key, aim in (
+            ("first 10 steps, all logged", "rel_diff_first_10", "at most 1e-5"),
+            (f"{r['steps']} steps, {r['logged']} logged", "rel_diff_all", "none: rounding grows"),
+        ):
+            seen = ", ".join(f"{r[key][name]:.1e} on {place}" for name, place in places.items())
+            rows.append((f"largest relative difference of the loss to 1 device, `digits`, {what}", aim, seen, r))
+        seen = ", ".join(f"{r['top1'][name]:.1%} on {place}" for name, place in {"one": "1 device", **places}.items())
+        rows.append((f"top-1 after {r['steps']} steps", "alike", seen, r))
+    if r := latest.get("kills"):
+        count = sum(r["kills"].values())
+        who = f"{count} kills: {r['kills']['0']} of process 0, {r['kills']['1']} of process 1"
+        equal = "equal" if r["equal"] else "**not equal**"
+        rows.append(("`params_sha256` of two processes, killed and resumed, to the run left alone", "equal", equal, r))
+        seen = f"{r['ended_with_76']} ended so, {r['named_the_lost']} named it ({who})"
+        rows.append(("the other process ends with code 76 and names the lost one", f"all {count}", seen, r))
+        seen = f"median {r['median_s']:.1f} s, at most {r['max_s']:.1f} s"
+        rows.append((f"time until it has ended, `heartbeat_timeout={r['heartbeat_timeout']}`", "below 20 s", seen, r))
+    if r := latest.get("sweep"):
+        what = f"a sweep of {r['points']} points"
+        seen = f"{r['compilations']['sweep']}, beside {r['compilations']['runs']} in runs of their own"
+        rows.append((f"compilations of the training step, {what}", "1", seen, r))
+        ratio = r["runs_s"] / r["sweep_s"]
+        seen = f"{r['sweep_s']:.0f} s, beside {r['runs_s']:.0f} s in runs of their own ({ratio:.1f} times as long)"
+        rows.append((f"time, {what}", "shorter", seen, r))
+        rows.append(("points whose `params_sha256` is their own run's", "all", f"{r['equal']} of {r['points']}", r))
+    lines = [_aims(rows)]
+    if "curves" in latest:
+        lines.append("![Loss curves of 1 device, 8 devices and 2 processes](results/scale_curves.png)")
+    for text in dict.fromkeys(
+        f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores; jax {r['versions']['jax']}." for r in latest.values()
+    ):
+        lines.append(text)
+    return "\n\n".join(lines)
+
+
+def _aims(rows: Iterable[tuple[str, str, str, dict[str, Any]]]) -> str:
+    """A table of (what, aim, seen, record)."""
     cells = [
         (
             what,

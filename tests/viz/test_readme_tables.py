@@ -56,3 +56,28 @@ def test_beside_torch_table_takes_the_latest_of_each_case() -> None:
     assert "| forward | ViT-Ti/16 | 1 | yes | 10.00 ms | 12.00 ms | 100.0 | **1.20** | 1.00 to 1.50 | 0.02 |" in text
     assert text.count("| forward |") == 2
     assert text.count("A CPU; 2 threads, float32; jax 0.10.2, torch 2.13, timm 1.0.31") == 1
+
+
+def test_scale_table_says_what_was_not_equal() -> None:
+    from experiments.vit.tables import scale
+
+    common = {
+        "command": "scale.py kills",
+        "date": "2026-11-25T02:00:00+00:00",
+        "commit": "abc",
+        "hardware": {"cpu": "A CPU", "cores": 2},
+        "versions": {"jax": "0.10.2"},
+    }
+    kills = {
+        "figure": "kills",
+        "kills": {"0": 1, "1": 2},
+        "ended_with_76": 3,
+        "named_the_lost": 2,
+        "median_s": 4.55,
+        "max_s": 9.0,
+        "heartbeat_timeout": 5,
+    }
+    text = scale([{**kills, "equal": True, **common}, {**kills, "equal": False, **common}])
+    assert "| equal | **not equal** | `python -m experiments.vit.scale kills` | 2026-11-25, abc |" in text
+    assert "| all 3 | 3 ended so, 2 named it (3 kills: 1 of process 0, 2 of process 1) |" in text
+    assert text.endswith("A CPU, 2 cores; jax 0.10.2.") and "scale_curves.png" not in text
