@@ -20,6 +20,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -311,6 +312,7 @@ def main() -> int:
     if arguments.figure == "kills" and arguments.kills < 1:
         print(f"--kills must be 1 or more, found {arguments.kills}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end with this one
     os.environ["JAX_PLATFORMS"] = "cpu"  # fake devices are the CPU's
     from vtjax.account import record
 
