@@ -29,8 +29,10 @@ from jax._src import distributed  # the only way to its key-value store
 from vtjax.errors import EXIT_LOST, InputError
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_JOINING = 300  # seconds that processes wait for each other to start
 _PATIENCE = 60_000  # milliseconds that processes wait for each other's word at the start
 _handlers: list[Any] = []  # ctypes keeps no reference of its own
+_joined: list[bool] = []
 _stdout: list[int] = []  # where standard output went before `join`
 
 
@@ -64,9 +66,12 @@ def join(multihost: bool, heartbeat_timeout: int, *, quiet: bool = True) -> None
     if not multihost:
         described = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
     try:
-        jax.distributed.initialize(**described, heartbeat_timeout_seconds=heartbeat_timeout)
+        jax.distributed.initialize(
+            **described, heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=_JOINING
+        )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the processes of this run cannot be joined: {error}") from error
+    _joined.append(True)
     _client().key_value_set(f"vtjax/host/{jax.process_index()}", socket.gethostname())
 
 
@@ -191,6 +196,9 @@ def _verdict(said: str, heartbeat_timeout: int) -> tuple[int, str]:
     """(exit code, line) from what C++ wrote before it aborted."""
     lost = re.search(r"stopped sending heartbeats\):?\s*(.*?)(?=\n\s*The tasks|\[type|\n\n|$)", said, re.DOTALL)
     resume = "start all processes again, the run goes on from its last checkpoint"
+    if distributed.global_state.client is not None and not _joined:
+        count = distributed.global_state.num_processes
+        return EXIT_LOST, f"not all {count} processes came within {_JOINING} s; {resume}"
     if lost:
         indices = re.findall(r"\d+", lost[1])
         named = f"process{'es' * (len(indices) > 1)} {', '.join(indices)} lost"
