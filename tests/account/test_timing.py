@@ -71,15 +71,17 @@ def test_bad_counts(bad: dict) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="needs Linux's /proc/stat")
 def test_other_load_sees_others_only() -> None:
-    spin = "import time\nt = time.time()\nwhile time.time() < t + 5: pass"
+    spin = "import time\nt = time.time()\nwhile time.time() < t + 60: pass"
     busy = subprocess.Popen([sys.executable, "-c", spin])
     try:
         others, ours = timing.OtherLoad(), timing.OtherLoad([busy.pid])
         before, start = timing.cpu_seconds(busy.pid), time.perf_counter()
-        time.sleep(1.0)
+        while timing.cpu_seconds(busy.pid) - before < 0.5 and time.perf_counter() < start + 50:
+            time.sleep(0.5)  # on a busy machine it takes a while to get its share
         spun = (timing.cpu_seconds(busy.pid) - before) / (time.perf_counter() - start)
         seen, rest = others.cores(), ours.cores()
-        assert seen is not None and rest is not None and spun > 0.1
+        assert seen is not None and rest is not None
+        assert spun > 0
         # The same moment apart from a few ticks of 10 ms: what the two meters differ by is the spinning process.
         assert seen - rest == pytest.approx(spun, abs=0.15)
     finally:
