@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class BusyError(InputError):
+    """Another process is at work in the folder; it may be finished later."""
+
+
 class MissingExtraError(InputError):
     """An optional package is needed; the message names the extra that brings it."""
 

@@ -62,7 +62,7 @@ def fetch(url: str) -> Path | None:
     """A local copy of a file or folder at `gs://...`, in the user's cache; None where there is nothing at `url`.
 
     Weights are memory-mapped and archives read at random, so they have to be here. A copy is made whole or not at all,
-    and anew where the sizes of the files have changed.
+    and anew where the size or the time of a file has changed.
 
     Raises:
       InputError: the place cannot be reached, or the cache cannot be written.
@@ -75,11 +75,11 @@ def fetch(url: str) -> Path | None:
         if not source.exists():
             return None
         files = _files(source)
-        sizes = sorted((os.fspath(p), p.stat().length) for p in files)
-        state = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+        found = sorted((os.fspath(p), p.stat().length, p.stat().mtime) for p in files)
+        state = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
         target = cache_dir() / "remote" / state / source.name
         if not target.exists():
-            print(f"fetching {url}, {sum(size for _, size in sizes) / 2**20:.0f} MiB", file=sys.stderr, flush=True)
+            print(f"fetching {url}, {sum(size for _, size, _ in found) / 2**20:.0f} MiB", file=sys.stderr, flush=True)
             target.parent.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent.parent))
             for file in files:

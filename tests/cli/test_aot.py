@@ -66,6 +66,29 @@ def test_a_batch_that_cannot_fit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("topology", "slices", "axes"),
+    [
+        ("v5p:4x4x4", 1, {"tensor": 2}),
+        ("v5p:4x4x4", 2, {"data": 2, "fsdp": 8, "tensor": 8}),
+        ("v6e:4x4", 2, {"fsdp": 8}),
+        ("tpu7x:2x2x1", 1, {"tensor": 8, "data": 1}),
+    ],
+)
+def test_axes_may_take_a_part_of_the_torus(topology: str, slices: int, axes: dict[str, int]) -> None:
+    sizes = {"data": -1, **axes}
+    code = (
+        "from vtjax.account import aot; from vtjax.parallel import mesh\n"
+        f"made = mesh.make({sizes}, aot.topology({topology!r}, {slices}))\n"
+        f"first = made.devices[: made.shape['data'] // {slices}].flat\n"
+        "print(len({mesh.slice_of(d) for d in first}), dict(made.shape))"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 ") and all(f"'{name}': {size}" in done.stdout for name, size in axes.items())
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--topology=v5e:3x4"], "found 'v5e:3x4'"),

@@ -197,7 +197,8 @@ def test_the_loss_of_a_process_ends_the_other_and_names_it(tmp_path, lost):
 def test_a_signal_to_one_process_saves_the_same_step_on_both(tmp_path):
     workdir = tmp_path / "w"
     argv = ["run", TINY, f"--workdir={workdir}", "--config.checkpoint.every=1000", "--config.log_every=10"]
-    pair = Pair(*argv, "--config.steps=100000")
+    # The tensor axis spans both: they hold the same rows, and each its own word on whether to stop.
+    pair = Pair(*argv, "--config.steps=100000", "--config.mesh.data=1", "--config.mesh.tensor=8")
     pair.wait_for("step 10/")
     pair.children[1].send_signal(signal.SIGTERM)
     results = pair.end()
@@ -226,6 +227,28 @@ def test_processes_with_unequal_configs_are_refused(tmp_path, each, message):
         assert code == 2 and output == []
         assert errors.count("\n") == 1 and message in errors, errors
     assert not workdir.exists()
+
+
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
+    # The config must be the same, so the folders are the same word in different places.
+    code = "import os, sys; os.chdir(sys.argv.pop(1)); from vtjax.cli.main import main; sys.exit(main())"
+    argv = [sys.executable, "-c", code]
+    port, children = free_port(), []
+    for index, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        variables = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [*argv, str(tmp_path / name), "run", TINY, "--workdir=w", "--config.heartbeat_timeout=5"]
+        children.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env={**os.environ, **variables}))
+    for child in children:
+        output, errors = child.communicate(timeout=120)
+        assert child.returncode == 2 and output == "", errors
+        assert "must be one folder that all processes share" in errors and "process 1 does not see" in errors
+    assert not list((tmp_path / "a" / "w").iterdir())
 
 
 def lines(workdir: Path) -> list[dict[str, float]]:

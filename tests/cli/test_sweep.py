@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -77,6 +78,7 @@ def test_an_evaluation_of_every_point(vtjax, tmp_path, finished):
     assert found[0]["top1"] == json.loads((finished / "result.json").read_text())["top1"]
     more = vtjax(*argv, "--grid=config.loss.label_smoothing=0.0,0.2,0.3", "--grid=config.data.eval_split=test")
     assert (more.json["ran"], more.json["points"]) == (1, 3)
+    assert len(records(tmp_path)) == 5  # those of the first grid, too
 
 
 def test_a_killed_sweep_goes_on_in_the_middle_of_a_point(tmp_path, vtjax):
@@ -165,6 +167,41 @@ def test_the_figure_of_a_sweep():
     assert "range of 2 seeds" in axes.get_title(loc="left")
     (names,) = sweeps.sweep([{"config": {"kind": k}, "top1": 1.0} for k in "ba"], ["kind"], "top1").axes
     assert [t.get_text() for t in names.get_xticklabels()] == ["b", "a"]
+
+
+def test_a_sweep_under_another_config_is_refused(vtjax, tmp_path):
+    argv = ["sweep", TINY, "--grid=config.seed=0", f"--workdir={tmp_path}"]
+    assert vtjax(*argv).code == 0
+    done = vtjax(*argv, "--config.optim.lr=0.5")
+    assert done.code == 2 and "optim.lr was 0.003, found 0.5" in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_an_evaluation_needs_something_to_evaluate(vtjax, tmp_path):
+    done = vtjax("sweep", TINY, "--mode=eval", "--grid=config.seed=0,1", f"--workdir={tmp_path / 'w'}")
+    assert done.code == 2 and "point seed=0 needs config.init_from" in done.err
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_point_that_another_process_runs_is_left_to_it(vtjax, tmp_path):
+    folder = tmp_path / "points" / "seed=0" / "checkpoints"
+    folder.mkdir(parents=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = vtjax("sweep", TINY, "--grid=config.seed=0", f"--workdir={tmp_path}")
+    os.close(lock)
+    assert done.code == 0 and (done.json["ran"], done.json["failed"]) == (0, 0), done.err
+    assert "seed=0 is left to its run" in done.err and not (folder.parent / "error.json").exists()
+
+
+def test_host_callbacks_are_not_shared():
+    shared, struct = Executables(), jax.ShapeDtypeStruct((), jnp.float32)
+
+    def scale(factor):
+        return jax.jit(lambda x: jax.pure_callback(lambda v: np.float32(factor * v), struct, x))
+
+    for factor in (1.0, 2.0):
+        assert float(shared.share(scale(factor), "call")(jnp.float32(3.0))) == 3.0 * factor
+    assert shared.compiled == {"call": 2}
 
 
 def test_a_missing_workdir_is_named(vtjax):

@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "slices": args.slices,
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
+        "hbm_chip_gb": aot.CHIPS[devices[0].device_kind].hbm_gb,
         "mesh": dict(mesh.shape),
     }
     for line in _table(result):
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def _table(result: dict[str, Any]) -> list[str]:
     def gib(size: int) -> str:
-        return f"{size / 2**30:.2f} GiB"
+        return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
     from vtjax.viz import tables
 

@@ -64,7 +64,7 @@ def assemble(config: Config) -> tuple[Any, Any]:
     """
     module, built = _build(config)
     # Of what is loaded: the spec names its SHA-256. Files may differ between hosts.
-    launch.agree("model", dict(config_lib.flatten({"spec": json.loads(built.spec.to_json())})))
+    launch.agree("model", dict(config_lib.flatten({"spec": json.loads(built.spec.to_json())})), patience=900)
     data = module.data(config, built) if hasattr(module, "data") else image_data(config, built.spec)
     # A loaded model brings its own spec: the config's stands aside, unless the user has just set a part of it.
     aside = [n for n, _ in config_lib.flatten(config.model, "model.") if n not in config_lib.overridden(config)]

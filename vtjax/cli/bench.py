@@ -183,7 +183,7 @@ def _train(
             peak = bench.Peak(mesh.devices.flat[0])
             program = Program(its_task, its_config, mesh)
             state, frozen = program.init()
-            stop = mesh_lib.put(np.zeros(mesh_lib.batch_shards(mesh), np.int32), mesh_lib.batch_sharding(mesh))
+            stop = mesh_lib.put(np.zeros(mesh.size, np.int32), mesh_lib.device_sharding(mesh))
             # The count stays at 0: later updates are computed and masked, and the state that is timed does not wander.
             knobs, key, step = program.knobs(), program.key, np.int32(0)
             rest = [(frozen, knobs, mesh_lib.place(batch, mesh, size), key, step, stop) for batch in host]

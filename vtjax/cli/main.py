@@ -66,13 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, 1 (a check missed), 2 (bad input), 3 (non-finite), 75 (preempted), 130 (interrupted). A process
       that loses another one of its run ends with 76, and does not return.
     """
-    code = _main(list(sys.argv[1:] if argv is None else argv))
+    code, together = 1, False
+    try:
+        code, together = _main(list(sys.argv[1:] if argv is None else argv))
+    except Exception:
+        # One of several must not stay, and keep the others waiting: jax's own exit waits for all.
+        if (launch := sys.modules.get("vtjax.parallel.launch")) is None or not launch.joined():
+            raise
+        traceback.print_exc()
     if (launch := sys.modules.get("vtjax.parallel.launch")) is not None:
-        launch.leave(code, together=code not in (EXIT_BAD_INPUT, 1))
+        launch.leave(code, together=together)
     return code
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str]) -> tuple[int, bool]:
+    """The exit code, and whether all processes of a run end in this way together."""
     debug = "--debug" in arguments
     _leave_libtpu_alone()
     command = next((a for a in arguments if not a.startswith("-")), "")
@@ -88,22 +96,22 @@ def _main(arguments: list[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is for people
             code, result = importlib.import_module(f"vtjax.cli.{parsed.command}").run(parsed)
         _answer(_finite(result))
-        return code
+        return code, True
     except BrokenPipeError:
         # The reader of our output left (`vtjax ... | head`): nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, False
     # Of the system: a path that is not there or not allowed, a disk that is full.
     except (InputError, OSError) as error:
-        return _fail(EXIT_BAD_INPUT, command, _message(error), debug)
+        return _fail(EXIT_BAD_INPUT, command, _message(error), debug), False
     except NonFiniteError as error:
-        return _fail(EXIT_NON_FINITE, command, str(error), debug)
+        return _fail(EXIT_NON_FINITE, command, str(error), debug), True
     except Preempted as error:
         word = "interrupted" if error.code == EXIT_INTERRUPTED else "preempted"
         _answer({word: True})
-        return error.code if isinstance(error.code, int) else 1
+        return (error.code if isinstance(error.code, int) else 1), True
     except KeyboardInterrupt:
-        return _fail(EXIT_INTERRUPTED, command, "interrupted", debug)
+        return _fail(EXIT_INTERRUPTED, command, "interrupted", debug), False
 
 
 def _leave_libtpu_alone() -> None:

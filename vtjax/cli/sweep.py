@@ -12,6 +12,7 @@ Everything is read off the points' folders, so that a sweep that was killed goes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from typing import Any
 from etils import epath
 
 from vtjax.cli import config as config_lib
-from vtjax.errors import InputError, MissingExtraError, NonFiniteError
+from vtjax.errors import BusyError, InputError, MissingExtraError, NonFiniteError
 
 LONGEST = 120  # characters of a point's name
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     from vtjax.cli import assemble
     from vtjax.cli.assemble import say
+    from vtjax.parallel import launch
     from vtjax.train import log
     from vtjax.train.executables import Executables
 
@@ -62,21 +64,33 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             assemble.check_numbers(config)
         except InputError as error:
             raise InputError(f"point {name}: {error}") from None
+    if args.mode == "eval" and (bare := [name for name, _, config in points if not config.init_from]):
+        raise InputError(f"point {bare[0]} needs config.init_from (weights or a workdir) to evaluate, found none")
     assemble.check_workdir(args.workdir)
-    assemble.join_processes(points[0][2], args)
     folder = log.absolute(args.workdir)
+    if args.mode == "run":
+        _refuse_changes(folder, points)
+    assemble.join_processes(points[0][2], args)
+    told = {"mode": args.mode, "shard": args.shard, "workdir": args.workdir}
+    launch.agree("sweep", {**told, **{name: json.dumps(config.to_dict()) for name, _, config in points}})
     executables = Executables()
     began, ran, failed = time.monotonic(), 0, 0
     for number, (name, _, config) in enumerate(points):
         if number % count != index:
             continue
         where = folder / "points" / name
-        if _finished(where, config, args.mode):
+        if launch.from_first(_finished(where, config, args.mode)):
             say(f"[{number + 1}/{len(points)}] {name}: finished before")
             continue
         say(f"[{number + 1}/{len(points)}] {name}")
         ran += 1
-        if problem := _one(where, config, args.mode, executables):
+        try:
+            problem = _one(where, config, args.mode, executables)
+        except BusyError as error:
+            say(f"[{number + 1}/{len(points)}] {name} is left to its run: {error}")
+            ran -= 1
+            continue
+        if problem:
             say(f"[{number + 1}/{len(points)}] {name} failed: {problem}")
             failed += 1
         _write_records(folder, points, args.mode)
@@ -85,6 +99,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     for line in _table(records, leaves, args.metric):
         say(line)
     _draw(folder, records, leaves, args.metric)
+    if records and not any(args.metric in record for record in records):
+        say(f"no point has the metric {args.metric!r}: --metric takes one that a result has, such as loss")
     main = "step" if args.mode == "run" else "evaluate"
     result = {
         "points": len(points),
@@ -167,6 +183,8 @@ def _shown(value: Any) -> str:
 
 def _one(where: epath.Path, config: config_lib.Config, mode: str, executables: Any) -> str:
     """Runs one point; what went wrong with it, or ""."""
+    import jax
+
     from vtjax.cli import assemble
     from vtjax.cli import eval as eval_command
     from vtjax.parallel import launch
@@ -187,12 +205,27 @@ def _one(where: epath.Path, config: config_lib.Config, mode: str, executables: A
             if launch.first():
                 where.mkdir(parents=True, exist_ok=True)
             log.write_json(where / "eval.json", {"config": plain, "result": result})
-    except (InputError, NonFiniteError) as error:
+    except BusyError:
+        raise
+    except (InputError, NonFiniteError, jax.errors.JaxRuntimeError) as error:  # the last one: out of memory
+        if isinstance(error, jax.errors.JaxRuntimeError) and launch.joined():
+            raise
         if launch.first():
             where.mkdir(parents=True, exist_ok=True)
         log.write_json(where / "error.json", {"error": str(error)})
         return str(error)
     return ""
+
+
+def _refuse_changes(folder: epath.Path, points: Sequence[Point]) -> None:
+    """Raises `InputError` where a point that is there was begun under another config."""
+    from vtjax.train import workdir
+
+    for name, _, config in points:
+        where = folder / "points" / name
+        if not config.allow_config_change and (changes := workdir.config_changes(where, config)):
+            named = "; ".join(f"{leaf} was {old!r}, found {new!r}" for leaf, (old, new) in list(changes.items())[:3])
+            raise InputError(f"{where} was begun under another config: {named}; take another workdir for this sweep")
 
 
 def _finished(where: epath.Path, config: config_lib.Config, mode: str) -> bool:
@@ -214,6 +247,14 @@ def _read(path: epath.Path) -> dict[str, Any]:
         raise InputError(f"{path} must be JSON, as the sweep wrote it: {error}") from None
 
 
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def _records(folder: epath.Path, points: Sequence[Point], mode: str) -> Iterator[dict[str, Any]]:
     for name, values, _ in points:
         where = folder / "points" / name
@@ -227,10 +268,19 @@ def _write_records(folder: epath.Path, points: Sequence[Point], mode: str) -> li
     from vtjax.parallel import launch
     from vtjax.train import log
 
-    records = list(_records(folder, points, mode))
     if launch.first():
         folder.mkdir(parents=True, exist_ok=True)
-    log.write_text(folder / "sweep.jsonl", "".join(json.dumps(log.plain(record)) + "\n" for record in records))
+    # Points of another grid in the same folder keep their lines.
+    names = {name for name, _, _ in points}
+    others = [record for record in _lines(folder / "sweep.jsonl") if record.get("point") not in names]
+    records: list[dict[str, Any]] = []
+    # Another shard may finish a point while this one writes: until what was written is what is there.
+    while (found := list(_records(folder, points, mode))) != records or not records:
+        records = found
+        lines = [json.dumps(log.plain(record)) + "\n" for record in (*others, *records)]
+        log.write_text(folder / "sweep.jsonl", "".join(lines), shared=True)
+        if not records:
+            break
     return records
 
 

@@ -20,25 +20,28 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed  # the only way to its key-value store
+from jax.experimental import multihost_utils
 
 from vtjax.errors import EXIT_LOST, InputError
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _JOINING = 300  # seconds that processes wait for each other to start
-_PATIENCE = 60_000  # milliseconds that processes wait for each other's word at the start
+_asked: Counter[str] = Counter()  # how often `agree` was called for a subject
 _handlers: list[Any] = []  # ctypes keeps no reference of its own
 _joined: list[bool] = []
 _stdout: list[int] = []  # where standard output went before `join`
 
 
 def wanted(multihost: bool) -> bool:
-    """Whether this process is one of several: by the flag, or by the three variables."""
-    return multihost or bool(os.environ.get("JAX_NUM_PROCESSES") or os.environ.get("JAX_PROCESS_ID"))
+    """Whether this process is one of several: by the flag, or by one of the three variables."""
+    return multihost or any(os.environ.get(name) for name in NAMES)
 
 
 def join(multihost: bool, heartbeat_timeout: int, *, quiet: bool = True) -> None:
@@ -59,7 +62,10 @@ def join(multihost: bool, heartbeat_timeout: int, *, quiet: bool = True) -> None
     complete = bool(address) and count.isdigit() and index.isdigit() and int(index) < int(count)
     if not multihost and not complete:
         found = ", ".join(f"{name}={os.environ.get(name)!r}" for name in NAMES)
-        raise InputError(f"several processes need HOST:PORT, their number and each one's index, found {found}")
+        raise InputError(
+            f"several processes need HOST:PORT, their number and each one's index, found {found}; a process alone "
+            "needs none of the three (unset them)"
+        )
     if quiet:
         _explain_aborts(heartbeat_timeout)
     described: dict[str, Any] = {}
@@ -72,7 +78,14 @@ def join(multihost: bool, heartbeat_timeout: int, *, quiet: bool = True) -> None
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the processes of this run cannot be joined: {error}") from error
     _joined.append(True)
-    _client().key_value_set(f"vtjax/host/{jax.process_index()}", socket.gethostname())
+    me, host = jax.process_index(), socket.gethostname()
+    _client().key_value_set(f"vtjax/host/{me}", host)
+    print(f"joined as process {me} of {jax.process_count()}, on {host}", file=sys.stderr, flush=True)
+
+
+def joined() -> bool:
+    """Whether this process is one of several, and has met the others."""
+    return jax.distributed.is_initialized()
 
 
 def first() -> bool:
@@ -101,31 +114,39 @@ def restore_stdout() -> None:
         os.dup2(_stdout.pop(), 1)
 
 
-def agree(subject: str, values: Mapping[str, Any]) -> None:
-    """Compares `values` (JSON-able, flat) between all processes.
+def from_first(value: int) -> int:
+    """Process 0's number, on every process; all must call it."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
+
+
+def agree(subject: str, values: Mapping[str, Any], patience: int = 60) -> None:
+    """Compares `values` (JSON-able, flat) between all processes, which must all call it.
 
     Args:
-      subject: names the comparison, once per run; part of the message.
+      subject: part of the message.
+      patience: seconds to wait for the slowest process.
 
     Raises:
-      InputError: on every process, with the first differences between process 0 and another one.
+      InputError: on every process, with the first differences between process 0 and another one; or a process that
+        has not come in time.
     """
     if not jax.distributed.is_initialized():
         return
     client, me = _client(), jax.process_index()
     mine = json.dumps(dict(values), sort_keys=True, default=str)
-    key = f"vtjax/agree/{subject}"
+    _asked[subject] += 1
+    key = f"vtjax/agree/{subject}/{_asked[subject]}"
     client.key_value_set(f"{key}/{me}", mine)
     if me == 0:
         verdict = ""
         for other in range(1, jax.process_count()):
-            theirs = json.loads(client.blocking_key_value_get(f"{key}/{other}", _PATIENCE))
+            theirs = json.loads(_wait_for(f"{key}/{other}", subject, other, patience))
             verdict = verdict or _difference(subject, json.loads(mine), theirs, other)
         client.key_value_set(f"{key}/verdict", verdict or "equal")
-    verdict = client.blocking_key_value_get(f"{key}/verdict", _PATIENCE)
+    verdict = _wait_for(f"{key}/verdict", subject, 0, patience * jax.process_count())
     if verdict != "equal":
         # All have read it before the first one leaves, whose end would be a loss to the others.
-        client.wait_at_barrier(f"{key}/read", _PATIENCE)
+        client.wait_at_barrier(f"{key}/read", 1000 * patience)
         raise InputError(verdict)
 
 
@@ -141,6 +162,17 @@ def naming_the_lost(heartbeat_timeout: int) -> Iterator[None]:
             raise
         time.sleep(heartbeat_timeout + 10)
         raise
+
+
+def _wait_for(key: str, subject: str, process: int, patience: int) -> str:
+    try:
+        return _client().blocking_key_value_get(key, 1000 * patience)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE" not in str(error):
+            raise
+        raise InputError(
+            f"process {process} ({_host(process)}) has not told its {subject} within {patience} s, as all must"
+        ) from None
 
 
 def _difference(subject: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], other: int) -> str:

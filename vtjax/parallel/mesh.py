@@ -46,15 +46,25 @@ def make(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if -1 in sizes.values() and len(devices) % fixed == 0:
         sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
-        raise InputError(f"mesh {asked} does not fit {len(devices)} devices, expected that many as product")
-    types = (AxisType.Auto,) * len(AXES)
-    if (slices := len({slice_of(device) for device in devices})) == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+        raise InputError(
+            f"mesh {asked} does not fit {len(devices)} devices, expected that many as product"
+            + (f", so a multiple of {fixed} with -1" if -1 in sizes.values() else "")
+        )
+    slices = len({slice_of(device) for device in devices})
     if sizes["data"] % slices:
         raise InputError(f"config.mesh.data must be a multiple of the {slices} slices, found {sizes['data']}")
-    inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
-    return Mesh(grid, AXES, axis_types=types)
+    # An axis may take part of a dimension of the torus: tensor=2 has to be possible on 4 x 4 x 4 chips.
+    free = {"allow_split_physical_axes": True}
+    try:
+        if slices == 1:
+            grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **free)
+        else:
+            inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+            grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **free)
+    except (NotImplementedError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"mesh {asked} cannot be laid over these {len(devices)} devices: {reason}") from None
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def slice_of(device: jax.Device) -> int:
@@ -70,6 +80,11 @@ def batch_shards(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First dimension over `(data, fsdp)`, the others whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def device_sharding(mesh: Mesh) -> NamedSharding:
+    """First dimension over all devices, one entry each."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

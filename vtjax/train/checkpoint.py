@@ -27,10 +27,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from vtjax import spec as spec_lib
-from vtjax.errors import InputError
+from vtjax.errors import BusyError, InputError
+from vtjax.parallel import launch
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.train import log
 from vtjax.train.state import TrainState, flatten, merge
@@ -78,7 +78,7 @@ class Checkpoints:
         else:
             newest = -1
         # Process 0 looks, so that all restore the same one.
-        self.latest = _from_first(newest)
+        self.latest = launch.from_first(newest)
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, max_to_keep=None)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self.metrics = {step: _metrics(self.path(step)) for step in self._manager.all_steps()}
@@ -276,7 +276,7 @@ def _lock(folder: epath.Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise InputError(f"another run is at work in {folder.parent}; wait for it, or take another workdir") from None
+        raise BusyError(f"another run is at work in {folder.parent}; wait for it, or take another workdir") from None
     except OSError:  # a file system without locks
         pass
     return descriptor
@@ -402,7 +402,3 @@ def _same_tree(path: epath.Path, tree: Any, item: str) -> None:
                 f"checkpoint {path.parent} does not fit: {item}/{name} is {have.get(name, 'absent')} there, "
                 f"expected {want.get(name, 'absent')}"
             )
-
-
-def _from_first(value: int) -> int:
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value

@@ -13,8 +13,9 @@ class Executables:
     """A cache of compiled programs by their lowered text.
 
     The text holds everything that is compiled: operations, constants, shapes, shardings, donation. So two runs share an
-    executable where, and only where, they would have compiled the same one; they are traced each for itself. All of
-    them must use the same devices.
+    executable where, and only where, they would have compiled the same one; they are traced each for itself. What it
+    does not hold is the Python function behind a host callback: such programs are not shared. All runs must use the
+    same devices.
 
     Attributes:
       compiled: how many executables were compiled, by the name of the program.
@@ -38,6 +39,9 @@ class Executables:
         return call
 
     def _get(self, lowered: Any, name: str) -> Any:
+        if "callback" in lowered.as_text():
+            self.compiled[name] += 1
+            return lowered.compile()
         trees = f"{lowered.in_tree} {lowered.out_tree}"
         text = hashlib.sha256(f"{trees}\n{lowered.as_text()}".encode()).hexdigest()
         if text in self._by_text:

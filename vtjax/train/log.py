@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,15 +44,17 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_text(path: epath.Path, text: str) -> None:
+def write_text(path: epath.Path, text: str, shared: bool = False) -> None:
     """Writes a file whole or not at all: where it is local by a temporary file, fsync and rename, where it is an object
-    (`gs://...`) by one write, which is that by itself. Process 0 only."""
+    (`gs://...`) by one write, which is that by itself. Process 0 only. `shared`: other runs, perhaps on other machines,
+    write it, too."""
     if jax.process_index() != 0:
         return
     if not is_local(path):
         path.write_text(text)
         return
-    temporary = path.parent / f".{path.name}.tmp"
+    mine = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
+    temporary = path.parent / f".{path.name}{mine}.tmp"
     with _naming(path), open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

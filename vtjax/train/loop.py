@@ -59,6 +59,7 @@ def train(
     folder = log.absolute(workdir)
     with StopRequest() as stop:
         workdir_lib.check_settings(config, data)
+        workdir_lib.check_shared(folder)
         workdir_lib.refuse_changes(folder, task, config)
         if (result := workdir_lib.finished(folder, config.steps)) is not None:
             print(f"{folder} is finished (step {config.steps}); its result stands", file=sys.stderr)

@@ -52,11 +52,11 @@ class StopRequest:
         return bool(self.received if jax.process_count() == 1 else self._heard)
 
     def flag(self, mesh: Mesh) -> jax.Array:
-        """int32 `[data x fsdp]`: the signal that this process has received, at its own places; what a compiled step
-        takes the maximum of."""
+        """int32 `[devices]`: the signal that this process has received, on its own devices; what a compiled step takes
+        the maximum of."""
         if self._flag is None or self._flag[0] != self.received:
-            value = np.full(mesh_lib.batch_shards(mesh), self.received, np.int32)
-            self._flag = self.received, mesh_lib.put(value, mesh_lib.batch_sharding(mesh))
+            value = np.full(mesh.size, self.received, np.int32)
+            self._flag = self.received, mesh_lib.put(value, mesh_lib.device_sharding(mesh))
         return self._flag[1]
 
     def hear(self, number: int) -> None:

@@ -30,8 +30,8 @@ class Program:
 
     `step(state, frozen, knobs, batch, key, count, stop)` and `evaluate_step(params, frozen, extra, knobs, batch, stop)`
     are jitted once; knobs, key, count and `stop` enter as arrays, so other values of them reuse the compilation.
-    `stop` is int32 `[data x fsdp]`, a number from every part of the mesh, or None; the largest is given back, so that
-    all processes learn at the same step that one of them was asked to stop.
+    `stop` is int32 `[devices]`, a number on every device of the mesh, or None; the largest is given back, so that all
+    processes learn at the same step that one of them was asked to stop.
 
     Args:
       config: needs `optim, steps, batch_size, accumulate, ema, seed`.
@@ -95,7 +95,7 @@ class Program:
         )
         knobs = {name: struct((), jnp.float32, whole) for name in self._numbers}
         arrays = {name: struct(shape, dtype, rows) for name, (shape, dtype) in batch.items()}
-        state, stop = self.abstract, struct((mesh_lib.batch_shards(self.mesh),), jnp.int32, rows)
+        state, stop = self.abstract, struct((self.mesh.size,), jnp.int32, mesh_lib.device_sharding(self.mesh))
         if kind == "eval":
             return state.params, frozen, state.extra, knobs, arrays, stop
         key = jax.eval_shape(lambda: self.key)

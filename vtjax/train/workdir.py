@@ -4,12 +4,18 @@
 from __future__ import annotations
 
 import json
+import secrets
+import time
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from vtjax import spec as spec_lib
 from vtjax.errors import InputError
+from vtjax.parallel import launch
 from vtjax.train import log
 from vtjax.train.task import Data, Task
 
@@ -40,10 +46,9 @@ def refuse_changes(folder: epath.Path, task: Task, config: Any) -> None:
       InputError: there are some, and `config.allow_config_change` is off; or one of the files is damaged.
     """
     begun = (folder / "result.json").exists() or any((folder / "checkpoints").glob("[0-9]*"))
-    if not begun or not (folder / "config.json").exists() or config.allow_config_change:
+    if not begun or config.allow_config_change:
         return
-    changes = spec_lib.diff(_read(folder / "config.json"), log.plain(config))
-    changes = {name: pair for name, pair in changes.items() if name.split(".")[0] not in FREE_LEAVES}
+    changes = config_changes(folder, config)
     if (folder / "spec.json").exists():
         # Through the class, so that a field that is newer than the file has its default there, too.
         # The lineage is a history, not a setting.
@@ -55,6 +60,38 @@ def refuse_changes(folder: epath.Path, task: Task, config: Any) -> None:
         raise InputError(
             f"{folder} was begun under another config: {named}; take another workdir or set "
             "config.allow_config_change (--config.allow_config_change=true)"
+        )
+
+
+def config_changes(folder: epath.Path, config: Any) -> dict[str, tuple[Any, Any]]:
+    """Leaves that differ from the config of the run in `folder`, free ones left out; none where there is no run."""
+    if not (folder / "config.json").exists():
+        return {}
+    changes = spec_lib.diff(_read(folder / "config.json"), log.plain(config))
+    return {name: pair for name, pair in changes.items() if name.split(".")[0] not in FREE_LEAVES}
+
+
+def check_shared(folder: epath.Path) -> None:
+    """Raises `InputError` on all processes of a run where one of them does not see what process 0 writes into `folder`:
+    the commonest mistake with several machines, which would show at the first checkpoint only, as a standstill."""
+    if jax.process_count() == 1:
+        return
+    token = str(launch.from_first(secrets.randbelow(2**31)))
+    file = folder / ".shared"
+    if launch.first():
+        folder.mkdir(parents=True, exist_ok=True)
+    log.write_text(file, token)
+    launch.from_first(0)  # when all come here, it is written
+    until, seen = time.monotonic() + 10, False  # a network file system may take a moment
+    while not (seen := file.exists() and file.read_text() == token) and time.monotonic() < until:
+        time.sleep(0.5)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.asarray(seen)).reshape(-1))
+    if launch.first():
+        file.unlink(missing_ok=True)
+    if len(blind):
+        raise InputError(
+            f"workdir {folder} must be one folder that all processes share (a network file system, gs://...), but "
+            f"process {', '.join(map(str, blind))} does not see what process 0 writes there"
         )
 
 
