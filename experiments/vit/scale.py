@@ -41,9 +41,9 @@ CONFIG = "--config=configs/vit.py:"
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 PLACES = {"one": "1 device", "eight": "8 devices", "two": "2 processes x 4 devices"}
 
-SPLIT = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+SPLIT = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
 HEARTBEAT = 5  # seconds
-STRETCH = 12  # steps from kill to kill, on average
+STRETCH = 8  # steps from kill to kill, on average
 EVERY = 3  # steps from checkpoint to checkpoint
 PATIENCE = 120.0  # seconds for the other process to end: heartbeats, and a busy machine
 LOST = 76  # vtjax.errors.EXIT_LOST; not imported, for the environment has to be set before JAX is
@@ -185,26 +185,26 @@ def kills(count: int, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        alone = vtjax([*argv, f"--workdir={folder / 'alone'}"], folder / "alone-said", 2, 4)
+        alone = vtjax([*argv, f"--workdir={folder / 'alone'}"], folder / "alone-said", 2)
         _say(f"left alone: {steps} steps in {alone['seconds']} s")
         argv.append(f"--workdir={folder / 'killed'}")
         for number in range(count):
             # Each stretch begins with steps without a kill, so that every life saves and the run gets on.
             at, lost = STRETCH * number + choose.randint(EVERY + 1, STRETCH - 1), choose.randint(0, 1)
-            with Processes(argv, folder / f"life{number}", 2, 4) as pair:
+            with Processes(argv, folder / f"life{number}", 2) as pair:
                 pair.wait_for_step(at)
                 time.sleep(choose.uniform(0.0, 0.05))
                 found.append({"lost": lost, "step": at, **_kill(pair, lost)})
             resumed = re.search(r"\(step (\d+) of", pair.errors(0))
             found[-1]["resumed_at"] = int(resumed[1]) if resumed else 0
             _say(f"{number + 1} of {count}: {json.dumps(found[-1])}")
-        killed = vtjax(argv, folder / "last", 2, 4)
+        killed = vtjax(argv, folder / "last", 2)
     return {
         "config": "configs/vit.py:tiny",
         "seed": seed,
         "steps": steps,
         "batch_size": 8,
-        "mesh": {"data": 1, "fsdp": 4, "tensor": 2},
+        "mesh": {"data": 1, "fsdp": 2, "tensor": 1},
         "heartbeat_timeout": HEARTBEAT,
         "kills": {str(lost): sum(f["lost"] == lost for f in found) for lost in (0, 1)},
         "killed_at": [f["step"] for f in found],
