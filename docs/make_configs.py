@@ -9,7 +9,6 @@ Parameters and MACs are computed from the configs now; compiles are the records 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,9 +115,4 @@ def _place(r: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
-    changed = tables.refresh(PAGE, build(), check=check)
-    print(f"{', '.join(changed) or 'nothing'} {'differs' if check else 'rewritten'}", file=sys.stderr)
-    sys.exit(1 if check and changed else 0)
+    sys.exit(tables.command(PAGE, build, __doc__))

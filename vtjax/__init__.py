@@ -51,7 +51,7 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
     from vtjax import paths
     from vtjax.models import build
 
-    if (paths.is_url(path_or_name) or (Path(path_or_name) / "checkpoints").is_dir()) and _is_workdir(path_or_name):
+    if paths.is_workdir(path_or_name):
         from vtjax.train import checkpoint
 
         spec, params = checkpoint.load_params(path_or_name, which=which)
@@ -60,9 +60,3 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
 
         spec, params = weights.load(path_or_name, spec=spec)
     return Model(spec=spec, params=params, apply=build(spec, **options).apply)
-
-
-def _is_workdir(path: str | Path) -> bool:
-    from vtjax.train import checkpoint
-
-    return checkpoint.is_workdir(path)

@@ -52,6 +52,17 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
+def is_workdir(path: str | os.PathLike[str]) -> bool:
+    """Whether a local or remote folder is the workdir of a run."""
+    folder: Any = Path(path)
+    if is_url(path):
+        from etils import epath
+
+        check_url(os.fspath(path))
+        folder = epath.Path(path)
+    return (folder / "checkpoints").is_dir()
+
+
 def check_url(path: str) -> None:
     """Raises `MissingExtraError` where the package that reaches such a place is not installed."""
     if path.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:

@@ -145,7 +145,7 @@ def difference(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.n
 
 def _draw(runs: Mapping[str, tuple[np.ndarray, np.ndarray]], first: float) -> Any:
     """The losses on top of each other, wide below and thin above; below, how far they are from one device's."""
-    from vtjax.viz.curves import COLORS, GRID, INK, MUTED, new_figure, set_title
+    from vtjax.viz.curves import COLORS, INK, new_figure, quiet, set_title
 
     figure = new_figure(8.0, 5.6)
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [1.5, 1.0], "hspace": 0.26})
@@ -162,14 +162,8 @@ def _draw(runs: Mapping[str, tuple[np.ndarray, np.ndarray]], first: float) -> An
     below.set_yscale("log")
     set_title(above, "Training loss: digits, one config, three layouts")
     set_title(below, f"Relative difference to 1 device (in a run of 10 steps: at most {first:.0e})")
-    below.set_xlabel("step", color=MUTED, fontsize=9)
-    for axes in (above, below):
-        axes.tick_params(which="both", colors=MUTED, labelsize=9, length=0)
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
+    for axes, xlabel in ((above, ""), (below, "step")):
+        quiet(axes, xlabel)
         axes.margins(x=0.02)
     above.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
     return figure

@@ -7,7 +7,6 @@ python -m experiments.vit.tables --check   exits 1 where the README differs
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -187,9 +186,4 @@ def _circumstances(r: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
-    changed = tables.refresh(README, build(), check=check)
-    print(f"{', '.join(changed) or 'nothing'} {'differs' if check else 'rewritten'}", file=sys.stderr)
-    sys.exit(1 if check and changed else 0)
+    sys.exit(tables.command(README, build, __doc__))

@@ -47,12 +47,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     if args.workdir:
         assemble.check_workdir(args.workdir, exists=True)
-    if args.config:
-        config = config_lib.from_args(args)
-    elif args.workdir:
-        config = config_lib.of_workdir(args.workdir, args.overrides)
-    else:
-        raise InputError("bench needs --config=FILE.py:VARIANT or --workdir=DIR, found neither")
+    config = config_lib.of_command(args)
     if args.print_config:
         return 0, config.to_dict()
 

@@ -298,6 +298,19 @@ def from_args(args: argparse.Namespace) -> Config:
     return load_config(args.config, overrides=args.overrides)
 
 
+def of_command(args: argparse.Namespace) -> Config:
+    """The config of a command that takes `--config` or, by the config it was started with, `--workdir`.
+
+    Raises:
+      InputError: neither, or as `load_config` and `of_workdir`.
+    """
+    if args.config:
+        return from_args(args)
+    if args.workdir:
+        return of_workdir(args.workdir, args.overrides)
+    raise InputError(f"{args.command} needs --config=FILE.py:VARIANT or --workdir=DIR, found neither")
+
+
 def split_overrides(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """Takes `--config.a.b=value` and `--config.a.b value` out of an argument list.
 

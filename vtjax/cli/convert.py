@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vtjax import paths
 from vtjax.errors import InputError
 
 
@@ -34,11 +35,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from vtjax.weights.convert import convert
 
     options = {"layout": args.layout, "check": args.check, "atol": args.atol, "overwrite": args.overwrite}
-    from vtjax.train import checkpoint
-
-    if not checkpoint.is_workdir(args.src):
+    if not paths.is_workdir(args.src):
         result = convert(args.src, args.dst, args.spec, apply=_forward, **options)
     else:
+        from vtjax.train import checkpoint
+
         if args.spec:
             raise InputError(f"--spec is for bare weights, and {args.src} is a workdir, which knows its spec")
         spec, params = checkpoint.load_params(args.src, which=args.which)

@@ -71,12 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, together = _main(list(sys.argv[1:] if argv is None else argv))
     except Exception:
         # One of several must not stay, and keep the others waiting: jax's own exit waits for all.
-        if (launch := sys.modules.get("vtjax.parallel.launch")) is None or not launch.joined():
+        if (launch := _launch()) is None or not launch.joined():
             raise
         traceback.print_exc()
-    if (launch := sys.modules.get("vtjax.parallel.launch")) is not None:
+    if (launch := _launch()) is not None:
         launch.leave(code, together=together)
     return code
+
+
+def _launch() -> Any:
+    """`vtjax.parallel.launch` where the command has loaded it; importing it for help would take JAX along."""
+    return sys.modules.get("vtjax.parallel.launch")
 
 
 def _main(arguments: list[str]) -> tuple[int, bool]:
@@ -148,7 +153,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _answer(result: Any) -> None:
-    if (launch := sys.modules.get("vtjax.parallel.launch")) is not None:
+    if (launch := _launch()) is not None:
         launch.restore_stdout()
     print(json.dumps(result, allow_nan=False), flush=True)
 

@@ -78,20 +78,19 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     for number, (name, _, config) in enumerate(points):
         if number % count != index:
             continue
-        where = folder / "points" / name
+        where, label = folder / "points" / name, f"[{number + 1}/{len(points)}] {name}"
         if launch.from_first(_finished(where, config, args.mode)):
-            say(f"[{number + 1}/{len(points)}] {name}: finished before")
+            say(f"{label}: finished before")
             continue
-        say(f"[{number + 1}/{len(points)}] {name}")
-        ran += 1
+        say(label)
         try:
             problem = _one(where, config, args.mode, executables)
         except BusyError as error:
-            say(f"[{number + 1}/{len(points)}] {name} is left to its run: {error}")
-            ran -= 1
+            say(f"{label} is left to its run: {error}")
             continue
+        ran += 1
         if problem:
-            say(f"[{number + 1}/{len(points)}] {name} failed: {problem}")
+            say(f"{label} failed: {problem}")
             failed += 1
         _write_records(folder, points, args.mode)
     records = _write_records(folder, points, args.mode)
@@ -202,16 +201,12 @@ def _one(where: epath.Path, config: config_lib.Config, mode: str, executables: A
                 loop.train(task, data, config, where, executables)
         else:
             result = eval_command.measure(config, executables=executables)
-            if launch.first():
-                where.mkdir(parents=True, exist_ok=True)
             log.write_json(where / "eval.json", {"config": plain, "result": result})
     except BusyError:
         raise
     except (InputError, NonFiniteError, jax.errors.JaxRuntimeError) as error:  # the last one: out of memory
         if isinstance(error, jax.errors.JaxRuntimeError) and launch.joined():
             raise
-        if launch.first():
-            where.mkdir(parents=True, exist_ok=True)
         log.write_json(where / "error.json", {"error": str(error)})
         return str(error)
     return ""
@@ -265,23 +260,18 @@ def _records(folder: epath.Path, points: Sequence[Point], mode: str) -> Iterator
 
 
 def _write_records(folder: epath.Path, points: Sequence[Point], mode: str) -> list[dict[str, Any]]:
-    from vtjax.parallel import launch
     from vtjax.train import log
 
-    if launch.first():
-        folder.mkdir(parents=True, exist_ok=True)
     # Points of another grid in the same folder keep their lines.
     names = {name for name, _, _ in points}
     others = [record for record in _lines(folder / "sweep.jsonl") if record.get("point") not in names]
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] | None = None
     # Another shard may finish a point while this one writes: until what was written is what is there.
-    while (found := list(_records(folder, points, mode))) != records or not records:
+    while (found := list(_records(folder, points, mode))) != records:
         records = found
         lines = [json.dumps(log.plain(record)) + "\n" for record in (*others, *records)]
         log.write_text(folder / "sweep.jsonl", "".join(lines), shared=True)
-        if not records:
-            break
-    return records
+    return found
 
 
 def _table(records: Sequence[Mapping[str, Any]], leaves: Sequence[str], metric: str) -> list[str]:

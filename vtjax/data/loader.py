@@ -109,7 +109,9 @@ class ImageData:
         mine = list(range(batch_size)) if rows is None else list(rows)
         if sorted(set(mine)) != mine or not mine or mine[0] < 0 or mine[-1] >= batch_size:
             raise InputError(f"rows must ascend within 0..{batch_size - 1}, found {mine[:8]}")
-        if augment.mixes and (len(mine) % 2 or any(a % 2 or a + 1 not in mine for a in mine[::2])):
+        if augment.mixes and (
+            len(mine) % 2 or any(a % 2 for a in mine[::2]) or mine[1::2] != [a + 1 for a in mine[::2]]
+        ):
             raise InputError(
                 "config.data.mixup and config.data.cutmix pair the rows 0 and 1, 2 and 3, ...: every process must hold "
                 f"whole pairs of the {batch_size} rows of a batch, found {len(mine)} rows from {mine[0]} on"

@@ -8,6 +8,7 @@ in several slices, joined by a data centre network, the data axis spans the slic
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -105,9 +106,17 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     Raises:
       InputError: the batch does not divide over the mesh.
     """
-    _check_divides(batch_size, mesh)
+    return list(_positions(mesh, batch_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _positions(mesh: Mesh, batch_size: int) -> dict[int, int]:
+    """Where this process holds which row of a global batch, in their order; asked for with every batch."""
+    if batch_size % (shards := batch_shards(mesh)):
+        raise InputError(f"a batch of {batch_size} does not divide over data x fsdp = {shards} devices")
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for place in places if place for row in range(*place[0].indices(batch_size))})
+    rows = {row for place in places if place for row in range(*place[0].indices(batch_size))}
+    return {row: position for position, row in enumerate(sorted(rows))}
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> dict[str, jax.Array]:
@@ -129,7 +138,7 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = 
         raise InputError(f"the arrays of a batch must have equally many rows, found {rows}")
     found = next(iter(rows.values()))
     total = found * jax.process_count() if batch_size is None else batch_size
-    where = {row: position for position, row in enumerate(local_rows(mesh, total))}
+    where = _positions(mesh, total)
     if len(where) != found:
         raise InputError(f"a batch of {total} has {len(where)} rows on this process, found {found}")
     sharding = batch_sharding(mesh)
@@ -145,8 +154,3 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = 
         return jax.make_array_from_callback((total, *local.shape[1:]), sharding, part)
 
     return {name: global_array(value) for name, value in batch.items()}
-
-
-def _check_divides(batch_size: int, mesh: Mesh) -> None:
-    if batch_size % (shards := batch_shards(mesh)):
-        raise InputError(f"a batch of {batch_size} does not divide over data x fsdp = {shards} devices")

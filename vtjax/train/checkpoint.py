@@ -202,11 +202,6 @@ def load_params(path: str | os.PathLike[str], which: str = "last", ema: bool = T
     return spec_lib.from_dict(meta["spec"]), params
 
 
-def is_workdir(path: str | os.PathLike[str]) -> bool:
-    """Whether a local or remote folder is the workdir of a run."""
-    return (log.absolute(path) / "checkpoints").is_dir()
-
-
 def load_meta(path: str | os.PathLike[str], which: str = "last") -> dict[str, Any]:
     """The JSON part of the checkpoint that `load_params` would read: step, spec, config, versions."""
     return _read_meta(_find(path, which))

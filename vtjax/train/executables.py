@@ -39,14 +39,13 @@ class Executables:
         return call
 
     def _get(self, lowered: Any, name: str) -> Any:
-        if "callback" in lowered.as_text():
-            self.compiled[name] += 1
-            return lowered.compile()
-        trees = f"{lowered.in_tree} {lowered.out_tree}"
-        text = hashlib.sha256(f"{trees}\n{lowered.as_text()}".encode()).hexdigest()
-        if text in self._by_text:
+        text = lowered.as_text()
+        key = hashlib.sha256(f"{lowered.in_tree} {lowered.out_tree}\n{text}".encode()).hexdigest()
+        if key in self._by_text:
             self.shared[name] += 1
-        else:
-            self._by_text[text] = lowered.compile()
-            self.compiled[name] += 1
-        return self._by_text[text]
+            return self._by_text[key]
+        executable = lowered.compile()
+        self.compiled[name] += 1
+        if "callback" not in text:
+            self._by_text[key] = executable
+        return executable

@@ -46,13 +46,14 @@ def plain(value: Any) -> Any:
 
 def write_text(path: epath.Path, text: str, shared: bool = False) -> None:
     """Writes a file whole or not at all: where it is local by a temporary file, fsync and rename, where it is an object
-    (`gs://...`) by one write, which is that by itself. Process 0 only. `shared`: other runs, perhaps on other machines,
-    write it, too."""
+    (`gs://...`) by one write, which is that by itself. Process 0 only; missing folders are made. `shared`: other runs,
+    perhaps on other machines, write it, too."""
     if jax.process_index() != 0:
         return
     if not is_local(path):
         path.write_text(text)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
     temporary = path.parent / f".{path.name}{mine}.tmp"
     with _naming(path), open(temporary, "w", encoding="utf-8") as file:
@@ -78,7 +79,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def is_local(path: epath.Path) -> bool:
     """False for `gs://` and the like, which can neither append nor fsync."""
-    return "://" not in os.fspath(path)
+    return not paths.is_url(path)
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:

@@ -78,8 +78,6 @@ def check_shared(folder: epath.Path) -> None:
         return
     token = str(launch.from_first(secrets.randbelow(2**31)))
     file = folder / ".shared"
-    if launch.first():
-        folder.mkdir(parents=True, exist_ok=True)
     log.write_text(file, token)
     launch.from_first(0)  # when all come here, it is written
     until, seen = time.monotonic() + 10, False  # a network file system may take a moment

@@ -197,15 +197,21 @@ def set_title(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
 
 
-def _finish(axes: Any, title: str, xlabel: str, percent: bool = False) -> None:
-    set_title(axes, title)
-    axes.set_xlabel(xlabel, color=MUTED, fontsize=9)
-    axes.tick_params(colors=MUTED, labelsize=9, length=0)
+def quiet(axes: Any, xlabel: str = "") -> None:
+    """Axes that leave the stage to the data: a pale grid, no frame but the bottom, no tick marks."""
+    if xlabel:
+        axes.set_xlabel(xlabel, color=MUTED, fontsize=9)
+    axes.tick_params(which="both", colors=MUTED, labelsize=9, length=0)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
+
+
+def _finish(axes: Any, title: str, xlabel: str, percent: bool = False) -> None:
+    set_title(axes, title)
+    quiet(axes, xlabel)
     axes.margins(x=0.02)
     if percent:
         axes.yaxis.set_major_formatter("{x:.0f} %")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vtjax.viz.curves import COLORS, GRID, INK, MUTED, new_figure, set_title
+from vtjax.viz.curves import COLORS, INK, new_figure, quiet, set_title
 
 SEED = "seed"
 
@@ -53,13 +53,7 @@ def sweep(records: Sequence[Mapping[str, Any]], leaves: Sequence[str], metric: s
     axes.minorticks_off()
     seeds = len({r["config"].get(SEED) for r in records})
     set_title(axes, metric + (f", mean and range of {seeds} seeds" if seeds > 1 and across != SEED else ""))
-    axes.set_xlabel(across, color=MUTED, fontsize=9)
-    axes.tick_params(colors=MUTED, labelsize=9, length=0)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
+    quiet(axes, across)
     if rest:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return made

@@ -6,10 +6,12 @@ A README holds its tables between `<!-- table:NAME -->` and `<!-- /table -->`, s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,17 @@ def refresh(path: str | os.PathLike[str], tables: Mapping[str, str], check: bool
         temporary.write_text("".join([*parts, old[end:]]), encoding="utf-8")
         temporary.replace(file)
     return changed
+
+
+def command(path: str | os.PathLike[str], build: Callable[[], Mapping[str, str]], description: str | None) -> int:
+    """The command line of a module that makes a page's tables; the exit code. With `--check` nothing is written, and
+    the code is 1 where a table differs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    changed = refresh(path, build(), check=check)
+    print(f"{', '.join(changed) or 'nothing'} {'differs' if check else 'rewritten'}", file=sys.stderr)
+    return 1 if check and changed else 0
 
 
 def _between_markers(content: str, file: Path) -> Iterator[tuple[str, int, int]]:
