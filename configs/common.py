@@ -72,12 +72,29 @@ def optim(**leaves: Any) -> ConfigDict:
     return with_leaves(config, leaves)
 
 
-def group(pattern: str, *, lr_scale: float = 1.0, weight_decay: float = -1.0, frozen: bool = False) -> dict[str, Any]:
+def group(
+    pattern: str,
+    *,
+    lr_scale: float = 1.0,
+    weight_decay: float = -1.0,
+    frozen: bool = False,
+    optional: bool = False,
+) -> dict[str, Any]:
     """One parameter group: a regex over paths such as `block_00/attn/query/kernel`, and what it gets.
 
-    A negative `weight_decay` keeps the optimiser's own, on matrices only.
+    A negative `weight_decay` keeps the optimiser's own, on matrices only. `optional`: the pattern may match nothing.
     """
-    return {"pattern": pattern, "lr_scale": lr_scale, "weight_decay": weight_decay, "frozen": frozen}
+    found = {"pattern": pattern, "lr_scale": lr_scale, "weight_decay": weight_decay, "frozen": frozen}
+    return {**found, "optional": True} if optional else found
+
+
+def guard(**leaves: Any) -> ConfigDict:
+    """What `vtjax eval` does where a dynamic model decides otherwise than at calibration.
+
+    `action`: "off"; "warn" (with --decisions); "relax": thresholds go `amount` of the way to the dense model; "dense".
+    `bound`: largest Kolmogorov-Smirnov distance of the decisions that is still taken for the same.
+    """
+    return with_leaves(ConfigDict({"action": "warn", "bound": 0.25, "amount": 0.5}), leaves)
 
 
 def data(**leaves: Any) -> ConfigDict:

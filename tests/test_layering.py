@@ -35,7 +35,7 @@ ALLOWED = {
     "viz": set(),
     "cli": {"spec", "ops", "models", "methods", "parallel", "data", "weights", "train", "account", "viz", "__init__"},
     "__main__": {"cli"},
-    "__init__": {"models", "weights", "spec", "train"},  # train.checkpoint: load() reads workdirs
+    "__init__": {"models", "methods", "weights", "spec", "train"},  # train.checkpoint: load() reads workdirs
 }
 # Third-party packages that each layer may import, where the layer is restricted at all; the standard library is free.
 OUTSIDE: dict[str, set[str]] = {

@@ -49,7 +49,7 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
       InputError: nothing found, an unreadable file, or names that are missing, extra or mis-shaped.
     """
     from vtjax import paths
-    from vtjax.models import build
+    from vtjax.methods import build
 
     if paths.is_workdir(path_or_name):
         from vtjax.train import checkpoint

@@ -40,23 +40,8 @@ def build(config: ConfigDict) -> Task:
         fit the model.
     """
     spec, params, fresh = source(config)
-    model = ViT(
-        spec,
-        dtype=jnp.dtype(config.dtype),
-        remat=config.model.remat,
-        scan=config.model.scan,
-        attention=config.model.attention,
-        constrain=rules.constrain,
-    )
-    if model.attention not in attention.IMPLEMENTATIONS:
-        known = ", ".join(attention.IMPLEMENTATIONS)
-        raise InputError(f"config.model.attention must be one of {known}, found {model.attention!r}")
-    drop_path = config.model.drop_path
-    if not 0.0 <= drop_path < 1.0:
-        raise InputError(f"config.model.drop_path must be in [0, 1), found {drop_path}")
-    smoothing = config.loss.label_smoothing
-    if not 0.0 <= smoothing < 1.0:
-        raise InputError(f"config.loss.label_smoothing must be in [0, 1), found {smoothing}")
+    options, drop_path, smoothing = execution(config)
+    model = ViT(spec, **options)
 
     def init(key: jax.Array) -> tuple[Any, Any, Any]:
         if params is None:
@@ -101,6 +86,26 @@ def build(config: ConfigDict) -> Task:
             **({"init_from_sha256": parent} if (parent := parent_of(spec)) and config.init_from else {}),
         },
     )
+
+
+def execution(config: ConfigDict) -> tuple[dict[str, Any], float, float]:
+    """How a model is run: the options of `ViT`, the rate of stochastic depth, and the label smoothing.
+
+    Raises:
+      InputError: an unknown attention, or a number out of range.
+    """
+    if config.model.attention not in attention.IMPLEMENTATIONS:
+        known = ", ".join(attention.IMPLEMENTATIONS)
+        raise InputError(f"config.model.attention must be one of {known}, found {config.model.attention!r}")
+    for name, value in (
+        ("model.drop_path", config.model.drop_path),
+        ("loss.label_smoothing", config.loss.label_smoothing),
+    ):
+        if not 0.0 <= value < 1.0:
+            raise InputError(f"config.{name} must be in [0, 1), found {value}")
+    options = {name: config.model[name] for name in ("remat", "scan", "attention")}
+    options |= {"dtype": jnp.dtype(config.dtype), "constrain": rules.constrain}
+    return options, config.model.drop_path, config.loss.label_smoothing
 
 
 def source(config: ConfigDict) -> tuple[ViTSpec, Any, tuple[str, ...]]:

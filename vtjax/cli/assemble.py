@@ -16,6 +16,7 @@ import jax
 
 from vtjax import paths
 from vtjax.cli import config as config_lib
+from vtjax.cli import decisions
 from vtjax.cli.config import Config
 from vtjax.errors import InputError
 from vtjax.parallel import launch, mesh
@@ -31,6 +32,7 @@ READ_LATER = (
     *(f"optim.{name}" for name in ("momentum", "clip", "groups")),
     # By `vtjax eval` only.
     "data.weights_split",
+    *(f"guard.{name}" for name in ("action", "bound", "amount")),
 )
 
 
@@ -121,6 +123,8 @@ def check_numbers(config: Config) -> None:
     for name in ("ema", "optim.b1", "optim.b2", "optim.momentum"):
         if not 0 <= config[name] < 1:
             raise InputError(f"config.{name} must be in [0, 1), found {config[name]}")
+    if "guard" in config:
+        decisions.check_guard(config)
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.dtype must be 'float32' or 'bfloat16', found {config.dtype!r}")
     if config.batch_size % config.accumulate:

@@ -16,24 +16,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     config_lib.arguments(parser, required=False)
     parser.add_argument("--workdir", default="", help="run to evaluate; without --config, by its own config")
     parser.add_argument("--which", default="last", choices=("last", "best"), help="checkpoint of the workdir")
+    parser.add_argument("--decisions", default="", metavar="FILE", help="write what was decided, a line per image")
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Evaluates; the result is flat: the metrics (top1, top5, loss, count) and the task's summary (macs_per_image)."""
     from vtjax.cli import assemble
+    from vtjax.cli import decisions as decisions_lib
 
     if args.workdir:
         assemble.check_workdir(args.workdir, exists=True)
     config = config_lib.of_command(args)
     if args.print_config:
         return 0, config.to_dict()
+    if args.decisions:
+        decisions_lib.check_file(args.decisions)
     # Of a run that goes on, which this is not: what is measured is the checkpoint, or `init_from`.
     config_lib.override(config, "workdir", "")
 
     assemble.join_processes(config, args)
     if not args.config:
         _fit_mesh(config)
-    return 0, measure(config, args.workdir, args.which, _check_same if args.config else None)
+    check = _check_same if args.config else None
+    return 0, measure(config, args.workdir, args.which, check, decisions=args.decisions)
 
 
 def measure(
@@ -42,12 +47,15 @@ def measure(
     which: str = "last",
     check: Callable[[Any, Any, str], None] | None = None,
     executables: Any = None,
+    decisions: str = "",
 ) -> dict[str, Any]:
     """Evaluates the checkpoint `which` of a run, or without one the weights of `config.init_from`.
 
     Args:
       check: called with the spec that the config describes, the checkpoint's, and the workdir.
       executables: compiled programs to share with other evaluations of this process.
+      decisions: file for what a dynamic model decides, image by image; compared with the calibration of the run, and
+        guarded as `config.guard` says (see `cli.decisions`).
 
     Raises:
       InputError: nothing to evaluate, or as `assemble`.
@@ -55,6 +63,7 @@ def measure(
     import jax
 
     from vtjax.cli import assemble
+    from vtjax.cli import decisions as decisions_lib
     from vtjax.parallel import launch
     from vtjax.train import checkpoint, loop
 
@@ -74,10 +83,22 @@ def measure(
             config_lib.override(config, "data.eval_split", config.data.weights_split)
         task, data = assemble.assemble(config)
         params, _, _ = task.init(jax.random.key(config.seed))
+    told: dict[str, Any] = {}
+    if decisions and task.decisions is None:
+        raise InputError(f"--decisions needs a model that decides per image, which {config.experiment!r} has not")
     with launch.naming_the_lost(config.heartbeat_timeout):
+        if task.decisions is not None and (decisions or config.guard.action in ("relax", "dense")):
+            calibration = decisions_lib.load(workdir) if workdir else None
+            made = loop.decisions(task, _Watched(data).eval(), config, params, extra)
+            told = decisions_lib.compare(made, calibration, config)
+            if (changed := decisions_lib.guarded(task, params, told["guard"], config)) is not None:
+                params = changed
+                made = loop.decisions(task, data.eval("eval"), config, params, extra)
+            if decisions and launch.first():
+                decisions_lib.write(decisions, made)
         result = loop.evaluate(task, _Watched(data), config, params, extra, executables)
     source = workdir or config.init_from
-    return {**result, **task.summary, "source": source, "split": config.data.eval_split}
+    return {**result, **task.summary, **told, "source": source, "split": config.data.eval_split}
 
 
 class _Watched:

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if args.print_config:
         return 0, config.to_dict()
 
-    from vtjax.cli import assemble
+    from vtjax.cli import assemble, decisions
 
     assemble.check_workdir(config.workdir)
     assemble.join_processes(config, args)
@@ -33,4 +33,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from vtjax.train import loop
 
     with launch.naming_the_lost(config.heartbeat_timeout):
-        return 0, loop.train(task, data, config, config.workdir)
+        result = loop.train(task, data, config, config.workdir)
+        decisions.calibrate(task, data, config, config.workdir)
+    return 0, result

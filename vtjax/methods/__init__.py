@@ -1,2 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods, one file per paper: spec edit, map of the parameters, what goes into the model's slots."""
+"""One file per paper: spec edit, parameter map, what goes into the model's slots, and the pieces of a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vtjax import models
+from vtjax.errors import InputError
+from vtjax.models.vit import ViT
+from vtjax.spec import Spec
+
+
+def build(spec: Spec, **options: Any) -> ViT:
+    """The model of a spec with the reducers that its blocks name (`BlockSpec.reduce`, `<method>:...`).
+
+    Raises:
+      InputError: a reducer of no method here.
+    """
+    names = {block.reduce.partition(":")[0] for block in spec.blocks if block.reduce is not None}
+    if not names:
+        return models.build(spec, **options)
+    if names != {"ltmp"}:
+        raise InputError(f"blocks reduce by {', '.join(sorted(names))}, expected one of: ltmp")
+    from vtjax.methods import ltmp
+
+    return ltmp.vit(spec, **options)

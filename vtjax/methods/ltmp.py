@@ -245,23 +245,31 @@ def install(
       InputError: an unknown variant, form or similarity; a number out of range; a spec that the method or the faithful
         form does not cover, or in which blocks reduce already.
     """
-    thresholds: dict[str, np.ndarray] = {}
-    starts = {
-        "merge_threshold": (merges(variant), merge_threshold, 0.9 if variant == "ltmp" else 1.0),
-        "prune_threshold": (prunes(variant), prune_threshold, 0.0),
-    }
     _choice("variant", variant, VARIANTS)
-    for name, (used, value, default) in starts.items():
-        if not used and value is not None:
-            raise InputError(f"{name} has no meaning for the variant {variant!r}, expected None, found {value}")
-        if used:
-            thresholds[name] = np.full(spec.depth, default if value is None else value, np.float32)
-            check_thresholds(name, thresholds[name], spec.depth)
+    thresholds = starts(variant, spec.depth, merge_threshold, prune_threshold)
     reducer = Ltmp(spec.prefix, variant, form, tau, similarity, spec.tokens if relative else 0)
     check(spec, reducer)
     text = describe(reducer)
     arguments = {"reduce": text, **{name: float(value[0]) for name, value in thresholds.items()}}
     return _installed(spec, lambda _: text, "ltmp.install", arguments, parent), thresholds
+
+
+def starts(
+    variant: str, depth: int, merge_threshold: float | None = None, prune_threshold: float | None = None
+) -> dict[str, np.ndarray]:
+    """`params["ltmp"]` of a variant before training; see `install`."""
+    given = {
+        "merge_threshold": (merges(variant), merge_threshold, 0.9 if variant == "ltmp" else 1.0),
+        "prune_threshold": (prunes(variant), prune_threshold, 0.0),
+    }
+    thresholds: dict[str, np.ndarray] = {}
+    for name, (used, value, default) in given.items():
+        if not used and value is not None:
+            raise InputError(f"{name} has no meaning for the variant {variant!r}, expected None, found {value}")
+        if used:
+            thresholds[name] = np.full(depth, default if value is None else value, np.float32)
+            check_thresholds(name, thresholds[name], depth)
+    return thresholds
 
 
 def install_fixed(
@@ -341,6 +349,20 @@ def vit(spec: ViTSpec, *, training: bool = False, **options: Any) -> ViT:
     return ViT(spec, reducers=made, **options)
 
 
+def consistent(spec: ViTSpec) -> ViTSpec:
+    """The spec with its learned reducers in the consistent form, whose masked model computes what removal computes; so
+    thresholds that the faithful form has learned are seen as they will be deployed."""
+    made = dict(reducers(spec))
+
+    def edit(layer: int, block: BlockSpec) -> BlockSpec:
+        found = made.get(layer)
+        if not isinstance(found, Ltmp):
+            return block
+        return dataclasses.replace(block, reduce=describe(dataclasses.replace(found, form="consistent")))
+
+    return spec.edit(blocks=edit)
+
+
 def costs(spec: ViTSpec) -> Float[np.ndarray, "L 3"]:
     """Per block: MACs of attention's projections per token, of attention per pair of tokens, of the MLP per token."""
     rows = []
@@ -349,6 +371,12 @@ def costs(spec: ViTSpec) -> Float[np.ndarray, "L 3"]:
         matrices = 3 if spec.activation == "swiglu" else 2
         rows.append((4 * spec.width * inner, 2 * inner, matrices * spec.width * block.mlp if block.ffn else 0))
     return np.asarray(rows, np.float32)
+
+
+def dense_macs(spec: ViTSpec) -> float:
+    """MACs of the blocks for one image of which no token is reduced."""
+    n = spec.tokens
+    return float((costs(spec).astype(np.float64) @ np.asarray([n, n * n, n])).sum())
 
 
 def floor(spec: ViTSpec) -> float:
@@ -371,6 +399,12 @@ def alive_fractions(aux: Mapping[str, Any], tokens: int) -> Float[Array, "L B"]:
         else:
             rows.append(decisions["kept"] / tokens)
     return jnp.stack(rows)
+
+
+def relaxed(thresholds: Mapping[str, Any], amount: float) -> dict[str, Any]:
+    """Less aggressive thresholds: `amount` 0 leaves them, 1 reduces nothing, between them the way is straight."""
+    ends = {"merge_threshold": 1.0, "prune_threshold": 0.0}
+    return {name: value + amount * (ends[name] - value) for name, value in thresholds.items()}
 
 
 def check(spec: ViTSpec, made: Ltmp) -> None:

@@ -174,15 +174,12 @@ class ViT:
         if tuple(images.shape[1:]) != expected:
             raise InputError(f"images must be [B, {', '.join(map(str, expected))}], found {list(images.shape)}")
         params, images = jax.tree.map(jnp.asarray, (params, images))
-        x = self.constrain(call_module(Embed(spec, self.dtype), params["embed"], images))
-        if spec.norm_before:
-            x = call_module(self._norm, params["norm_before"], x)
         feature_layer = None if spec.feature_layer is None else spec.feature_layer % spec.depth
         tokens, blocks = segments.run(
             self.blocks(),
             params,
-            Tokens(x),
-            knobs={**_method_knobs(params), **(knobs or {})},
+            self.embed(params, images),
+            knobs=method_knobs(params) | dict(knobs or {}),
             want=want,
             keep=feature_layer,
             remat=self.remat,
@@ -191,18 +188,27 @@ class ViT:
             key=key,
             constrain=self.constrain,
         )
-        aux: dict[str, Any] = {"tokens": tokens, "blocks": blocks}
-
-        x = tokens.x
-        if spec.norm_after:
-            x = call_module(self._norm, params["norm"], x)
-        aux["features"] = x if feature_layer is None else blocks[feature_layer]["tokens"].x
+        kept = None if feature_layer is None else blocks[feature_layer]["tokens"].x
         if feature_layer is not None and "tokens" not in want:
             del blocks[feature_layer]["tokens"]
-        final = tokens.replace(x=x)
+        y, aux = self.read(params, tokens)
+        return y, {**aux, "tokens": tokens, "blocks": blocks, **({} if kept is None else {"features": kept})}
+
+    def embed(self, params: Params, images: Float[Array | np.ndarray, "B H W C"]) -> Tokens:
+        """The tokens that enter the first block."""
+        x = self.constrain(call_module(Embed(self.spec, self.dtype), params["embed"], images))
+        return Tokens(call_module(self._norm, params["norm_before"], x) if self.spec.norm_before else x)
+
+    def read(self, params: Params, tokens: Tokens) -> tuple[Float[Array, "B *N K"], dict[str, Any]]:
+        """Final norm, pooling and head on the tokens that left the last block: `y`, and of aux `features`, `pooled`
+        and the logits of both heads; see `apply`."""
+        spec, x = self.spec, tokens.x
+        if spec.norm_after:
+            x = call_module(self._norm, params["norm"], x)
+        aux: dict[str, Any] = {"features": x}
         if spec.pooling == "none":
             return self._unpooled(params, x, aux)
-        pooled = self._pooled(params, final)
+        pooled = self._pooled(params, tokens.replace(x=x))
         aux["pooled"] = pooled
         if not spec.classes:
             return pooled.astype(jnp.float32), aux
@@ -250,7 +256,7 @@ class ViT:
         return Head(self.spec.classes, self.spec.head_bias, self.dtype)
 
 
-def _method_knobs(params: Params) -> dict[str, Any]:
+def method_knobs(params: Params) -> dict[str, Any]:
     """The parameters of all methods, by their names within the method."""
     knobs: dict[str, Any] = {}
     for method, tree in params.items():

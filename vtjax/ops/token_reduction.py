@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vtjax.ops.tokens import Tokens
 
@@ -244,6 +244,29 @@ def budget(
     dense = (costs[:, 0] * tokens + costs[:, 1] * tokens**2 + costs[:, 2] * tokens).sum(0)
     share = spent / dense
     return share.sum(0), share
+
+
+def unmerge(tokens: Tokens, grid: tuple[int, int], prefix: int) -> tuple[Float[Array, "B h w D"], Bool[Array, "B h w"]]:
+    """The patch grid that was reduced, for dense heads: every patch has the features of the token that holds it.
+
+    Args:
+      tokens: with `source` where something was reduced.
+      grid: rows and columns of patches, h x w = N0 - prefix.
+      prefix: leading tokens, which are no patches.
+
+    Returns:
+      Features, and False where the patch was pruned (its features are 0 there).
+
+    Raises:
+      ValueError: a grid that is not the patches'.
+    """
+    source = filled(tokens)[2][:, prefix:]
+    if source.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"grid must hold {source.shape[1]} patches, found {grid[0]} x {grid[1]}")
+    valid = source >= 0
+    x = jnp.take_along_axis(tokens.x, jnp.maximum(source, 0)[..., None], 1)
+    x = jnp.where(valid[..., None], x, 0)
+    return x.reshape(len(x), *grid, x.shape[-1]), valid.reshape(len(x), *grid)
 
 
 def merge_top(

@@ -14,7 +14,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -93,6 +93,24 @@ def evaluate(
         params = program.place_params(params)
         extra = program.init_extra() if extra is None else program.place_extra(extra)
         return program.evaluate(params, program.init_frozen(), extra, data.eval("eval")) or {}
+
+
+def decisions(
+    task: Task, batches: Iterable[Batch], config: Any, params: Any, extra: Any = None
+) -> dict[str, np.ndarray]:
+    """`task.decisions` for every valid row of the batches, concatenated: `{name: [n, ...]}` with `index` and `label`.
+
+    Raises:
+      InputError: a task that decides nothing; params that do not fit its model, by name.
+    """
+    if task.decisions is None:
+        raise InputError(f"experiment {config.experiment!r} decides nothing per image, expected one that does")
+    program = Program(task, config, mesh_lib.make(config.mesh))
+    with jax.set_mesh(program.mesh):
+        params = program.place_params(params)
+        extra = program.init_extra() if extra is None else program.place_extra(extra)
+        parts = list(program.decide(params, program.init_frozen(), extra, batches))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class _Run:

@@ -25,9 +25,9 @@ USED_BY = {"b1": ("adamw",), "b2": ("adamw",), "momentum": ("sgd",)}  # setting 
 def group_of(config: Any) -> Callable[[str], str | None]:
     """The `trainable` function of a `Task` from the table `config.groups`.
 
-    A group is `{pattern, lr_scale, weight_decay, frozen}`: `pattern` is a regex searched in the parameter's path,
+    A group is `{pattern, lr_scale, weight_decay, frozen, optional}`: `pattern` is a regex, searched in the path,
     groups are tried in the alphabetical order of their names (as ConfigDict keeps them), the first match counts, what
-    none matches is in the group "default". `frozen` parameters are not trained.
+    none matches is in the group "default". `frozen` parameters are not trained. `optional`: may match nothing.
 
     Raises:
       InputError: a pattern that is not a regex.
@@ -114,7 +114,7 @@ def make(
     groups = dict(config.get("groups", {}).items())
     paths = list(flatten(params))
     for name, group in groups.items():
-        if not any(re.search(group["pattern"], path) for path in paths):
+        if not group.get("optional", False) and not any(re.search(group["pattern"], path) for path in paths):
             raise InputError(f"config.optim.groups.{name}.pattern {group['pattern']!r} matches no parameter")
     for name in ("lr", "weight_decay", "clip", "momentum", "end_lr"):
         if getattr(config, name) < 0:

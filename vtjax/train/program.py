@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -70,6 +70,7 @@ class Program:
         self._jit = lambda fn, name, **options: share(jax.jit(fn, **options), name)
         self.step = self._jit(self._step, "step", donate_argnums=0, out_shardings=(self.shardings, whole))
         self.evaluate_step = self._jit(self._evaluate, "evaluate", out_shardings=whole)
+        self._decide_step = self._jit(self._decide, "decide", out_shardings=whole)
 
     def knobs(self) -> dict[str, jax.Array]:
         """The task's knobs and the optimiser's continuous settings, as float32 scalars."""
@@ -168,6 +169,15 @@ class Program:
         means = {name: float(average.compute()) for name, average in totals.items() if name != "count"}
         return {**means, "count": int(count)}
 
+    def decide(self, params: Any, frozen: Any, extra: Any, batches: Iterable[Batch]) -> Iterator[dict[str, np.ndarray]]:
+        """What the task decides, batch by batch, for the valid rows: its `decisions`, `index` and `label`."""
+        knobs = self.knobs()
+        for batch in batches:
+            placed = mesh_lib.place(batch, self.mesh, self._batch_size)
+            rows = jax.device_get(self._decide_step(params, frozen, extra, knobs, placed))
+            valid = rows.pop("valid")
+            yield {name: np.asarray(value)[valid] for name, value in rows.items()}
+
     def metrics(self, batch: Batch) -> list[str]:
         """Names of the metrics that an evaluation reports; `batch` lends its shapes, nothing is computed."""
         rows = {
@@ -240,7 +250,7 @@ class Program:
         )
         norm = optax.tree.norm(grads)
         updates, opt = optimiser.update(grads, state.opt, trained)
-        new = optax.apply_updates(trained, updates)
+        new = _clamped(optax.apply_updates(trained, updates), self.task.bounds)
         ema = {}
         if self._averages:
             decay = knobs.get("ema", self._numbers["ema"])
@@ -260,9 +270,22 @@ class Program:
     ) -> tuple[Mapping[str, jax.Array], jax.Array]:
         return self.task.evaluate(params, frozen, extra, knobs, batch), _asked(stop)
 
+    def _decide(self, params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
+        told = {name: batch[name] for name in ("index", "label", "valid") if name in batch}
+        assert self.task.decisions is not None
+        return {**told, **self.task.decisions(params, frozen, extra, knobs, batch)}
+
 
 def _start(optimiser: optax.GradientTransformation, averages: bool, trained: Any) -> tuple[Any, Any]:
     return optimiser.init(trained), jax.tree.map(jnp.copy, trained) if averages else {}
+
+
+def _clamped(trained: Any, bounds: Callable[[str], tuple[float, float] | None]) -> Any:
+    def clamp(keys: Any, x: Any) -> Any:
+        limits = bounds(rules.path_of(keys))
+        return x if limits is None else jnp.clip(x, *limits)
+
+    return jax.tree_util.tree_map_with_path(clamp, trained)
 
 
 def _asked(stop: jax.Array | None) -> jax.Array:

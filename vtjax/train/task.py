@@ -22,7 +22,7 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A method, as the loop sees it. All functions but `trainable` and `after_step` are traced: they must be pure.
+    """A method, as the loop sees it. All functions but `trainable`, `bounds` and `after_step` are traced and pure.
 
     Attributes:
       spec: the model's spec; saved as `spec.json` and inside every checkpoint.
@@ -44,6 +44,10 @@ class Task:
         host no longer runs ahead. It must be a pure function of its arguments, or a resumed run differs.
       knobs: config leaf -> value. They reach the compiled step as float32 arrays, so other values compile nothing new.
       summary: static facts for `result.json`, such as `macs_per_image` or where `frozen` comes from.
+      bounds: path of a trained parameter -> (low, high) that it is clamped to after every step, or None.
+      decisions: `(params, frozen, extra, knobs, batch) -> {name: array [b, ...]}`, traced: what a dynamic model decided
+        for every row, and what that row cost (`macs`); see `vtjax eval --decisions`. None where nothing is decided.
+      relax: `(params, amount) -> params` that decide less aggressively; amount 1 = the dense path. For `config.guard`.
     """
 
     spec: Spec
@@ -54,6 +58,9 @@ class Task:
     after_step: Callable[..., Any] | None = None
     knobs: Mapping[str, float] = dataclasses.field(default_factory=dict)
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bounds: Callable[[str], tuple[float, float] | None] = lambda path: None
+    decisions: Callable[..., Mapping[str, jax.Array]] | None = None
+    relax: Callable[[Params, float], Params] | None = None
 
 
 @runtime_checkable
