@@ -45,7 +45,7 @@ OUTSIDE: dict[str, set[str]] = {
     "ops": {"jax", "jaxtyping", "numpy", "einops"},
     "parallel": {"jax", "jaxtyping", "numpy", "absl"},
     "account": {"jax", "jaxlib", "jaxtyping", "numpy"},
-    "viz": {"numpy"},
+    "viz": {"numpy", "PIL"},
     "__init__": set(),
 }
 # May appear inside functions only: optional, or slow to import.

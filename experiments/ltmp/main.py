@@ -20,18 +20,26 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.ltmp import start
+from experiments.ltmp.deploy import check as check_deploy
+from experiments.ltmp.deploy import deploy, layers
 from experiments.vit import main as vit
-from vtjax.account import flops
+from vtjax.account import bench, flops
+from vtjax.data import loader
 from vtjax.errors import InputError
 from vtjax.methods import ltmp
+from vtjax.models.vit import ViT
 from vtjax.ops import losses, token_reduction
 from vtjax.spec import ViTSpec
 from vtjax.train import optim
 from vtjax.train.state import params_sha256
-from vtjax.train.task import Task
+from vtjax.train.task import Task, closing
+
+__all__ = ["build", "deploy"]
 
 BUDGETS = ("image", "batch")
 MEASURED = ("deployed", "masked")
+STARTS = ("authors", "even")
 
 
 def build(config: ConfigDict) -> Task:
@@ -44,6 +52,7 @@ def build(config: ConfigDict) -> Task:
     options, drop_path, smoothing = vit.execution(config)
     model = ltmp.vit(spec, training=True, **options)
     measured = ltmp.vit(spec if config.ltmp.measured == "masked" else ltmp.consistent(spec), **options)
+    undiminished, distill = ViT(bench.undone(spec), **options), config.loss.distill
     blocks, dense = ltmp.dense_macs(spec), flops.macs(spec)
     check(config, spec, ltmp.floor(spec) if config.ltmp.budget == "batch" else _whole(ltmp.floor(spec), blocks, dense))
     costs = jnp.asarray(ltmp.costs(spec))
@@ -62,6 +71,10 @@ def build(config: ConfigDict) -> Task:
         logits, aux = model.apply(params, batch["image"], key=key, drop_path=drop_path)
         smooth = knobs["loss.label_smoothing"]
         entropy = losses.cross_entropy(logits, batch["label"], label_smoothing=smooth).mean()
+        task = entropy
+        if distill:
+            teacher = jax.lax.stop_gradient(undiminished.apply(params, batch["image"])[0])
+            task = (1 - distill) * entropy + distill * losses.divergence(teacher, logits).mean()
         if config.ltmp.budget == "image":
             ratio = shares(aux).mean()
         else:
@@ -72,7 +85,7 @@ def build(config: ConfigDict) -> Task:
         metrics["train_top1"] = losses.top_k_correct(logits, batch["label"], 1).mean()
         for name, values in params[ltmp.NAME].items():
             metrics |= {f"{name}_{layer:02d}": values[layer] for layer in range(spec.depth)}
-        return entropy + knobs["ltmp.budget_weight"] * miss**2, metrics
+        return task + knobs["ltmp.budget_weight"] * miss**2, metrics
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         logits, aux = measured.apply(params, batch["image"])
@@ -84,20 +97,17 @@ def build(config: ConfigDict) -> Task:
             "mac_ratio": share,
             "macs_per_image": share * dense,
         }
+        if distill:
+            teacher = undiminished.apply(params, batch["image"])[0]
+            per_image["divergence"] = losses.divergence(teacher, logits)
         sums = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
         return {**sums, "count": valid.sum(dtype=jnp.float32)}
 
     def decisions(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         logits, aux = measured.apply(params, batch["image"])
-        made = [block.get("decisions", {}) for block in aux["blocks"]]
-        zeros = jnp.zeros(logits.shape[:1])
-        layers = {
-            name: jnp.stack([m.get(name, zeros) for m in made], 1).astype(jnp.int32) for name in ("merged", "pruned")
-        }
-        kept = jnp.round(ltmp.alive_fractions(aux, spec.tokens).T * spec.tokens).astype(jnp.int32)
         right = losses.top_k_correct(logits, batch["label"], 1).astype(jnp.int32)
         said = logits.argmax(-1).astype(jnp.int32)
-        return {"predicted": said, "correct": right, "kept": kept, **layers, "macs": shares(aux) * dense}
+        return {"predicted": said, "correct": right, **layers(aux, spec), "macs": shares(aux) * dense}
 
     return Task(
         spec=spec,
@@ -132,7 +142,9 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
     """
     settings = config.ltmp
     spec, params, fresh = vit.source(config)
-    starts = [None if settings[name] == -1.0 else settings[name] for name in ("merge_threshold", "prune_threshold")]
+    given = [None if settings[name] == -1.0 else settings[name] for name in ("merge_threshold", "prune_threshold")]
+    if settings.start == "even" and given != [None, None]:
+        raise InputError(f"config.ltmp.start must be 'authors' where a threshold is given, found {settings.start!r}")
     if not ltmp.reducers(spec):
         spec, thresholds = ltmp.install(
             spec,
@@ -141,10 +153,15 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
             tau=settings.tau,
             similarity=settings.similarity,
             relative=settings.relative,
-            merge_threshold=starts[0],
-            prune_threshold=starts[1],
+            attached=settings.attached,
+            merge_threshold=given[0],
+            prune_threshold=given[1],
             parent="" if params is None else params_sha256(params),
         )
+        if settings.start == "even" and params is not None:
+            thresholds = start.even(
+                spec, params, _images(config, spec), settings.target, settings.prune_share, settings.slope
+            )
         return spec, params, thresholds, fresh
     found = ltmp.reducers(spec)[0][1]
     for name in ("variant", "form", "tau", "similarity"):
@@ -153,11 +170,12 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
                 f"config.ltmp.{name} must be {there!r}, under which the thresholds of config.init_from="
                 f"{config.init_from!r} were learned, found {settings[name]!r}"
             )
-    if bool(getattr(found, "relative", 0)) != settings.relative:
-        raise InputError(
-            f"config.ltmp.relative must be {not settings.relative}, as the thresholds were learned, found "
-            f"{settings.relative}"
-        )
+    for name in ("relative", "attached"):
+        if (there := bool(getattr(found, name, 0))) != settings[name]:
+            raise InputError(
+                f"config.ltmp.{name} must be {there}, as the thresholds of config.init_from={config.init_from!r} were "
+                f"learned, found {settings[name]}"
+            )
     thresholds = ltmp.starts(settings.variant, spec.depth)
     if params is not None:
         for name in thresholds:
@@ -168,7 +186,7 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
 def check(config: ConfigDict, spec: ViTSpec, floor: float) -> None:
     """Raises InputError for numbers that no run can have; `floor` is the least reachable ratio."""
     settings = config.ltmp
-    for name, known in (("budget", BUDGETS), ("measured", MEASURED)):
+    for name, known in (("budget", BUDGETS), ("measured", MEASURED), ("start", STARTS)):
         if settings[name] not in known:
             raise InputError(f"config.ltmp.{name} must be one of {', '.join(known)}, found {settings[name]!r}")
     if not floor < settings.target <= 1.0:
@@ -176,10 +194,34 @@ def check(config: ConfigDict, spec: ViTSpec, floor: float) -> None:
             f"config.ltmp.target must be above {floor:.3f}, which the first block's attention and the protected tokens "
             f"cost, and at most 1, found {settings.target}"
         )
+    if not 0.0 <= settings.prune_share <= 1.0:
+        raise InputError(f"config.ltmp.prune_share must be in [0, 1], found {settings.prune_share}")
+    if not -1.0 <= settings.slope <= 1.0:
+        raise InputError(f"config.ltmp.slope must be in [-1, 1], found {settings.slope}")
+    if settings.start_images < 1:
+        raise InputError(f"config.ltmp.start_images must be at least 1, found {settings.start_images}")
+    if not 0.0 <= config.loss.distill <= 1.0:
+        raise InputError(f"config.loss.distill must be in [0, 1], found {config.loss.distill}")
     if not 0.0 <= settings.budget_weight < np.inf:
         raise InputError(f"config.ltmp.budget_weight must be 0 or more, found {settings.budget_weight}")
+    check_deploy(config)
     if not spec.classes:
         raise InputError("ltmp learns from labels, expected a model with a head, found none")
+
+
+def _images(config: ConfigDict, spec: Any) -> np.ndarray:
+    """The first training images, without augmentation."""
+    data = loader.from_config(
+        config.data,
+        seed=config.seed,
+        batch_size=config.ltmp.start_images,
+        image_size=spec.image_size,
+        preprocess=spec.preprocess,
+    )
+    batches = data.eval("train")
+    with closing(batches):
+        batch = next(batches)
+    return batch["image"][batch["valid"]]
 
 
 def _whole(share: Any, blocks: float, dense: float) -> Any:

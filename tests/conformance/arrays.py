@@ -54,7 +54,7 @@ class Arrays:
         if kind == "grad":
             error = np.minimum(error, error / np.maximum(np.abs(expected), 1e-30))
         largest, tolerance = float(error.max(initial=0.0)), TOLERANCES[kind]
-        if largest > tolerance:
+        if not largest <= tolerance:  # NaN, too
             self._miss(name, largest, np.inf if tolerance == 0 else largest / tolerance)
         else:
             self._errors[name] = (largest, largest / tolerance if tolerance else 0.0)

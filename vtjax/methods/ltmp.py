@@ -70,9 +70,11 @@ class Ltmp:
       similarity: what cosines are taken of: the block's keys, queries, values, or the features after attention.
       relative: tokens of the dense model where the prune threshold is compared with importance x live tokens / that
         number, so that it means the same at another image size; 0 = plain importance.
+      attached: the loss sees what a merge leaves in its partner, see `ops.merge`. Of no effect on what is computed.
 
     Decisions, per image: `merged`, `pruned`, `kept` (float32 `[B]`, tokens), `alive` `[B, N]`, `source` `[B, N0]`, and
-    what was decided upon: `best_similarity`, `best_index`, `merge_mask` over A and `prune_score`, `prune_mask`.
+    what was decided upon: `best_similarity`, `best_index`, `merge_mask` over A and `prune_score`, `prune_mask`,
+    `prune_alive` (the tokens that could be pruned).
     """
 
     prefix: int
@@ -81,6 +83,7 @@ class Ltmp:
     tau: float = 0.1
     similarity: str = "keys"
     relative: int = 0
+    attached: int = 0
 
     @property
     def wants(self) -> tuple[str, ...]:
@@ -130,7 +133,7 @@ class Ltmp:
         found = ops.match(unit, self.prefix, tokens.alive, hide_dead=exact)
         merged = ops.threshold_mask(found.similarity, jnp.asarray(knobs["merge_threshold"]), self.tau, exact=exact)
         decisions |= {"best_similarity": found.similarity, "best_index": found.partner, "merge_mask": merged}
-        return ops.merge(tokens, importance, found, merged, self.prefix)
+        return ops.merge(tokens, importance, found, merged, self.prefix, attached=bool(self.attached))
 
     def _prune(
         self, tokens: Tokens, importance: Array | None, knobs: Mapping[str, Array], decisions: dict[str, Array]
@@ -141,7 +144,7 @@ class Ltmp:
             scores = importance * ops.filled(tokens)[1].sum(1, keepdims=True) / self.relative
         threshold = jnp.asarray(knobs["prune_threshold"])
         keep = ops.threshold_mask(scores, threshold, self.tau, exact=self.form == "consistent")
-        decisions |= {"prune_score": scores, "prune_mask": keep}
+        decisions |= {"prune_score": scores, "prune_mask": keep, "prune_alive": ops.filled(tokens)[1]}
         return ops.prune(tokens, keep)
 
     def _settle(self, tokens: Tokens, unit: Array | None) -> tuple[Tokens, Array | None]:
@@ -224,6 +227,7 @@ def install(
     tau: float = 0.1,
     similarity: str = "keys",
     relative: bool = False,
+    attached: bool = False,
     merge_threshold: float | None = None,
     prune_threshold: float | None = None,
     parent: str = "",
@@ -247,7 +251,7 @@ def install(
     """
     _choice("variant", variant, VARIANTS)
     thresholds = starts(variant, spec.depth, merge_threshold, prune_threshold)
-    reducer = Ltmp(spec.prefix, variant, form, tau, similarity, spec.tokens if relative else 0)
+    reducer = Ltmp(spec.prefix, variant, form, tau, similarity, spec.tokens if relative else 0, int(attached))
     check(spec, reducer)
     text = describe(reducer)
     arguments = {"reduce": text, **{name: float(value[0]) for name, value in thresholds.items()}}
@@ -280,17 +284,14 @@ def install_fixed(
     Raises:
       InputError: an unknown variant or similarity, a negative rate, or a layer without attention.
     """
-    _choice("variant", variant, FIXED)
     for layer, (merge, prune) in rates.items():
-        if merge < 0 or prune < 0:
-            raise InputError(f"rates[{layer}] must be 0 or more, found ({merge}, {prune})")
+        _check_fixed(FixedRate(spec.prefix, variant, merge, prune, similarity))
         if not 0 <= layer < spec.depth or not spec.blocks[layer].attn:
             raise InputError(f"rates[{layer}] must name a block with attention, of {spec.depth}, found none")
     texts = {
         layer: describe(FixedRate(spec.prefix, variant, merge, prune, similarity))
         for layer, (merge, prune) in rates.items()
     }
-    _choice("similarity", similarity, SIMILARITIES)
     arguments = {"variant": variant, "rates": {str(layer): list(rate) for layer, rate in sorted(rates.items())}}
     return _installed(spec, lambda layer: texts.get(layer), "ltmp.install_fixed", arguments, parent)
 
@@ -313,7 +314,7 @@ def reducer(text: str, spec: ViTSpec) -> Ltmp | FixedRate:
     cls = {"thresholds": Ltmp, "fixed": FixedRate}.get(kind)
     kinds = {} if cls is None else {f.name: f.type for f in dataclasses.fields(cls) if f.name != "prefix"}
     given = dict(part.partition("=")[::2] for part in parts)
-    if name != NAME or cls is None or set(given) != set(kinds):
+    if name != NAME or cls is None or sorted(kinds) != sorted(part.partition("=")[0] for part in parts):
         raise InputError(f"reduce must read as ltmp.describe writes it, found {text!r}")
     read = {"str": str, "int": int, "float": float}
     try:
@@ -323,6 +324,8 @@ def reducer(text: str, spec: ViTSpec) -> Ltmp | FixedRate:
     made = cls(prefix=spec.prefix, **values)
     if isinstance(made, Ltmp):
         check(spec, made)
+    else:
+        _check_fixed(made)
     return made
 
 
@@ -333,6 +336,19 @@ def reducers(spec: ViTSpec) -> tuple[tuple[int, Ltmp | FixedRate], ...]:
         for layer, block in enumerate(spec.blocks)
         if block.reduce is not None and block.reduce.startswith(f"{NAME}:")
     )
+
+
+def fixed_tokens(spec: ViTSpec) -> tuple[int, ...]:
+    """Tokens before the first block and after each, `[L + 1]`, of a spec that merges and prunes fixed numbers."""
+    made, counts = dict(reducers(spec)), [spec.tokens]
+    for layer in range(spec.depth):
+        left, reducer = counts[-1], made.get(layer)
+        if isinstance(reducer, FixedRate):
+            steps = [reducer.merge if merges(reducer.variant) else 0, reducer.prune if prunes(reducer.variant) else 0]
+            for step in reversed(steps) if reducer.variant == "prune_merge" else steps:
+                left -= min(step, (left - spec.prefix) // 2)
+        counts.append(left)
+    return tuple(counts)
 
 
 def vit(spec: ViTSpec, *, training: bool = False, **options: Any) -> ViT:
@@ -412,6 +428,8 @@ def check(spec: ViTSpec, made: Ltmp) -> None:
     _choice("variant", made.variant, VARIANTS)
     _choice("form", made.form, FORMS)
     _choice("similarity", made.similarity, SIMILARITIES)
+    if made.relative < 0:
+        raise InputError(f"relative must be 0 or the tokens of the dense model, found {made.relative}")
     if not 0 < made.tau < np.inf:
         raise InputError(f"tau must be positive and finite, found {made.tau}")
     if made.form == "faithful":
@@ -422,8 +440,17 @@ def check(spec: ViTSpec, made: Ltmp) -> None:
             )
         if made.relative:
             raise InputError(f"the faithful form compares plain importance, expected relative=0, found {made.relative}")
+        if made.attached:
+            raise InputError(f"the faithful form trains through masks only, expected attached=0, found {made.attached}")
     if spec.pooling == "none":
         raise InputError("ltmp needs a pooled output, found pooling='none'; use token_reduction.unmerge on the tokens")
+
+
+def _check_fixed(made: FixedRate) -> None:
+    _choice("variant", made.variant, FIXED)
+    _choice("similarity", made.similarity, SIMILARITIES)
+    if made.merge < 0 or made.prune < 0:
+        raise InputError(f"the rates (merge, prune) must be 0 or more, found ({made.merge}, {made.prune})")
 
 
 def check_thresholds(name: str, values: Any, depth: int) -> None:

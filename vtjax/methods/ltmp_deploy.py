@@ -246,6 +246,35 @@ def calibrate(
     return tuple(out)
 
 
+def evenly(depth: int, count: int) -> tuple[int, ...]:
+    """`count` units, evenly spread over a model of `depth` blocks, before which images may be sorted."""
+    return tuple(sorted({round((i + 1) * depth / (count + 1)) for i in range(count)} - {0}))
+
+
+def fixed(spec: ViTSpec, merged: Float[np.ndarray, "n L"], pruned: Float[np.ndarray, "n L"]) -> ViTSpec:
+    """The fixed-count form, a method of its own: every image loses as many tokens as calibration images did on average.
+
+    It is the fastest, and no longer adapts to the image. Its model is `ltmp.vit(spec)`, its parameters are those of the
+    dense model.
+
+    Args:
+      spec: one in which LTMP is installed.
+      merged, pruned: tokens per calibration image and block.
+    """
+    made = {layer: reducer for layer, reducer in ltmp.reducers(spec) if isinstance(reducer, ltmp.Ltmp)}
+    if not made:
+        raise InputError("the fixed form needs a spec with learned thresholds (ltmp.install), found none")
+    first = next(iter(made.values()))
+    variant = {"ltmp": "merge_prune", "ltm": "merge", "ltp": "prune", "ltpm": "prune_merge"}[first.variant]
+    # Rounded so that the running totals, not only the single counts, are right.
+    totals = [np.rint(np.cumsum(np.asarray(counts, float).mean(0))).astype(int) for counts in (merged, pruned)]
+    steps = [np.diff(total, prepend=0) for total in totals]
+    rates = {layer: (int(steps[0][layer]), int(steps[1][layer])) for layer in made}
+    rates = {layer: rate for layer, rate in rates.items() if any(rate)}
+    bare = spec.edit(blocks=lambda _, block: dataclasses.replace(block, reduce=None))
+    return ltmp.install_fixed(bare, variant, rates, similarity=first.similarity)
+
+
 def _fit(x: Array, slots: int, fill: float = 0.0) -> Array:
     """The second axis cut or filled up to `slots`."""
     missing = slots - x.shape[1]

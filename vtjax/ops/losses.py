@@ -40,6 +40,12 @@ def cross_entropy(
     return -(1.0 - label_smoothing) * hit - label_smoothing * logp.mean(-1)
 
 
+def divergence(teacher: Float[Array, "B K"], student: Float[Array, "B K"]) -> Float[Array, " B"]:
+    """Kullback-Leibler divergence of the student's distribution from the teacher's, in float32; 0 where they agree."""
+    known, said = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (teacher, student))
+    return (jnp.exp(known) * (known - said)).sum(-1)
+
+
 def top_k_correct(logits: Float[Array, "B K"], labels: Int[Array, " B"], k: int) -> Bool[Array, " B"]:
     """True where fewer than `k` classes rank before the label; a tie goes to the lower class index, as in argmax.
 

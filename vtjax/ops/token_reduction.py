@@ -101,18 +101,25 @@ def match(
 
 
 def merge(
-    tokens: Tokens, importance: Float[Array, "B N"] | None, found: Match, merged: Float[Array, "B A"], prefix: int
+    tokens: Tokens,
+    importance: Float[Array, "B N"] | None,
+    found: Match,
+    merged: Float[Array, "B A"],
+    prefix: int,
+    *,
+    attached: bool = False,
 ) -> tuple[Tokens, Float[Array, "B N"] | None]:
     """Merges tokens of A into the tokens of B that they found. Spec section 4, steps 4 to 7.
 
     Features become the size-weighted mean of what was joined, sizes their sum, importance their maximum. A merged
-    token keeps its slot, dead (`alive` = 1 - merged), with its old features. Features and sizes carry no gradient of
-    `merged`, which trains through `alive` only.
+    token keeps its slot, dead (`alive` = 1 - merged), with its old features.
 
     Args:
       tokens: absent size, alive and source mean ones, ones and the identity.
       importance: float32, +inf where a token may not be pruned; None where nobody needs it.
       merged: in {0, 1}, 1 only for live tokens of A that found a live token of B.
+      attached: features and sizes carry the gradient of `merged`, too. Otherwise it trains through `alive` only, as in
+        the release: the loss then sees what a merge takes away, not what it leaves in the partner.
 
     Returns:
       Tokens in the order prefix, A, B, with every field set, and their importance.
@@ -121,7 +128,8 @@ def merge(
     size, alive, source = filled(tokens)
     hard = jax.lax.stop_gradient(merged)
     half_b = split(size, prefix)[2].shape[1]
-    joins = jax.nn.one_hot(found.partner, half_b, dtype=jnp.float32) * hard[..., None]  # [B, A, B]
+    weight = merged if attached else hard
+    joins = jax.nn.one_hot(found.partner, half_b, dtype=jnp.float32) * weight[..., None]  # [B, A, B]
 
     size_p, size_a, size_b = split(size, prefix)
     new_size_b = size_b + jnp.einsum("bij,bi->bj", joins, size_a)
@@ -277,7 +285,7 @@ def merge_top(
     prefix: int,
     *,
     by_similarity: bool,
-) -> tuple[Tokens, Float[Array, "B N"] | None]:
+) -> tuple[Tokens, Float[Array, "B M"] | None]:
     """Merges the `count` most similar pairs and removes what was merged: ToMe's step, at a fixed rate.
 
     Args:
@@ -302,7 +310,7 @@ def merge_top(
 
 def prune_least(
     tokens: Tokens, importance: Float[Array, "B N"], count: int, prefix: int
-) -> tuple[Tokens, Float[Array, "B N"]]:
+) -> tuple[Tokens, Float[Array, "B M"]]:
     """Removes the `count` least important tokens, at a fixed rate; what stays is sorted by descending importance.
 
     Args:

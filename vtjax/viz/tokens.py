@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import numpy as np
 
 from vtjax.errors import InputError
 from vtjax.viz import curves as base
-from vtjax.viz.curves import COLORS, INK, MUTED, new_figure, quiet, set_title
+from vtjax.viz.curves import INK, MUTED, new_figure
 
 OUTLINES = (
     "#ffd21f",
@@ -39,7 +37,7 @@ PRUNED, HATCH = "#1d262e", "#35424d"
 MARKERS = "os^Dv"
 
 # Inches, on a sheet of panels.
-_WIDTH, _PANEL, _GAP, _CAPTION, _HEAD, _SWATCH = 8.8, 2.1, 0.13, 0.42, 0.3, 0.2
+_WIDTH, _PANEL, _GAP, _CAPTION, _HEAD, _SWATCH = 8.8, 2.1, 0.13, 0.42, 0.26, 0.2
 # A panel's picture has at least so many pixels, about twice what is shown, so that outlines are smooth.
 _RASTER = 448
 
@@ -116,182 +114,14 @@ def side_by_side(
     return sheet.figure
 
 
-def thresholds(
-    final: Mapping[str, np.ndarray],
-    history: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
-    title: str = "",
-) -> Any:
-    """Learned thresholds per layer and, below, over training. Every name has its own column: scales differ.
-
-    Args:
-      final: `[L]` or `[S, L]` by name, such as "merge_threshold"; of several seeds, the mean and the shaded range.
-      history: `(steps [T], values [T, L])` by name; one line per layer.
-
-    Returns:
-      A matplotlib `Figure`.
-
-    Raises:
-      InputError: nothing to draw, shapes that do not fit, or values that are not finite.
-    """
-    last = {name: _finite(f"final[{name!r}]", value, (1, 2), "[L] or [S, L]") for name, value in final.items()}
-    over: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, (steps, values) in (history or {}).items():
-        steps = _finite(f"steps of history[{name!r}]", steps, (1,), "[T]")
-        values = _finite(f"history[{name!r}]", values, (2,), "[T, L]")
-        if len(steps) != len(values):
-            raise InputError(f"history[{name!r}] must have as many rows as steps, {len(steps)}, found {len(values)}")
-        over[name] = steps, values
-    names = list(dict.fromkeys([*last, *over]))
-    if not names:
-        raise InputError("thresholds must hold at least one name, found none")
-
-    rows = bool(last) + bool(over)
-    figure = new_figure(max(4.6 * len(names), 5.5), 2.9 * rows + 0.5)
-    _suptitle(figure, title)
-    top = 1 - (0.75 if title else 0.4) / figure.get_figheight()
-    cells = figure.add_gridspec(rows, len(names), hspace=0.42, wspace=0.24, top=top, left=0.08, right=0.97, bottom=0.1)
-    for column, name in enumerate(names):
-        label = name.replace("_", " ")
-        if name in last:
-            axes = figure.add_subplot(cells[0, column])
-            _by_layer(axes, np.atleast_2d(last[name]), COLORS[column % len(COLORS)])
-            seeds = last[name].shape[0] if last[name].ndim == 2 else 1
-            set_title(axes, label.capitalize())
-            if seeds > 1:
-                axes.set_title(f"mean and range of {seeds} seeds", loc="right", fontsize=8.5, color=MUTED)
-        if name in over:
-            axes = figure.add_subplot(cells[rows - 1, column])
-            _over_steps(figure, axes, *over[name])
-            set_title(axes, f"{label.capitalize()} in training")
-    return figure
-
-
-def tradeoff(
-    curves: Mapping[str, Sequence[Sequence[float]] | np.ndarray],
-    *,
-    dense: tuple[float, float] | None = None,
-    title: str = "",
-    xlabel: str = "MACs per image, relative to dense",
-    ylabel: str = "top-1",
-) -> Any:
-    """Quality against cost, one line per method.
-
-    Args:
-      curves: rows of `(x, y, low, high)` by name, in any order; from low to high is the error bar.
-      dense: `(x, y)` of the unreduced model: a star, and a dotted line at its height.
-
-    Returns:
-      A matplotlib `Figure`.
-
-    Raises:
-      InputError: no curve, rows of another form, values that are not finite, or a bar that leaves out its point.
-    """
-    if not curves:
-        raise InputError("curves must hold at least one method, found none")
-    made: dict[str, np.ndarray] = {}
-    for name, rows in curves.items():
-        points = _finite(f"curves[{name!r}]", rows, (2,), "[points, 4]")
-        if points.shape[1] != 4:
-            raise InputError(f"curves[{name!r}] must have shape [points, 4], found {list(points.shape)}")
-        if not ((points[:, 2] <= points[:, 1]) & (points[:, 1] <= points[:, 3])).all():
-            raise InputError(f"curves[{name!r}] must have low <= y <= high in every row, found a row without")
-        made[name] = points[np.argsort(points[:, 0], kind="stable")]
-
-    figure = new_figure(7.6, 4.8)
-    axes = figure.add_subplot()
-    if dense is not None:
-        axes.axhline(dense[1], color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
-        axes.plot(*dense, "*", color=INK, markersize=13, linestyle="none", label="dense", zorder=4)
-    for i, (name, (x, y, low, high)) in enumerate((name, points.T) for name, points in made.items()):
-        axes.errorbar(
-            x,
-            y,
-            np.stack([y - low, high - y]),
-            color=COLORS[i % len(COLORS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=5.5,
-            markeredgecolor="white",
-            markeredgewidth=0.7,
-            linewidth=1.8,
-            elinewidth=1.0,
-            capsize=2.5,
-            label=name,
-            zorder=3,
-        )
-    quiet(axes, xlabel)
-    axes.set_ylabel(ylabel, color=MUTED, fontsize=9)
-    set_title(axes, title)
-    # Quality rises with cost, so nothing is drawn at the lower right.
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
-    return figure
-
-
-def shares(counts: np.ndarray, tokens: int, title: str = "") -> Any:
-    """How many tokens live on, layer by layer, and how much images differ in it.
-
-    Args:
-      counts: `[L, n]` live tokens after each layer, of n images.
-      tokens: that there are before the first layer.
-
-    Returns:
-      A matplotlib `Figure`.
-
-    Raises:
-      InputError: another shape, or counts outside of [0, tokens].
-    """
-    counts = _finite("counts", counts, (2,), "[L, n]")
-    if tokens < 1 or counts.min() < 0 or counts.max() > tokens:
-        raise InputError(f"counts must be in [0, tokens={tokens}], found {counts.min():g} to {counts.max():g}")
-    depth, images = counts.shape
-    percent = 100.0 * np.concatenate([np.full((1, images), tokens), counts]) / tokens
-    least, low, median, high, most = np.percentile(percent, [0, 10, 50, 90, 100], axis=1)
-
-    figure = new_figure(7.6, 4.4)
-    axes = figure.add_subplot()
-    x = np.arange(depth + 1)
-    axes.fill_between(x, least, most, color=COLORS[0], alpha=0.12, linewidth=0, label="least to most")
-    axes.fill_between(x, low, high, color=COLORS[0], alpha=0.26, linewidth=0, label="10 % to 90 % of the images")
-    axes.plot(x, median, color=COLORS[0], linewidth=2.0, marker="o", markersize=4, label="median")
-    quiet(axes, "layer")
-    _layer_ticks(axes, depth, "input")
-    axes.set_xlim(-0.3, depth + 0.3 + 0.09 * depth)
-    axes.set_ylim(0, 103)
-    axes.yaxis.set_major_formatter("{x:.0f} %")
-    axes.set_ylabel(f"live tokens, of {tokens}", color=MUTED, fontsize=9)
-    axes.annotate(
-        f"{np.median(counts[-1]):.0f} tokens",
-        (depth, median[-1]),
-        xytext=(7, 0),
-        textcoords="offset points",
-        va="center",
-        color=COLORS[0],
-        fontsize=9,
-        fontweight="bold",
-    )
-    set_title(axes, title or f"Live tokens, {images:,} image{'s' if images > 1 else ''}")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
-    return figure
-
-
 def save(figure: Any, path: str | os.PathLike[str], dpi: int = 110) -> Path:
     """As `curves.save`, in the 256 colours that suit the figure best: photographs take a third of the bytes."""
-    from matplotlib.image import imread
+    from PIL import Image
 
     file = base.save(figure, path, dpi)
-    pixels = np.rint(imread(file)[..., :3] * 255).astype(np.uint8)
-    palette, index = _palette(pixels.reshape(-1, 3))
-    height, width = pixels.shape[:2]
-    # Every row of a PNG starts with its filter; 0 = none, which suits palettes.
-    rows = np.pad(index.reshape(height, width), ((0, 0), (1, 0)))
-    parts = {
-        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
-        b"PLTE": palette.tobytes(),
-        b"IDAT": zlib.compress(rows.tobytes(), 9),
-        b"IEND": b"",
-    }
-    chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts.items()]
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with Image.open(file) as picture:
+        picture.convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
     temporary.replace(file)
     return file
 
@@ -317,7 +147,7 @@ class _Sheet:
         self.high = self.panel * image.shape[0] / image.shape[1]
         self.width = columns * self.panel + (columns - 1) * _GAP
         self.top = 0.36 if title else 0.0
-        self.step = head + _CAPTION + self.high + 0.14
+        self.step = head + _CAPTION + self.high + (0.22 if head else 0.14)
         # The legend is one line where it has room, else one line per state.
         self.legend = self.top + rows * self.step
         self.wide = self.width > 7.5
@@ -370,9 +200,9 @@ class _Sheet:
         row, column = self.grid[0] // 2 * high, max(self.grid[1] // 2 - 1, 0) * wide
         crop = self.image[row : row + high, column : column + 2 * wide]
         count = crop.shape[1] // wide
-        states = (
+        states: tuple[tuple[np.ndarray, dict[int, int], float, str], ...] = (
             (np.arange(count), {}, 0.0, "kept: the image"),
-            (np.zeros(count, int), {0: 0}, 0.24, "merged: mean colour of the group, in its outline"),
+            (np.zeros(count, int), {0: 0}, 0.24, "merged: mean colour, one outline colour per group"),
             (np.full(count, -1), {}, 0.78, "pruned"),
         )
         for i, (roots, colours, along, text) in enumerate(states):
@@ -470,76 +300,6 @@ def _borders(label: np.ndarray, thick: int) -> np.ndarray:
     return border
 
 
-def _palette(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 `[n, 3]` -> uint8 palette `[256 or fewer, 3]` and the index of each pixel: the box of colours with the
-    largest squared error is cut at its mean, again and again."""
-    packed = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    found, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    rgb = np.stack([found >> 16, found >> 8 & 255, found & 255], 1)
-
-    def box(members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        mean = np.average(rgb[members], 0, counts[members])
-        return members, mean, counts[members] @ (rgb[members] - mean) ** 2
-
-    boxes = [box(np.arange(len(found)))]
-    while len(boxes) < 256:
-        worst = max(range(len(boxes)), key=lambda i: boxes[i][2].max())
-        members, mean, error = boxes[worst]
-        axis = int(error.argmax())
-        above = rgb[members, axis] > mean[axis]
-        if len(members) == 1:
-            break
-        boxes[worst] = box(members[above])
-        boxes.append(box(members[~above]))
-    index = np.empty(len(found), np.uint8)
-    for i, (members, _, _) in enumerate(boxes):
-        index[members] = i
-    return np.rint([mean for _, mean, _ in boxes]).astype(np.uint8), index[inverse]
-
-
-def _by_layer(axes: Any, values: np.ndarray, color: str) -> None:
-    x = np.arange(1, values.shape[1] + 1)
-    if len(values) > 1:
-        axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
-    axes.plot(x, values.mean(0), color=color, linewidth=1.8, marker="o", markersize=4.5)
-    quiet(axes, "layer")
-    axes.yaxis.set_major_formatter("{x:g}")
-    _layer_ticks(axes, values.shape[1])
-
-
-def _over_steps(figure: Any, axes: Any, steps: np.ndarray, values: np.ndarray) -> None:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-
-    depth = values.shape[1]
-    # The palest end of the map would vanish on white.
-    colors = colormaps["viridis"](np.linspace(0, 0.9, depth))
-    for layer in range(depth):
-        axes.plot(steps, values[:, layer], color=colors[layer], linewidth=1.4)
-    quiet(axes, "step")
-    axes.margins(x=0.02)
-    axes.yaxis.set_major_formatter("{x:g}")
-    mapped = ScalarMappable(BoundaryNorm(np.arange(depth + 1) + 0.5, depth), ListedColormap(colors))
-    bar = figure.colorbar(mapped, ax=axes, fraction=0.035, pad=0.04, aspect=24, ticks=[1, depth])
-    bar.minorticks_off()
-    bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)
-    bar.ax.set_title("layer", fontsize=8, color=MUTED, pad=4)
-    bar.outline.set_visible(False)
-
-
-def _layer_ticks(axes: Any, depth: int, start: str = "") -> None:
-    """Layer numbers below the axes, so many as have room."""
-    step = math.ceil(depth / 12)
-    ticks = list(range(depth, 0, -step))
-    axes.set_xticks(ticks + [0] * bool(start), [*map(str, ticks), start][: len(ticks) + bool(start)])
-
-
-def _suptitle(figure: Any, title: str) -> None:
-    if title:
-        figure.suptitle(title, x=0.08, y=0.985, ha="left", fontsize=14, fontweight="bold", color=INK)
-
-
 def _image(image: Any, grid: tuple[int, int]) -> np.ndarray:
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or not np.issubdtype(image.dtype, np.floating):
@@ -567,12 +327,3 @@ def _sources(name: str, sources: Any, grid: tuple[int, int], prefix: int) -> np.
 def _check_layers(layers: Sequence[int], depth: int, name: str) -> None:
     if not len(layers) or not all(0 <= layer < depth for layer in layers):
         raise InputError(f"layers must name some of the {depth} of {name}, from 0, found {list(layers)}")
-
-
-def _finite(name: str, values: Any, ranks: tuple[int, ...], form: str) -> np.ndarray:
-    values = np.asarray(values, float)
-    if values.ndim not in ranks or not values.size:
-        raise InputError(f"{name} must have shape {form}, found {list(values.shape)}")
-    if not np.isfinite(values).all():
-        raise InputError(f"{name} must be finite, found {int((~np.isfinite(values)).sum())} values that are not")
-    return values

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms in which learned thresholds are deployed, as `vtjax bench` and the figures time them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vtjax import paths
+from vtjax.account import bench, flops
+from vtjax.data import loader
+from vtjax.errors import InputError
+from vtjax.methods import ltmp, ltmp_deploy
+from vtjax.models.vit import ViT
+from vtjax.spec import ViTSpec
+from vtjax.train.task import Task, closing
+
+FORMS = ("grouped", "padded", "fixed", "masked")
+IMAGES = 256  # of a calibration that has to be made first
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for a form that is not known, or numbers that no deployment can have."""
+    form = config.ltmp.deploy
+    if form.form not in FORMS:
+        raise InputError(f"config.ltmp.deploy.form must be one of {', '.join(FORMS)}, found {form.form!r}")
+    for name, least in (("group", 1), ("lengths", 1), ("sorts", 0)):
+        if form[name] < least:
+            raise InputError(f"config.ltmp.deploy.{name} must be at least {least}, found {form[name]}")
+
+
+def deploy(config: ConfigDict, task: Task, images: Any, dense: Any) -> tuple[bench.Candidate, bench.Candidate]:
+    """Both sides of `vtjax bench`: the model in the form of `config.ltmp.deploy`, calibrated on training images, and
+    the dense one (`--dense`, else its own weights without the thresholds)."""
+    params, _, _ = task.init(jax.random.key(config.seed))
+    counts = calibration(config, task.spec, params)
+    reduced = candidate(config, task.spec, params, counts, images.shape[0])
+    if dense is not None:
+        work = flops.macs(dense.spec)
+        return reduced, bench.Candidate("--dense", lambda p, x: dense.apply(p, x)[0], dense.params, work)
+    return reduced, undiminished(config, task.spec, params)
+
+
+def undiminished(config: ConfigDict, spec: ViTSpec, params: Any) -> bench.Candidate:
+    """The model with its thresholds taken out."""
+    before = bench.undone(spec)
+    model = ViT(before, **_options(config))
+    return bench.Candidate("itself", lambda p, x: model.apply(p, x)[0], _backbone(params), flops.macs(before))
+
+
+def candidate(
+    config: ConfigDict, spec: ViTSpec, params: Any, counts: Mapping[str, np.ndarray], batch: int
+) -> bench.Candidate:
+    """The reduced side; `counts` as from `calibration`."""
+    form, options = config.ltmp.deploy.form, _options(config)
+    if form == "fixed":
+        fixed = ltmp_deploy.fixed(spec, counts["merged"], counts["pruned"])
+        short = ltmp.vit(fixed, **options)
+        work = flops.macs(fixed, ltmp.fixed_tokens(fixed))
+        return bench.Candidate("fixed counts", lambda p, x: short.apply(p, x)[0], _backbone(params), work)
+    if form == "masked":
+        masked = ltmp.vit(ltmp.consistent(spec), **options)
+        return bench.Candidate("masked", lambda p, x: masked.apply(p, x)[0], params, flops.macs(spec))
+    model = grouped(config, spec, counts["kept"], batch)
+    kept = jax.jit(lambda p, x: model.apply(p, x)[1])
+
+    def macs(x: Any) -> float:
+        return float(macs_of(spec, kept(params, x)["kept"]).mean())
+
+    settings = {
+        "lengths": sum(map(len, model.lengths)),
+        "group": min(model.group or batch, batch),
+        "calibration_images": len(counts["kept"]),
+    }
+    return bench.Candidate(form, lambda p, x: model.apply(p, x)[0], params, macs, settings)
+
+
+def grouped(config: ConfigDict, spec: ViTSpec, kept: np.ndarray, batch: int) -> ltmp_deploy.Deployed:
+    """The adaptive model for batches of a size, from the live tokens `[n, L]` of calibration images."""
+    form = config.ltmp.deploy
+    group, lengths, sorts = (form.group, form.lengths, form.sorts) if form.form == "grouped" else (0, 1, 0)
+    sort_at = ltmp_deploy.evenly(spec.depth, sorts) if 0 < group < batch else ()
+    known = ltmp_deploy.calibrate(kept, spec, batch=batch, group=group, lengths=lengths, sort_at=sort_at)
+    return ltmp_deploy.Deployed(spec, known, group=group, sort_at=sort_at, **_options(config))
+
+
+def macs_of(spec: ViTSpec, kept: Any) -> np.ndarray:
+    """MACs `[n]` of images with so many live tokens after each block, `[n, L]`."""
+    return np.asarray([flops.macs(spec, [spec.tokens, *(int(k) for k in row)]) for row in np.asarray(kept)], float)
+
+
+def calibration(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarray]:
+    """`kept`, `merged`, `pruned` `[n, L]` of training images: those of the run that `config.init_from` names, else
+    found now."""
+    if paths.is_workdir(config.init_from):
+        from vtjax.cli import decisions
+
+        if (saved := decisions.load(config.init_from)) is not None:
+            return {name: np.asarray(saved[name]) for name in ("kept", "merged", "pruned")}
+    form: Any = spec.preprocess
+    data = loader.from_config(
+        config.data,
+        seed=config.seed,
+        batch_size=32,
+        image_size=spec.image_size,
+        preprocess=form,
+    )
+    count, found = counted(config, spec), list[dict[str, np.ndarray]]()
+    batches = data.eval("train")
+    with closing(batches):
+        for _, batch in zip(range(IMAGES // 32), batches, strict=False):
+            made = count(params, batch["image"])
+            found.append({name: np.asarray(rows)[batch["valid"]] for name, rows in made.items()})
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def counted(config: ConfigDict, spec: ViTSpec) -> Any:
+    """Jitted `(params, images) -> {kept, merged, pruned: [B, L]}`, exact."""
+    model = ltmp.vit(ltmp.consistent(spec), **_options(config))
+    return jax.jit(lambda params, images: layers(model.apply(params, images)[1], spec))
+
+
+def layers(aux: Mapping[str, Any], spec: ViTSpec) -> dict[str, jax.Array]:
+    """int32 `kept`, `merged`, `pruned` `[B, L]` of a model's aux; a block that does not reduce keeps what came."""
+    kept = jnp.round(ltmp.alive_fractions(aux, spec.tokens).T * spec.tokens)
+    made = [block.get("decisions", {}) for block in aux["blocks"]]
+    zeros = jnp.zeros(kept.shape[:1])
+    rows = {name: jnp.stack([m.get(name, zeros) for m in made], 1) for name in ("merged", "pruned")}
+    return {name: value.astype(jnp.int32) for name, value in {"kept": kept, **rows}.items()}
+
+
+def _options(config: ConfigDict) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "attention": config.model.attention}
+
+
+def _backbone(params: Any) -> Any:
+    return {name: tree for name, tree in params.items() if name != ltmp.NAME}

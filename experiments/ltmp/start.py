@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thresholds to start learning from: every block removes the same number of tokens, on average over some images.
+
+The release starts with thresholds that remove nothing, and lets the budget pull. Which blocks then give in first is a
+matter of chance: a block where more tokens stand near its threshold is pulled harder. Here the start meets the budget
+already, evenly over the blocks, as fixed-rate merging does; so what is left to learn is where tokens are worth most.
+
+Letters: L layers, n images.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vtjax.account import flops
+from vtjax.methods import ltmp
+from vtjax.spec import ViTSpec
+
+
+def rates(spec: ViTSpec, target: float, slope: float) -> np.ndarray:
+    """Tokens `[L]`, not necessarily whole numbers, that the blocks remove to spend `target` of the dense MACs.
+
+    They fall linearly, from `1 + slope` times their mean in the first block to `1 - slope` times in the last.
+    """
+    layers = [layer for layer, _ in ltmp.reducers(spec)]
+    shape = np.zeros(spec.depth)
+    shape[layers] = np.linspace(1.0 + slope, 1.0 - slope, len(layers))
+    prefix = max(spec.prefix, 1)
+    dense, rest = float(flops.macs(spec)), float(flops.macs(spec)) - ltmp.dense_macs(spec)
+    costs = ltmp.costs(spec).astype(np.float64)
+
+    def removed(mean: float) -> tuple[float, np.ndarray]:
+        before, total, out = float(spec.tokens), rest, []
+        for layer in range(spec.depth):
+            out.append(min(mean * shape[layer], (before - prefix) / 2))
+            total += costs[layer] @ np.asarray([before, before * before, before - out[-1]])
+            before -= out[-1]
+        return total / dense, np.asarray(out)
+
+    low, high = 0.0, float(spec.tokens)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed(middle)[0] > target else (low, middle)
+    return removed(high)[1]
+
+
+def even(
+    spec: ViTSpec,
+    params: Any,
+    images: np.ndarray,
+    target: float,
+    prune_share: float,
+    slope: float,
+    batch: int = 32,
+    **options: Any,
+) -> dict[str, np.ndarray]:
+    """`params["ltmp"]` with which every block removes as many tokens of an average image as `rates` says.
+
+    Block after block, a threshold is the quantile of the scores that the images have there, under the thresholds before
+    it; so an image with more alike tokens loses more.
+
+    Args:
+      images: float32 `[n, H, W, C]`, normalised; some dozens are enough.
+      slope: of the rates.
+      prune_share: part of the removed tokens that is pruned, where the variant does both; in [0, 1].
+      **options: of the model.
+    """
+    made = ltmp.reducers(spec)[0][1]
+    assert isinstance(made, ltmp.Ltmp)
+    merges, prunes = ltmp.merges(made.variant), ltmp.prunes(made.variant)
+    share = prune_share if merges and prunes else float(prunes)
+    model = ltmp.vit(ltmp.consistent(spec), **options)
+    removed = rates(spec, target, slope)
+
+    @functools.partial(jax.jit, static_argnames="name")
+    def run(thresholds: Any, batch: Any, name: str) -> list[Any]:
+        _, aux = model.apply({**params, ltmp.NAME: thresholds}, batch)
+        made = [block["decisions"] for block in aux["blocks"] if "decisions" in block]
+        if name == "best_similarity":
+            return [decisions[name] for decisions in made]
+        return [jnp.where(decisions["prune_alive"] > 0.5, decisions[name], jnp.inf) for decisions in made]
+
+    off = {"merge_threshold": 1.0, "prune_threshold": 0.0}
+    thresholds = {name: np.full(spec.depth, off[name], np.float32) for name in ltmp.starts(made.variant, spec.depth)}
+    parts = np.array_split(images, max(1, len(images) // batch))
+    steps = [("merge_threshold", "best_similarity", 1.0 - share), ("prune_threshold", "prune_score", share)]
+    if made.variant == "ltpm":
+        steps.reverse()
+    for position, (layer, _) in enumerate(ltmp.reducers(spec)):
+        for threshold, score, part in steps:
+            if threshold not in thresholds or not part:
+                continue
+            scores = np.concatenate([np.asarray(run(thresholds, jnp.asarray(x), score)[position]) for x in parts])
+            finite = np.sort(scores[np.isfinite(scores)])
+            count = min(round(part * removed[layer] * len(images)), len(finite) - 1)
+            # A merge takes what lies above its threshold, a prune what lies at or below it.
+            value = finite[-count - 1] if threshold == "merge_threshold" else finite[max(count - 1, 0)]
+            thresholds[threshold][layer] = np.clip(value, 0.0, 1.0) if count else thresholds[threshold][layer]
+    return thresholds
