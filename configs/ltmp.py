@@ -33,7 +33,7 @@ def ltmp(**leaves: Any) -> ConfigDict:
             "relative": False,  # prune by importance x live tokens / N: the threshold then holds at other image sizes
             "attached": False,  # the loss sees what a merge leaves in its partner, not only what it takes away
             "start": "authors",  # "even": every block removes as much, see experiments/ltmp/start.py
-            "start_images": 64,  # training images that "even" looks at
+            "start_images": 32,  # training images that "even" looks at
             "slope": 0.5,  # of the rates of "even": 1.5 times their mean in the first block, half of it in the last
             "prune_share": 0.3,  # of what "even" removes, where the variant both merges and prunes
             "merge_threshold": -1.0,  # where "authors" starts, in [0, 1]; -1: as they did
@@ -41,6 +41,7 @@ def ltmp(**leaves: Any) -> ConfigDict:
             "target": 0.6,  # MACs over the dense model's
             "budget": "image",  # mean of the images' own costs; "batch": cost of the mean counts, as the release
             "budget_weight": 100.0,  # lambda
+            "settle_images": 0,  # training images on which all thresholds move together at the end, onto the target
             "measured": "deployed",  # what an evaluation runs; "masked": the form that was trained
             # What `vtjax bench` times: grouped; padded (the batch at one length per block); fixed counts; masked.
             "deploy": {"form": "grouped", "group": 8, "lengths": 6, "sorts": 3},
@@ -112,14 +113,14 @@ def ti16(steps: int, batch_size: int) -> ConfigDict:
     Ten times the release's learning rate and a hundredth of its steps: two numbers per block need few photographs.
     Needs `vit_ti16_augreg.safetensors` and `nips17_224.tar` on VTJAX_DATA.
     """
-    config = thresholds(steps or 100, batch_size or 16)
+    config = thresholds(steps or 50, batch_size or 16)
     config.init_from = "vit_ti16_augreg"
     config.log_every = 5
     config.checkpoint.every = 50
     config.optim.update(lr=2e-3, schedule="cosine")
     config.ema = 0.9
     config.loss.distill = 1.0
-    config.ltmp.update(attached=True, start="even", budget_weight=200.0)
+    config.ltmp.update(attached=True, start="even", slope=0.25, budget_weight=100.0, settle_images=320)
     config.data.update(name="nips17", train_split="calibration", eval_split="evaluation", weights_split="evaluation")
     # No crops: what a crop costs is not what a photograph costs, and two numbers per block do not overfit.
     config.data.update(augment="none", flip=True)

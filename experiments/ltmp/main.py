@@ -13,6 +13,7 @@ Letters: B batch, L layers, K classes.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.ltmp import start
+from experiments.ltmp import settle, start
 from experiments.ltmp.deploy import check as check_deploy
 from experiments.ltmp.deploy import deploy, layers
 from experiments.vit import main as vit
@@ -87,6 +88,23 @@ def build(config: ConfigDict) -> Task:
             metrics |= {f"{name}_{layer:02d}": values[layer] for layer in range(spec.depth)}
         return task + knobs["ltmp.budget_weight"] * miss**2, metrics
 
+    @jax.jit
+    def cost(params: Any, images: Any) -> jax.Array:
+        return shares(measured.apply(params, images)[1])
+
+    def finish(params: Any, frozen: Any, extra: Any, knobs: Any, draw: Any) -> Any:
+        batches = [draw("train", index) for index in range(-(-config.ltmp.settle_images // config.batch_size))]
+
+        def ratio(amount: float) -> float:
+            moved = {**params, ltmp.NAME: ltmp.relaxed(params[ltmp.NAME], amount)}
+            return float(np.mean([np.asarray(cost(moved, batch["image"]))[batch["valid"]] for batch in batches]))
+
+        amount, reached = settle.amount(ratio, config.ltmp.target)
+        print(
+            f"settled: thresholds {-amount:+.2%} of the way to their ends, {reached:.4f} of the MACs", file=sys.stderr
+        )
+        return {**params, ltmp.NAME: ltmp.relaxed(params[ltmp.NAME], amount)}
+
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         logits, aux = measured.apply(params, batch["image"])
         valid, share = batch["valid"], shares(aux)
@@ -97,9 +115,6 @@ def build(config: ConfigDict) -> Task:
             "mac_ratio": share,
             "macs_per_image": share * dense,
         }
-        if distill:
-            teacher = undiminished.apply(params, batch["image"])[0]
-            per_image["divergence"] = losses.divergence(teacher, logits)
         sums = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
         return {**sums, "count": valid.sum(dtype=jnp.float32)}
 
@@ -127,6 +142,7 @@ def build(config: ConfigDict) -> Task:
             "init_from": config.init_from,
             **({"init_from_sha256": parent} if (parent := vit.parent_of(spec)) and config.init_from else {}),
         },
+        finish=finish if config.ltmp.settle_images else None,
         bounds=lambda path: (0.0, 1.0) if path.startswith(f"{ltmp.NAME}/") else None,
         decisions=decisions,
         relax=lambda params, amount: {**params, ltmp.NAME: ltmp.relaxed(params[ltmp.NAME], amount)},
@@ -159,9 +175,7 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
             parent="" if params is None else params_sha256(params),
         )
         if settings.start == "even" and params is not None:
-            thresholds = start.even(
-                spec, params, _images(config, spec), settings.target, settings.prune_share, settings.slope
-            )
+            thresholds = _start(config, spec, params)
         return spec, params, thresholds, fresh
     found = ltmp.reducers(spec)[0][1]
     for name in ("variant", "form", "tau", "similarity"):
@@ -198,6 +212,8 @@ def check(config: ConfigDict, spec: ViTSpec, floor: float) -> None:
         raise InputError(f"config.ltmp.prune_share must be in [0, 1], found {settings.prune_share}")
     if not -1.0 <= settings.slope <= 1.0:
         raise InputError(f"config.ltmp.slope must be in [-1, 1], found {settings.slope}")
+    if settings.settle_images < 0:
+        raise InputError(f"config.ltmp.settle_images must be 0 or more, found {settings.settle_images}")
     if settings.start_images < 1:
         raise InputError(f"config.ltmp.start_images must be at least 1, found {settings.start_images}")
     if not 0.0 <= config.loss.distill <= 1.0:
@@ -207,6 +223,19 @@ def check(config: ConfigDict, spec: ViTSpec, floor: float) -> None:
     check_deploy(config)
     if not spec.classes:
         raise InputError("ltmp learns from labels, expected a model with a head, found none")
+
+
+_starts: dict[str, dict[str, np.ndarray]] = {}  # the points of a sweep differ in seeds, too, and these start alike
+
+
+def _start(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarray]:
+    settings = config.ltmp
+    numbers = (settings.target, settings.prune_share, settings.slope)
+    key = f"{spec.sha256} {numbers} {settings.start_images} {config.data}"
+    if key not in _starts:
+        print("thresholds to start from, block by block ...", file=sys.stderr)
+        _starts[key] = start.even(spec, params, _images(config, spec), *numbers)
+    return dict(_starts[key])
 
 
 def _images(config: ConfigDict, spec: Any) -> np.ndarray:

@@ -10,11 +10,12 @@ bad state is evaluated or saved; and so where it is the first of the process, fr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -29,7 +30,7 @@ from vtjax.train.checkpoint import Checkpoints, best_step
 from vtjax.train.executables import Executables
 from vtjax.train.preempt import StopRequest
 from vtjax.train.program import Program
-from vtjax.train.state import params_sha256
+from vtjax.train.state import params_sha256, split
 from vtjax.train.task import Batch, Data, Task, closing
 
 SIGNS = ("finite", "stop")  # what a step reports to the loop, not to the log
@@ -96,7 +97,12 @@ def evaluate(
 
 
 def decisions(
-    task: Task, batches: Iterable[Batch], config: Any, params: Any, extra: Any = None
+    task: Task,
+    batches: Iterable[Batch],
+    config: Any,
+    params: Any,
+    extra: Any = None,
+    executables: Executables | None = None,
 ) -> dict[str, np.ndarray]:
     """`task.decisions` for every valid row of the batches, concatenated: `{name: [n, ...]}` with `index` and `label`.
 
@@ -105,7 +111,7 @@ def decisions(
     """
     if task.decisions is None:
         raise InputError(f"experiment {config.experiment!r} decides nothing per image, expected one that does")
-    program = Program(task, config, mesh_lib.make(config.mesh))
+    program = Program(task, config, mesh_lib.make(config.mesh), executables)
     with jax.set_mesh(program.mesh):
         params = program.place_params(params)
         extra = program.init_extra() if extra is None else program.place_extra(extra)
@@ -193,6 +199,8 @@ class _Run:
                 if after_step is not None:
                     state = after_step(self.state, self.frozen, self._draw)
                     self.state = jax.device_put(state, program.shardings)
+                if step == config.steps and program.task.finish is not None:
+                    self._finish(program.task.finish, knobs)
                 if ends:
                     self._boundary(step)
                     self.progress.resume()
@@ -224,6 +232,14 @@ class _Run:
         }
         log.write_json(self.folder / "result.json", result)
         return log.plain(result)
+
+    def _finish(self, finish: Callable[..., Any], knobs: Any) -> None:
+        """The last touch of the host, on what will be evaluated."""
+        self.progress.pause()
+        program, state = self.program, self.state
+        params = finish(program.averaged(state), self.frozen, state.extra, knobs, self._draw)
+        ema = split(params, program.groups)[0] if self.config.ema else state.ema
+        self.state = jax.device_put(dataclasses.replace(state, params=params, ema=ema), program.shardings)
 
     def _boundary(self, step: int) -> None:
         """Evaluates and saves a state whose metrics are known to be good."""

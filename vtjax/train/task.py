@@ -22,7 +22,7 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A method, as the loop sees it. All functions but `trainable`, `bounds` and `after_step` are traced and pure.
+    """A method, as the loop sees it. `init`, `loss`, `evaluate` and `decisions` are traced and pure.
 
     Attributes:
       spec: the model's spec; saved as `spec.json` and inside every checkpoint.
@@ -42,6 +42,8 @@ class Task:
       after_step: `(state, frozen, draw) -> state`, on the host after every step where a task has one; `draw(split,
         index)` gives a fresh validation batch as device arrays. Reading a value of `state` waits for the device, so the
         host no longer runs ahead. It must be a pure function of its arguments, or a resumed run differs.
+      finish: `(params, frozen, extra, knobs, draw) -> params`, on the host, once: after the last step and before its
+        evaluation, on the parameters that evaluation uses (the moving average where there is one).
       knobs: config leaf -> value. They reach the compiled step as float32 arrays, so other values compile nothing new.
       summary: static facts for `result.json`, such as `macs_per_image` or where `frozen` comes from.
       bounds: path of a trained parameter -> (low, high) that it is clamped to after every step, or None.
@@ -56,6 +58,7 @@ class Task:
     evaluate: Callable[..., Mapping[str, jax.Array]]
     trainable: Callable[[str], str | None]
     after_step: Callable[..., Any] | None = None
+    finish: Callable[..., Params] | None = None
     knobs: Mapping[str, float] = dataclasses.field(default_factory=dict)
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bounds: Callable[[str], tuple[float, float] | None] = lambda path: None

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy at a budget of MACs, on the evaluation half of the photographs: learned thresholds and their competitors.
+
+    python -m experiments.ltmp.accuracy grid        4 variants x 3 targets x 3 seeds (an hour on 2 CPU cores)
+    python -m experiments.ltmp.accuracy fixed       the dense model, and fixed rates at the same MACs
+    python -m experiments.ltmp.accuracy ablations   one setting changed at a time
+    python -m experiments.ltmp.accuracy changed     the thresholds under changed images and other image sizes
+
+Every record in results/accuracy.jsonl holds which images were right, so that differences are paired. What was recorded
+under the same commit of the method is not run again; runs lie in runs/ltmp and resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.ltmp import start
+from vtjax.account import flops, record
+from vtjax.cli import assemble
+from vtjax.cli import config as config_lib
+from vtjax.methods import ltmp
+from vtjax.models.vit import ViT
+from vtjax.train import checkpoint, loop
+from vtjax.train.executables import Executables
+from vtjax.viz import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "experiments" / "ltmp" / "results" / "accuracy.jsonl"
+CONFIG = "configs/ltmp.py:ti16"
+TARGETS, SEEDS = (0.45, 0.6, 0.8), (0, 1, 2)
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "recipe of the release": {
+        **{"ltmp.start": "authors", "ltmp.attached": False, "ltmp.form": "faithful", "ltmp.budget": "batch"},
+        **{"ltmp.budget_weight": 10.0, "loss.distill": 0.0, "optim.lr": 2e-2, "steps": 100},
+    },
+    "start as the authors": {"ltmp.start": "authors", "optim.lr": 1e-2},
+    "not learned, even start": {"optim.lr": 1e-9},
+    "gradient through masks only": {"ltmp.attached": False},
+    "labels, no distillation": {"loss.distill": 0.0},
+    "tau 0.5": {"ltmp.tau": 0.5},
+    "similarity of queries": {"ltmp.similarity": "queries"},
+    "similarity of values": {"ltmp.similarity": "values"},
+    "similarity of features": {"ltmp.similarity": "features"},
+    "thresholds and weights": {"optim.groups.weights.frozen": False},
+}
+
+
+def learned(name: str, overrides: dict[str, Any], executables: Executables) -> dict[str, Any]:
+    """Trains one point (or finds it trained) and evaluates it as it is deployed."""
+    plain = {leaf: str(value) for leaf, value in overrides.items()}
+    config = config_lib.load_config(CONFIG, overrides=plain)
+    folder = "runs/ltmp/" + name.replace(" ", "_").replace(",", "")
+    config_lib.override(config, "workdir", folder)
+    task, data = assemble.assemble(config)
+    began = time.monotonic()
+    result = loop.train(task, data, config, folder, executables)
+    seconds = time.monotonic() - began
+    _, params = checkpoint.load_params(folder)
+    made = loop.decisions(task, data.eval("eval"), config, params, executables=executables)
+    return {
+        "method": config.ltmp.variant,
+        "target": config.ltmp.target,
+        "seed": config.seed,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "seconds": round(seconds, 1),
+        "params_sha256": result["params_sha256"],
+        **measured(made["correct"], made["macs"], flops.macs(task.spec)),
+        "mean_kept": made["kept"].mean(0).round(1).tolist(),
+        **{f"{name}s": np.asarray(value).round(6).tolist() for name, value in params["ltmp"].items()},
+    }
+
+
+def measured(correct: np.ndarray, macs: np.ndarray, dense: int) -> dict[str, Any]:
+    """What a record says about a set of images."""
+    return {
+        "top1": float(np.mean(correct)),
+        "count": len(correct),
+        "macs_per_image": float(np.mean(macs)),
+        "mac_ratio": float(np.mean(macs) / dense),
+        "mac_ratio_std": float(np.std(macs) / dense),
+        "correct": "".join(map(str, np.asarray(correct).astype(int))),
+    }
+
+
+def grid() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, overrides) of every point."""
+    for target, variant, seed in itertools.product(TARGETS, ("ltmp", "ltm", "ltp", "ltpm"), SEEDS):
+        yield f"{variant} {target} {seed}", {"ltmp.variant": variant, "ltmp.target": target, "seed": seed}
+
+
+def ablations() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same for the ablations, at the target where differences are largest."""
+    for seed, (name, changed) in itertools.product(SEEDS, ABLATIONS.items()):
+        yield f"{name} {seed}", {"ltmp.target": 0.45, "seed": seed, **changed, "": name}
+
+
+def fixed_rates(target: float, spec: Any, variant: str) -> dict[int, tuple[int, int]]:
+    """Whole numbers per block, the same in every block up to rounding, that spend `target` of the dense MACs."""
+    installed, _ = ltmp.install(spec)
+    total = np.rint(np.cumsum(start.rates(installed, target, 0.0))).astype(int)
+    counts = np.diff(total, prepend=0)
+    depth = spec.depth
+    rates = {}
+    for layer, count in enumerate(counts):
+        # Mostly merging early, mostly pruning late, where both are done (spec section 4).
+        pruned = {"merge": 0, "prune": count}.get(variant, min(int(1 + (count - 2) * layer / (depth - 1)), count))
+        rates[layer] = (int(count - pruned), int(pruned))
+    return rates
+
+
+def fixed() -> Iterator[dict[str, Any]]:
+    """The dense model, and fixed rates."""
+    config = config_lib.load_config(CONFIG)
+    task, data = assemble.assemble(config)
+    params, _, _ = task.init(jax.random.key(0))
+    backbone = {name: tree for name, tree in params.items() if name != ltmp.NAME}
+    spec = task.spec.edit(blocks=lambda _, block: type(block)(**{**vars(block), "reduce": None}))
+    dense = flops.macs(spec)
+    cases = [("dense", 1.0, {})]
+    cases += [(v, t, fixed_rates(t, spec, v)) for v in ltmp.FIXED for t in TARGETS]
+    for method, target, rates in cases:
+        reduced = ltmp.install_fixed(spec, method, rates) if rates else spec
+        model = ltmp.vit(reduced) if rates else ViT(spec)
+        run = jax.jit(lambda p, x, model=model: model.apply(p, x)[0].argmax(-1))
+        correct = np.concatenate(
+            [(np.asarray(run(backbone, jnp.asarray(b["image"]))) == b["label"])[b["valid"]] for b in data.eval("eval")]
+        )
+        macs = flops.macs(spec, ltmp.fixed_tokens(reduced)) if rates else dense
+        yield {
+            "method": method if not rates else f"fixed {method}",
+            "target": target,
+            "seed": 0,
+            **measured(correct, np.full(len(correct), macs), dense),
+            "rates": [rates.get(layer, (0, 0)) for layer in range(spec.depth)],
+        }
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("grid", "fixed", "ablations", "changed"))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the ablations: how many")
+    options = parser.parse_args(arguments)
+    known = {(r["kind"], r.get("name")) for r in (tables.read_jsonl(RECORDS) if RECORDS.exists() else [])}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        record.write(RECORDS, {"kind": options.what, "name": name, **found})
+        print(f"{name}: top-1 {100 * found['top1']:.1f} % at {found['mac_ratio']:.4f} of the MACs", file=sys.stderr)
+
+    if options.what == "fixed":
+        for found in fixed():
+            keep(f"{found['method']} {found['target']}", found)
+        return 0
+    executables = Executables()
+    points = list(grid() if options.what == "grid" else ablations())
+    for name, overrides in points:
+        if (options.what, name) in known or overrides["seed"] >= options.seeds:
+            continue
+        label = overrides.pop("", "")
+        found = learned(name, overrides, executables)
+        keep(name, {**found, **({"ablation": label} if label else {})})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

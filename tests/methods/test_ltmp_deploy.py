@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is deployed computes what the masked model computes, whatever the lengths, the groups and the batch mates."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtjax.errors import InputError
+from vtjax.methods import ltmp, ltmp_deploy
+from vtjax.models.vit import ViT
+from vtjax.ops import token_reduction as ops
+from vtjax.spec import ViTSpec
+
+CLASS = ViTSpec.uniform(depth=3, width=32, heads=2, mlp=64, image_size=16, patch=4, classes=7)
+REGISTERS = ViTSpec.uniform(
+    depth=3, width=32, heads=2, mlp=64, image_size=16, patch=4, classes=7, registers=2, distill_token=True, pos_prefix=4
+)
+MEAN = ViTSpec.uniform(
+    depth=3,
+    width=32,
+    heads=2,
+    mlp=64,
+    image_size=16,
+    patch=4,
+    classes=7,
+    class_token=False,
+    pooling="mean",
+    pos_prefix=0,
+)
+THRESHOLDS = {"merge_threshold": 0.35, "prune_threshold": 0.045}
+
+
+def noisy(spec: ViTSpec, seed: int = 0) -> Any:
+    params = jax.jit(ViT(spec).init)(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def images(count: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (count, 16, 16, 3))
+
+
+def installed(spec: ViTSpec, variant: str = "ltmp", form: str = "consistent", **changed: Any) -> tuple[ViTSpec, Any]:
+    given = {name: value for name, value in THRESHOLDS.items() if name in ltmp.starts(variant, 1)} | changed
+    reduced, thresholds = ltmp.install(spec, variant=variant, form=form, **given)
+    return reduced, {**noisy(spec), "ltmp": thresholds}
+
+
+def masked(spec: ViTSpec, params: Any, batch: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, and live tokens after each block `[B, L]`."""
+    y, aux = jax.jit(ltmp.vit(ltmp.consistent(spec)).apply)(params, batch)
+    return np.asarray(y), np.rint(np.asarray(ltmp.alive_fractions(aux, spec.tokens)).T * spec.tokens).astype(int)
+
+
+def equal(model: ltmp_deploy.Deployed, params: Any, batch: jax.Array) -> dict[str, np.ndarray]:
+    """Asserts that a deployed model does what the masked one does; its aux."""
+    y, aux = jax.jit(model.apply)(params, batch)
+    expected, kept = masked(model.spec, params, batch)
+    np.testing.assert_array_equal(aux["kept"], kept)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert kept[:, -1].min() < model.spec.tokens and len(np.unique(kept[:, -1])) > 1, "nothing differs between images"
+    return {name: np.asarray(value) for name, value in aux.items()}
+
+
+def lengths(spec: ViTSpec, *known: int) -> ltmp_deploy.Lengths:
+    return (known,) * (spec.depth + 1)
+
+
+@pytest.mark.parametrize("variant", ltmp.VARIANTS)
+def test_removal_computes_what_the_mask_computes(variant: str) -> None:
+    spec, params = installed(CLASS, variant)
+    model = ltmp_deploy.Deployed(spec, lengths(spec, 8, 12), group=2, sort_at=(1, 2))
+    equal(model, params, images(5))
+
+
+@pytest.mark.parametrize("dense", [REGISTERS, MEAN], ids=["registers", "mean"])
+def test_any_prefix_and_pooling(dense: ViTSpec) -> None:
+    spec, params = installed(dense)
+    equal(ltmp_deploy.Deployed(spec, lengths(spec, 8, 12), group=2, sort_at=(2,)), params, images(4))
+
+
+def test_thresholds_of_the_faithful_form_are_deployed_by_removal() -> None:
+    spec, params = installed(CLASS, form="faithful")
+    equal(ltmp_deploy.Deployed(spec, lengths(spec, 10)), params, images(4))
+
+
+def test_what_exceeds_every_calibrated_length_is_counted_and_exact() -> None:
+    spec, params = installed(CLASS)
+    _, kept = masked(spec, params, images(6))
+    most = int(kept[:, 0].max()) - 1
+    model = ltmp_deploy.Deployed(spec, ((), (most,), (17,), (17,)), group=1)
+    aux = equal(model, params, images(6))
+    np.testing.assert_array_equal(aux["overflow"], kept[:, 0] > most)
+    assert 0 < aux["overflow"].sum() < 6
+    np.testing.assert_array_equal(aux["slots"][:, 1], np.where(kept[:, 0] > most, 17, most))
+
+
+def test_slots_hold_what_lives() -> None:
+    spec, params = installed(CLASS)
+    aux = equal(ltmp_deploy.Deployed(spec, lengths(spec, 4, 8, 12, 16), group=3, sort_at=(1,)), params, images(9))
+    entering = np.concatenate([np.full((9, 1), 17), aux["kept"]], 1)
+    assert (aux["slots"] >= entering).all() and (aux["slots"] - entering < 14).all()
+
+
+def test_batch_mates_and_groups_do_not_matter() -> None:
+    spec, params = installed(CLASS)
+    batch = images(7)
+    apply = {
+        group: jax.jit(ltmp_deploy.Deployed(spec, lengths(spec, 6, 12), group=group, sort_at=(1, 2)).apply)
+        for group in (0, 1, 3)
+    }
+    alone = np.concatenate([apply[0](params, batch[i : i + 1])[0] for i in range(7)])
+    for run in apply.values():
+        np.testing.assert_allclose(run(params, batch)[0], alone, atol=1e-5)
+        np.testing.assert_allclose(run(params, batch[::-1])[0][::-1], alone, atol=1e-5)
+
+
+def test_more_room_changes_nothing() -> None:
+    spec, params = installed(CLASS)
+    tight, wide = (
+        jax.jit(ltmp_deploy.Deployed(spec, known).apply)(params, images(3))[0]
+        for known in (lengths(spec, 4, 6, 8, 10, 12, 14, 16), lengths(spec))
+    )
+    np.testing.assert_allclose(tight, wide, atol=1e-6)
+
+
+def test_thresholds_may_be_given_as_knobs_without_another_compilation() -> None:
+    spec, params = installed(CLASS)
+    model = ltmp_deploy.Deployed(spec, lengths(spec, 8))
+    compiled = 0
+
+    def run(knobs: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return model.apply(params, images(3), knobs=knobs)
+
+    run = jax.jit(run)
+    _, off = run({"merge_threshold": jnp.float32(1), "prune_threshold": jnp.float32(0)})
+    _, all_pruned = run({"merge_threshold": jnp.float32(1), "prune_threshold": jnp.float32(1)})
+    assert compiled == 1
+    assert (np.asarray(off["kept"]) == 17).all() and (np.asarray(all_pruned["kept"]) == 1).all()
+
+
+def test_nothing_reduced_is_the_dense_model() -> None:
+    spec, params = installed(CLASS, merge_threshold=1.0, prune_threshold=0.0)
+    y, _ = jax.jit(ltmp_deploy.Deployed(spec, lengths(spec)).apply)(params, images(3))
+    dense = {name: tree for name, tree in params.items() if name != "ltmp"}
+    np.testing.assert_allclose(y, jax.jit(ViT(CLASS).apply)(dense, images(3))[0], atol=1e-5)
+
+
+def test_calibrated_lengths_hold_the_images_that_they_were_made_of() -> None:
+    spec, params = installed(CLASS)
+    _, kept = masked(spec, params, images(64))
+    known = ltmp_deploy.calibrate(kept, spec, batch=16, group=4, lengths=3, apart=1, sort_at=(1, 2, 3))
+    assert [len(unit) <= 3 for unit in known] == [True] * 4
+    assert [unit[-1] for unit in known] == [17, *kept.max(0)]
+    aux = equal(ltmp_deploy.Deployed(spec, known, group=4, sort_at=(1, 2, 3)), params, images(64)[:16])
+    assert not aux["overflow"].any()
+    apart = ltmp_deploy.calibrate(kept, spec, batch=16, group=4, lengths=8, apart=5)
+    assert all(b - a >= 5 for unit in apart for a, b in zip(unit[:-1], unit[1:], strict=True))
+
+
+def test_the_fixed_form_removes_the_mean_counts() -> None:
+    spec, _ = installed(CLASS)
+    merged = np.array([[2, 1, 0], [3, 2, 1]])
+    pruned = np.array([[1, 0, 1], [0, 1, 1]])
+    fixed = ltmp_deploy.fixed(spec, merged, pruned)
+    assert [(r.variant, r.merge, r.prune) for _, r in ltmp.reducers(fixed)] == [
+        ("merge_prune", 2, 0),
+        ("merge_prune", 2, 1),
+        ("merge_prune", 0, 1),
+    ]
+    y, aux = jax.jit(ltmp.vit(fixed).apply)(noisy(CLASS), images(2))
+    counts = [17, *(block["decisions"]["kept"][0] for block in aux["blocks"])]
+    assert counts == list(ltmp.fixed_tokens(fixed)) and np.isfinite(y).all()
+
+
+def test_evenly_spread_units() -> None:
+    assert ltmp_deploy.evenly(12, 3) == (3, 6, 9) and ltmp_deploy.evenly(12, 0) == ()
+    assert set(ltmp_deploy.evenly(2, 5)) <= {1, 2}
+
+
+SPEC = installed(CLASS)[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"spec": CLASS, "lengths": lengths(CLASS)}, "needs a spec with learned thresholds .*, found none"),
+        ({"lengths": ((),) * 3}, "lengths must hold 4 units, one more than blocks, found 3"),
+        ({"lengths": ((), (8, 4), (), ())}, r"lengths\[1\] must ascend within 1..17, found \(8, 4\)"),
+        ({"lengths": ((), (), (18,), ())}, r"lengths\[2\] must ascend within 1..17, found \(18,\)"),
+        ({"lengths": ((), (), (), (0,))}, r"lengths\[3\] must ascend within 1..17"),
+        ({"group": -1}, "group must be 0 or more images, found -1"),
+        ({"sort_at": (4,)}, r"sort_at must name units in 1..3, found \(4,\)"),
+        ({"attention": "flash"}, "attention must be one of .*, found 'flash'"),
+        ({"spec": dataclasses.replace(SPEC, feature_layer=1)}, "pooled outputs only, found feature_layer=1"),
+    ],
+)
+def test_a_deployment_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ltmp_deploy.Deployed(**{"spec": SPEC, "lengths": lengths(SPEC, 8), **fields})
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (np.ones((4, 2), int), r"counts must be \[images, 3\], one per block, found \[4, 2\]"),
+        (np.ones((0, 3), int), r"counts must be \[images, 3\]"),
+        (np.zeros((4, 3), int), "counts must be in 1..17, found 0 to 0"),
+        (np.full((4, 3), 18), "counts must be in 1..17, found 18 to 18"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(counts: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ltmp_deploy.calibrate(counts, SPEC, batch=4)
+
+
+def test_a_linear_probe_segments_from_unmerged_tokens() -> None:
+    """Every patch has one of three colours; a linear probe on patch features tells it, dense or unmerged."""
+    rng = np.random.default_rng(0)
+    colours = np.array([[2.0, -1, 0], [-1, 2, 0], [0, -1, 2]], np.float32)
+    fields = np.repeat(np.repeat(rng.integers(0, 3, (48, 2, 2)), 2, 1), 2, 2)  # 2 x 2 regions of 2 x 2 patches
+    batch = np.repeat(np.repeat(colours[fields], 4, 1), 4, 2) + 0.1 * rng.standard_normal((48, 16, 16, 3))
+    # Close to the identity, as a trained model's residual stream is; noise of 0.2 would drown the patches.
+    weights = jax.tree.map(lambda x: 0.5 * x, jax.jit(ViT(CLASS).init)(jax.random.key(0)))
+    spec, thresholds = ltmp.install(CLASS, variant="ltmp", merge_threshold=0.9, prune_threshold=0.02)
+    _, aux = jax.jit(ltmp.vit(spec).apply)({**weights, "ltmp": thresholds}, batch.astype(np.float32))
+    features, valid = (np.asarray(a) for a in ops.unmerge(aux["tokens"], CLASS.grid, CLASS.prefix))
+    kept = np.asarray(aux["tokens"].alive).sum(1)
+    assert kept.max() < 14 and features.shape == (48, 4, 4, 32)
+
+    _, dense = jax.jit(ViT(CLASS).apply)(weights, batch.astype(np.float32))
+    plain = np.asarray(dense["tokens"].x)[:, 1:].reshape(48, 4, 4, 32)
+    right = {name: probe(x, fields, valid) for name, x in {"dense": plain, "unmerged": features}.items()}
+    assert right["unmerged"] > 0.95 and right["unmerged"] >= right["dense"] - 0.03
+    # A grid that ignored `source` would hold other patches' features.
+    wrong = probe(np.roll(features, 1, 2), fields, valid)
+    assert wrong < right["unmerged"] - 0.1
+
+
+def probe(features: np.ndarray, labels: np.ndarray, valid: np.ndarray) -> float:
+    """Accuracy on the second half of the images of a least-squares probe fitted on the first."""
+    half = len(features) // 2
+    x = np.concatenate([features, np.ones((*features.shape[:-1], 1))], -1)
+    first, second = valid[:half], valid[half:]
+    target = np.eye(3)[labels]
+    weights, *_ = np.linalg.lstsq(x[:half][first], target[:half][first], rcond=None)
+    return float(((x[half:][second] @ weights).argmax(-1) == labels[half:][second]).mean())
