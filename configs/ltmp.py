@@ -113,14 +113,14 @@ def ti16(steps: int, batch_size: int) -> ConfigDict:
     Ten times the release's learning rate and a hundredth of its steps: two numbers per block need few photographs.
     Needs `vit_ti16_augreg.safetensors` and `nips17_224.tar` on VTJAX_DATA.
     """
-    config = thresholds(steps or 50, batch_size or 16)
+    config = thresholds(steps or 40, batch_size or 16)
     config.init_from = "vit_ti16_augreg"
     config.log_every = 5
     config.checkpoint.every = 50
     config.optim.update(lr=2e-3, schedule="cosine")
     config.ema = 0.9
     config.loss.distill = 1.0
-    config.ltmp.update(attached=True, start="even", slope=0.25, budget_weight=100.0, settle_images=320)
+    config.ltmp.update(attached=True, start="even", slope=0.25, budget_weight=100.0, settle_images=192)
     config.data.update(name="nips17", train_split="calibration", eval_split="evaluation", weights_split="evaluation")
     # No crops: what a crop costs is not what a photograph costs, and two numbers per block do not overfit.
     config.data.update(augment="none", flip=True)

@@ -96,7 +96,7 @@ def measured(correct: np.ndarray, macs: np.ndarray, dense: int) -> dict[str, Any
 
 def grid() -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, overrides) of every point."""
-    for target, variant, seed in itertools.product(TARGETS, ("ltmp", "ltm", "ltp", "ltpm"), SEEDS):
+    for seed, target, variant in itertools.product(SEEDS, TARGETS, ("ltmp", "ltm", "ltp", "ltpm")):
         yield f"{variant} {target} {seed}", {"ltmp.variant": variant, "ltmp.target": target, "seed": seed}
 
 
@@ -128,7 +128,7 @@ def fixed() -> Iterator[dict[str, Any]]:
     backbone = {name: tree for name, tree in params.items() if name != ltmp.NAME}
     spec = task.spec.edit(blocks=lambda _, block: type(block)(**{**vars(block), "reduce": None}))
     dense = flops.macs(spec)
-    cases = [("dense", 1.0, {})]
+    cases: list[tuple[str, float, dict[int, tuple[int, int]]]] = [("dense", 1.0, {})]
     cases += [(v, t, fixed_rates(t, spec, v)) for v in ltmp.FIXED for t in TARGETS]
     for method, target, rates in cases:
         reduced = ltmp.install_fixed(spec, method, rates) if rates else spec

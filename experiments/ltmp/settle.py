@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meets a budget of MACs exactly: all thresholds move together, a little, until the mean cost is the target.
 
-A penalty cannot do it. Where it balances the loss, the cost is above the target by (slope of the loss) / (2 lambda), and
-a lambda that is large enough shakes the thresholds, because the cost of a batch differs from that of all images.
+A penalty cannot do it. Where it balances the loss, the cost is above the target by (slope of the loss) / (2 lambda);
+and a lambda that is large enough shakes the thresholds, because the cost of a batch differs from that of all images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 def amount(
     ratio: Callable[[float], float], target: float, *, within: float = 0.003, tries: int = 6
 ) -> tuple[float, float]:
-    """How far to relax (see `ltmp.relaxed`; negative = tighten) so that `ratio(amount)` is `target`, and the ratio there.
+    """How far to relax (see `ltmp.relaxed`; negative = tighten) so that `ratio` is `target`, and the ratio there.
 
     The secant method between known points; `ratio` grows with the amount, but may have steps.
 

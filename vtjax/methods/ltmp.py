@@ -418,8 +418,8 @@ def alive_fractions(aux: Mapping[str, Any], tokens: int) -> Float[Array, "L B"]:
 
 
 def relaxed(thresholds: Mapping[str, Any], amount: float) -> dict[str, Any]:
-    """Less aggressive thresholds: `amount` 0 leaves them, 1 reduces nothing, between them the way is straight. A negative
-    amount goes the other way, within [0, 1]."""
+    """Less aggressive thresholds: `amount` 0 leaves them, 1 reduces nothing, between them the way is straight. A
+    negative amount goes the other way, within [0, 1]."""
     ends = {"merge_threshold": 1.0, "prune_threshold": 0.0}
     return {name: jnp.clip(value + amount * (ends[name] - value), 0.0, 1.0) for name, value in thresholds.items()}
 
