@@ -13,6 +13,7 @@ Letters: B batch, L layers, K classes.
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -190,6 +191,13 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
                 f"config.ltmp.{name} must be {there}, as the thresholds of config.init_from={config.init_from!r} were "
                 f"learned, found {settings[name]}"
             )
+    resized = json.loads(spec.lineage[-1].arguments).get("image_size") if params is not None else None
+    if resized and ltmp.prunes(settings.variant) and not settings.relative:
+        raise InputError(
+            f"config.model.image_size must be {tuple(resized[0])}, for which the thresholds of config.init_from="
+            f"{config.init_from!r} were learned (importance is a share among all tokens; learn with "
+            f"config.ltmp.relative=true to change it), found {tuple(resized[1])}"
+        )
     thresholds = ltmp.starts(settings.variant, spec.depth)
     if params is not None:
         for name in thresholds:

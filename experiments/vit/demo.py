@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: trains the digits config through the command line, evaluates it, prints a table and draws a page.
+"""`make demo`: trains the digits config through the command line, evaluates it, prints a table and draws a page; then
+does the same at half of the MACs (`experiments.ltmp.demo`).
 
 The run lies in `runs/demo`. An interrupted one is resumed and a finished one is shown again; `make demo FRESH=1` trains
 anew, in the next free folder.
@@ -51,11 +52,18 @@ def main(fresh: bool) -> int:
             f"{run['step']} steps{speed}, {run['devices']}",
         ),
     ]
-    print(f"\n{tables.text(('', 'measured', ''), rows)}\n\nfigure: {picture}\n\n{what_next(workdir)}", flush=True)
+    from experiments.ltmp import demo as ltmp
+
+    print(f"\n{tables.text(('', 'measured', ''), rows)}\n\nfigure: {picture}\n", flush=True)
+    say("Now LTMP: per block and image, learned thresholds decide which tokens to merge and which to drop.")
+    told, good = ltmp.show(workdir, measured["top1"], vtjax)
+    print(f"\n{told}\n\n{what_next(workdir)}", flush=True)
     if measured["top1"] < LEAST:
         say(f"test accuracy must be at least {100 * LEAST:.0f} %, found {100 * measured['top1']:.2f} %")
         return 1
-    return 0
+    if not good:
+        say(f"LTMP may cost at most {100 * ltmp.MOST:.0f} points of accuracy at half of the MACs, it cost more")
+    return 0 if good else 1
 
 
 def folder(fresh: bool) -> Path:

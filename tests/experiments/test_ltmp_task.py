@@ -64,7 +64,7 @@ def test_thresholds_are_clamped_after_every_step(tmp_path: Path, capsys: Any) ->
     )
     _, params = checkpoint.load_params(tmp_path / "run")
     values = np.concatenate(list(params["ltmp"].values()))
-    assert set(values) <= {0.0, 1.0} and len(values) == 4
+    assert ((values >= 0.0) & (values <= 1.0)).all() and {0.0, 1.0} & set(values.tolist())
 
 
 def test_a_third_group_trains_the_weights(tmp_path: Path, capsys: Any) -> None:
@@ -90,7 +90,7 @@ def test_decisions_are_recorded_image_by_image(run: Path, tmp_path: Path, capsys
     assert np.mean([row["macs"] for row in rows]) == pytest.approx(result["macs_per_image"], rel=1e-6)
     spec, _ = checkpoint.load_params(run)
     for row in rows[:20]:
-        assert row["macs"] == flops.macs(spec, [17, *row["kept"]])
+        assert row["macs"] == pytest.approx(flops.macs(spec, [17, *row["kept"]]), rel=1e-6)
         lost = np.add(row["merged"], row["pruned"])
         assert list(lost) == list(-np.diff([17, *row["kept"]]))
     assert result["guard"] == "within" and result["drift"] < 0.25
@@ -163,7 +163,7 @@ def test_a_sweep_over_thresholds_compiles_once(tmp_path: Path, run: Path, capsys
         ({"ltmp.start_images": "0"}, "config.ltmp.start_images must be at least 1, found 0"),
         ({"ltmp.settle_images": "-1"}, "config.ltmp.settle_images must be 0 or more, found -1"),
         ({"ltmp.merge_threshold": "1.5"}, r"merge_threshold must be finite and in \[0, 1\]"),
-        ({"ltmp.merge_threshold": "nan"}, r"merge_threshold must be finite and in \[0, 1\]"),
+        ({"ltmp.merge_threshold": "nan"}, "config.ltmp.merge_threshold must be a float .*, found 'nan'"),
         (
             {"ltmp.start": "even", "ltmp.merge_threshold": "0.5"},
             "config.ltmp.start must be 'authors' where a threshold",
@@ -189,7 +189,7 @@ def test_bad_settings_get_one_line(overrides: dict[str, str], message: str) -> N
         ({"ltmp.variant": "ltm"}, "config.ltmp.variant must be 'ltmp', under which the thresholds .* were learned"),
         ({"ltmp.tau": "0.5"}, "config.ltmp.tau must be 0.1, under which"),
         ({"ltmp.attached": "true"}, "config.ltmp.attached must be False, as the thresholds"),
-        ({"model.image_size": "(32,32)"}, "thresholds .* were learned for 17 tokens"),
+        ({"model.image_size": "(32,32)"}, "config.model.image_size must be .*, for which the thresholds"),
     ],
 )
 def test_thresholds_learned_otherwise_are_refused(run: Path, overrides: dict[str, str], message: str) -> None:
@@ -224,20 +224,18 @@ def test_drift_is_the_largest_kolmogorov_smirnov_distance() -> None:
 
 
 def test_rates_spend_the_target() -> None:
-    spec, _ = ltmp.install(
-        ViTSpec.uniform(depth=12, width=192, heads=3, mlp=768, image_size=224, patch=16, classes=1000)
-    )
+    dense = ViTSpec.uniform(depth=12, width=192, heads=3, mlp=768, image_size=224, patch=16, classes=1000)
+    spec, _ = ltmp.install(dense)
     for target in (0.45, 0.6, 0.8):
         for slope in (-0.5, 0.0, 1.0):
             removed = start.rates(spec, target, slope)
-            tokens = np.rint(197 - np.concatenate([[0], np.cumsum(removed)])).astype(int)
-            assert flops.macs(spec, list(tokens)) / flops.macs(spec) == pytest.approx(target, abs=0.003)
+            tokens = np.rint(197 - np.concatenate([[0], np.cumsum(removed)])).astype(int).tolist()
+            assert flops.macs(spec, tokens) / flops.macs(spec) == pytest.approx(target, abs=0.003)
     even = start.rates(spec, 0.8, 0.0)
     assert np.allclose(even, even[0])
     with_slope = start.rates(spec, 0.8, 0.5)
-    assert np.allclose(np.diff(with_slope), np.diff(with_slope)[0]) and with_slope[0] == pytest.approx(
-        3 * with_slope[-1]
-    )
+    assert np.allclose(np.diff(with_slope), np.diff(with_slope)[0])
+    assert with_slope[0] == pytest.approx(3 * with_slope[-1])
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.9])

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from vtjax.errors import InputError
 from vtjax.methods import ltmp
@@ -251,7 +251,7 @@ def evenly(depth: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({round((i + 1) * depth / (count + 1)) for i in range(count)} - {0}))
 
 
-def fixed(spec: ViTSpec, merged: Float[np.ndarray, "n L"], pruned: Float[np.ndarray, "n L"]) -> ViTSpec:
+def fixed(spec: ViTSpec, merged: Real[np.ndarray, "n L"], pruned: Real[np.ndarray, "n L"]) -> ViTSpec:
     """The fixed-count form, a method of its own: every image loses as many tokens as calibration images did on average.
 
     It is the fastest, and no longer adapts to the image. Its model is `ltmp.vit(spec)`, its parameters are those of the
