@@ -101,7 +101,7 @@ def digits(steps: int, batch_size: int) -> ConfigDict:
     config.optim.update(lr=1e-2, schedule="cosine")
     config.ltmp.update(target=0.5, settle_images=512)
     config.data.update(name="digits", train_split="train", eval_split="test", augment="shift")
-    config.model = vit.pretrained(image_size=(8, 8), classes=10)
+    config.model = vit.model(**vit.DIGITS)
     return config
 
 

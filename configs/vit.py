@@ -119,19 +119,14 @@ def digits(steps: int, batch_size: int) -> ConfigDict:
     config.loss.label_smoothing = 0.1
     config.optim.update(lr=3e-3, warmup=config.steps // 10, weight_decay=0.05, b2=0.95, clip=1.0)
     config.data.update(name="digits", train_split="train", eval_split="test", augment="shift")
-    config.model = model(
-        image_size=(8, 8),
-        patch=1,
-        width=64,
-        depth=2,
-        heads=8,
-        mlp=256,
-        classes=10,
-        class_token=False,
-        pos="sincos2d",
-        pooling="mean",
-    )
+    config.model = model(**DIGITS)
     return config
+
+
+DIGITS: dict[str, Any] = {
+    **{"image_size": (8, 8), "patch": 1, "width": 64, "depth": 2, "heads": 8, "mlp": 256, "classes": 10},
+    **{"class_token": False, "pos": "sincos2d", "pooling": "mean"},
+}
 
 
 def ti16(steps: int, batch_size: int) -> ConfigDict:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.common import Expected
+from vtjax import spec as spec_lib
 from vtjax.account import flops, params
 from vtjax.cli import config as config_lib
 from vtjax.cli import inspect
@@ -63,13 +64,16 @@ def overview(configs: Path, compiles: list[dict[str, Any]]) -> str:
     rows = []
     for name, expected in variants(configs):
         config = config_lib.load_config(configs / name.partition(":")[0], name.partition(":")[2])
-        model = inspect.open_model(str(configs / name), {})
+        # A run that a config starts from is not in the repository; its model is described there, too.
+        absent = {"init_from": ""} if config.init_from.startswith("runs/") else {}
+        model = inspect.open_model(str(configs / name), absent)
+        backbone = {part: tree for part, tree in model.params.items() if spec_lib.is_backbone(part)}
         height, width = model.spec.image_size
         where = dict.fromkeys(_place(r) for r in compiles if _name(r) == name)
         rows.append(
             (
                 f"`{name}`",
-                params.count(model.params),
+                params.count(backbone),
                 flops.macs(model.spec),
                 f"{height} x {width}, {model.spec.tokens}",
                 f"{config.batch_size}, {config.dtype}",

@@ -4,10 +4,9 @@
     python -m experiments.ltmp.accuracy grid        4 variants x 3 targets x 3 seeds (an hour on 2 CPU cores)
     python -m experiments.ltmp.accuracy fixed       the dense model, and fixed rates at the same MACs
     python -m experiments.ltmp.accuracy ablations   one setting changed at a time
-    python -m experiments.ltmp.accuracy changed     the thresholds under changed images and other image sizes
 
 Every record in results/accuracy.jsonl holds which images were right, so that differences are paired. What was recorded
-under the same commit of the method is not run again; runs lie in runs/ltmp and resume.
+is not run again; runs lie in runs/ltmp and resume.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ def fixed() -> Iterator[dict[str, Any]]:
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("grid", "fixed", "ablations", "changed"))
+    parser.add_argument("what", choices=("grid", "fixed", "ablations"))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the ablations: how many")
     options = parser.parse_args(arguments)
     known = {(r["kind"], r.get("name")) for r in (tables.read_jsonl(RECORDS) if RECORDS.exists() else [])}

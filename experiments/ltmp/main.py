@@ -55,7 +55,8 @@ def build(config: ConfigDict) -> Task:
     model = ltmp.vit(spec, training=True, **options)
     measured = ltmp.vit(spec if config.ltmp.measured == "masked" else ltmp.consistent(spec), **options)
     undiminished, distill = ViT(bench.undone(spec), **options), config.loss.distill
-    blocks, dense = ltmp.dense_macs(spec), flops.macs(spec)
+    # As floats: JAX would take whole numbers of this size for int32.
+    blocks, dense = ltmp.dense_macs(spec), float(flops.macs(spec))
     check(config, spec, ltmp.floor(spec) if config.ltmp.budget == "batch" else _whole(ltmp.floor(spec), blocks, dense))
     costs = jnp.asarray(ltmp.costs(spec))
 
@@ -63,6 +64,9 @@ def build(config: ConfigDict) -> Task:
         new = model.init(key) if params is None or fresh else {}
         kept = new if params is None else {**params, **{name: new[name] for name in fresh}}
         return {**kept, ltmp.NAME: kept.get(ltmp.NAME, thresholds)}, {}, {}
+
+    def begin(params: Any) -> Any:
+        return {**params, ltmp.NAME: _start(config, spec, params)}
 
     def shares(aux: Any) -> jax.Array:
         """MACs of every image over the dense model's, [B]."""
@@ -138,11 +142,12 @@ def build(config: ConfigDict) -> Task:
         },
         summary={
             "target": config.ltmp.target,
-            "dense_macs_per_image": dense,
+            "dense_macs_per_image": int(dense),
             "params": sum(row.params for row in flops.layers(spec)),
             "init_from": config.init_from,
             **({"init_from_sha256": parent} if (parent := vit.parent_of(spec)) and config.init_from else {}),
         },
+        begin=begin if config.ltmp.start == "even" and ltmp.NAME not in (params or {}) else None,
         finish=finish if config.ltmp.settle_images else None,
         bounds=lambda path: (0.0, 1.0) if path.startswith(f"{ltmp.NAME}/") else None,
         decisions=decisions,
@@ -175,8 +180,6 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
             prune_threshold=given[1],
             parent="" if params is None else params_sha256(params),
         )
-        if settings.start == "even" and params is not None:
-            thresholds = _start(config, spec, params)
         return spec, params, thresholds, fresh
     found = ltmp.reducers(spec)[0][1]
     for name in ("variant", "form", "tau", "similarity"):
@@ -239,7 +242,7 @@ _starts: dict[str, dict[str, np.ndarray]] = {}  # the points of a sweep differ i
 def _start(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarray]:
     settings = config.ltmp
     numbers = (settings.target, settings.prune_share, settings.slope)
-    key = f"{spec.sha256} {numbers} {settings.start_images} {config.data}"
+    key = f"{spec.sha256} {params_sha256(params)} {numbers} {settings.start_images} {config.data}"
     if key not in _starts:
         print("thresholds to start from, block by block ...", file=sys.stderr)
         _starts[key] = start.even(spec, params, _images(config, spec), *numbers)

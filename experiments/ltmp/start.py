@@ -78,7 +78,7 @@ def even(
     removed = rates(spec, target, slope)
 
     @functools.partial(jax.jit, static_argnames="name")
-    def run(thresholds: Any, batch: Any, name: str) -> list[Any]:
+    def run(params: Any, thresholds: Any, batch: Any, name: str) -> list[Any]:
         _, aux = model.apply({**params, ltmp.NAME: thresholds}, batch)
         made = [block["decisions"] for block in aux["blocks"] if "decisions" in block]
         if name == "best_similarity":
@@ -92,12 +92,13 @@ def even(
     if made.variant == "ltpm":
         steps.reverse()
     for position, (layer, _) in enumerate(ltmp.reducers(spec)):
-        for threshold, score, part in steps:
-            if threshold not in thresholds or not part:
+        for threshold, score, weight in steps:
+            if threshold not in thresholds or not weight:
                 continue
-            scores = np.concatenate([np.asarray(run(thresholds, jnp.asarray(x), score)[position]) for x in parts])
+            found = [run(params, thresholds, jnp.asarray(x), score)[position] for x in parts]
+            scores = np.concatenate([np.asarray(part) for part in found])
             finite = np.sort(scores[np.isfinite(scores)])
-            count = min(round(part * removed[layer] * len(images)), len(finite) - 1)
+            count = min(round(weight * removed[layer] * len(images)), len(finite) - 1)
             # A merge takes what lies above its threshold, a prune what lies at or below it.
             value = finite[-count - 1] if threshold == "merge_threshold" else finite[max(count - 1, 0)]
             thresholds[threshold][layer] = np.clip(value, 0.0, 1.0) if count else thresholds[threshold][layer]

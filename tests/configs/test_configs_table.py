@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from configs import vit
+from configs import ltmp, vit
 from docs import make_configs
 from vtjax.errors import InputError
 from vtjax.viz import tables
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = {"ltmp": ltmp.VARIANTS, "vit": vit.VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +32,16 @@ def test_the_committed_page_is_the_generated_one(built: dict[str, str]) -> None:
 
 def test_every_variant_has_a_row(built: dict[str, str]) -> None:
     rows = re.findall(r"^\| `(\S+)` \|", built["configs"], re.M)
-    assert rows == [f"vit.py:{name}" for name in vit.VARIANTS]
+    assert rows == [f"{file}.py:{name}" for file, known in FILES.items() for name in known]
     # Published: DeiT-B has 86.6 M parameters and 17.6 G MACs.
     assert "| `vit.py:b16_i1k` | 86,567,656 | 17,563,828,224 |" in built["configs"]
 
 
-@pytest.mark.parametrize("variant", vit.VARIANTS)
-def test_the_docstring_names_the_expected_figure(variant: str) -> None:
+@pytest.mark.parametrize(("module", "variant"), [(m, name) for m in (ltmp, vit) for name in m.VARIANTS])
+def test_the_docstring_names_the_expected_figure(module: Any, variant: str) -> None:
     """Either as a share or in percent."""
-    text = " ".join((vit.VARIANTS[variant].__doc__ or "").split())
-    for figure in re.findall(r"0\.\d+", vit.EXPECTED[variant].figure):
+    text = " ".join((module.VARIANTS[variant].__doc__ or "").split())
+    for figure in re.findall(r"0\.\d+", module.EXPECTED[variant].figure):
         assert figure in text or f"{100 * float(figure):.1f} %" in text
 
 

@@ -83,6 +83,7 @@ def measure(
             config_lib.override(config, "data.eval_split", config.data.weights_split)
         task, data = assemble.assemble(config)
         params, _, _ = task.init(jax.random.key(config.seed))
+        params = params if task.begin is None else task.begin(params)
     told: dict[str, Any] = {}
     if decisions and task.decisions is None:
         raise InputError(f"--decisions needs a model that decides per image, which {config.experiment!r} has not")

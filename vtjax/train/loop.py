@@ -141,6 +141,8 @@ class _Run:
             raise InputError(f"config.steps must be {self.start} or more, where {folder} stands, found {config.steps}")
         if self.saved < 0:
             self.state, self.frozen = program.init()
+            if program.task.begin is not None:
+                self._replace(program.task.begin(self.state.params))
         else:
             self.state, self.frozen = self.checkpoints.restore(self.saved, program.abstract), program.init_frozen()
         self.meta = {
@@ -236,10 +238,14 @@ class _Run:
     def _finish(self, finish: Callable[..., Any], knobs: Any) -> None:
         """The last touch of the host, on what will be evaluated."""
         self.progress.pause()
-        program, state = self.program, self.state
-        params = finish(program.averaged(state), self.frozen, state.extra, knobs, self._draw)
-        ema = split(params, program.groups)[0] if self.config.ema else state.ema
-        self.state = jax.device_put(dataclasses.replace(state, params=params, ema=ema), program.shardings)
+        averaged = self.program.averaged(self.state)
+        self._replace(finish(averaged, self.frozen, self.state.extra, knobs, self._draw))
+
+    def _replace(self, params: Any) -> None:
+        """Other parameters, and with them their moving average."""
+        ema = split(params, self.program.groups)[0] if self.config.ema else self.state.ema
+        changed = dataclasses.replace(self.state, params=params, ema=ema)
+        self.state = jax.device_put(changed, self.program.shardings)
 
     def _boundary(self, step: int) -> None:
         """Evaluates and saves a state whose metrics are known to be good."""

@@ -42,6 +42,7 @@ class Task:
       after_step: `(state, frozen, draw) -> state`, on the host after every step where a task has one; `draw(split,
         index)` gives a fresh validation batch as device arrays. Reading a value of `state` waits for the device, so the
         host no longer runs ahead. It must be a pure function of its arguments, or a resumed run differs.
+      begin: `params -> params`, on the host, once: before the first step of a fresh run, on the device arrays.
       finish: `(params, frozen, extra, knobs, draw) -> params`, on the host, once: after the last step and before its
         evaluation, on the parameters that evaluation uses (the moving average where there is one).
       knobs: config leaf -> value. They reach the compiled step as float32 arrays, so other values compile nothing new.
@@ -58,6 +59,7 @@ class Task:
     evaluate: Callable[..., Mapping[str, jax.Array]]
     trainable: Callable[[str], str | None]
     after_step: Callable[..., Any] | None = None
+    begin: Callable[[Params], Params] | None = None
     finish: Callable[..., Params] | None = None
     knobs: Mapping[str, float] = dataclasses.field(default_factory=dict)
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
