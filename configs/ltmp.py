@@ -43,8 +43,8 @@ def ltmp(**leaves: Any) -> ConfigDict:
             "budget_weight": 100.0,  # lambda
             "settle_images": 0,  # training images on which all thresholds move together at the end, onto the target
             "measured": "deployed",  # what an evaluation runs; "masked": the form that was trained
-            # What `vtjax bench` times: grouped; padded (the batch at one length per block); fixed counts; masked.
-            "deploy": {"form": "grouped", "group": 8, "lengths": 6, "sorts": 3},
+            # What `vtjax bench` times: grouped; whole (the batch as one group); fixed counts; masked.
+            "deploy": {"form": "grouped", "group": 8, "choices": 6, "sorts": 3},
         }
     )
     return common.with_leaves(config, leaves)

@@ -20,7 +20,7 @@ from vtjax.models.vit import ViT
 from vtjax.spec import ViTSpec
 from vtjax.train.task import Task, closing
 
-FORMS = ("grouped", "padded", "fixed", "masked")
+FORMS = ("grouped", "whole", "fixed", "masked")
 IMAGES = 256  # of a calibration that has to be made first
 
 
@@ -29,7 +29,7 @@ def check(config: ConfigDict) -> None:
     form = config.ltmp.deploy
     if form.form not in FORMS:
         raise InputError(f"config.ltmp.deploy.form must be one of {', '.join(FORMS)}, found {form.form!r}")
-    for name, least in (("group", 1), ("lengths", 1), ("sorts", 0)):
+    for name, least in (("group", 1), ("choices", 0), ("sorts", 0)):
         if form[name] < least:
             raise InputError(f"config.ltmp.deploy.{name} must be at least {least}, found {form[name]}")
 
@@ -73,7 +73,7 @@ def candidate(
         return float(macs_of(spec, kept(params, x)["kept"]).mean())
 
     settings = {
-        "lengths": sum(map(len, model.lengths)),
+        "sizes": sum(len(known) for choices in model.sizes for known in choices),
         "group": min(model.group or batch, batch),
         "calibration_images": len(counts["kept"]),
     }
@@ -83,15 +83,23 @@ def candidate(
 def grouped(config: ConfigDict, spec: ViTSpec, kept: np.ndarray, batch: int) -> ltmp_deploy.Deployed:
     """The adaptive model for batches of a size, from the live tokens `[n, L]` of calibration images."""
     form = config.ltmp.deploy
-    group, lengths, sorts = (form.group, form.lengths, form.sorts) if form.form == "grouped" else (0, 1, 0)
-    sort_at = ltmp_deploy.evenly(spec.depth, sorts) if 0 < group < batch else ()
-    known = ltmp_deploy.calibrate(kept, spec, batch=batch, group=group, lengths=lengths, sort_at=sort_at)
+    group = form.group if form.form == "grouped" else 0
+    sort_at = ltmp_deploy.evenly(spec.depth, form.sorts) if 0 < group < batch else ()
+    known = ltmp_deploy.calibrate(kept, spec, batch=batch, group=group, choices=form.choices, sort_at=sort_at)
     return ltmp_deploy.Deployed(spec, known, group=group, sort_at=sort_at, **_options(config))
 
 
 def macs_of(spec: ViTSpec, kept: Any) -> np.ndarray:
     """MACs `[n]` of images with so many live tokens after each block, `[n, L]`."""
     return np.asarray([flops.macs(spec, [spec.tokens, *(int(k) for k in row)]) for row in np.asarray(kept)], float)
+
+
+def macs_of_sizes(spec: ViTSpec, slots: Any, rows: Any) -> np.ndarray:
+    """MACs `[n]` of images that were run with so many slots and rows, `[n, L]`."""
+    costs = ltmp.costs(spec).astype(np.float64)
+    k, r = np.asarray(slots, np.float64), np.asarray(rows, np.float64)
+    spent = (costs[:, 0] * k + costs[:, 1] * k * k + costs[:, 2] * r).sum(1)
+    return spent + flops.macs(spec) - ltmp.dense_macs(spec)
 
 
 def calibration(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ import numpy as np
 
 import vtjax
 from experiments.ltmp import deploy, start
-from vtjax.account import bench, flops, record, timing
+from vtjax.account import bench, record, timing
 from vtjax.cli import config as config_lib
 from vtjax.data import loader
 from vtjax.methods import ltmp
@@ -42,7 +42,7 @@ MODELS = ("ViT-Ti/16", "ViT-S/16")
 CASES = [
     (model, form, batch)
     for model in MODELS
-    for form, batches in (("grouped", (1, 8, 32)), ("padded", (32,)), ("fixed", (1, 8, 16, 32)))
+    for form, batches in (("grouped", (1, 8, 32)), ("whole", (32,)), ("fixed", (1, 8, 16, 32)))
     for batch in batches
 ]
 IMAGES = 128  # that are timed
@@ -131,12 +131,11 @@ def case(
     }
     if "dense_in_groups" in sides:
         found["realised_against_groups"] = compared.ratio("dense_in_groups", "reduced") / work
-    if form in ("grouped", "padded"):
+    if form in ("grouped", "whole"):
         apply = jax.jit(deploy.grouped(config, spec, counts["kept"], batch).apply)
         made = [apply(params, rows["image"])[1] for rows in chosen]
-        slots = np.concatenate([np.asarray(m["slots"]) for m in made])
-        used = [flops.macs(spec, [spec.tokens, *map(int, row[1:])]) for row in slots]
-        found["slots_mac_ratio"] = macs["dense"] / float(np.mean(used))
+        slots, rows = (np.concatenate([np.asarray(m[name]) for m in made]) for name in ("slots", "rows"))
+        found["sizes_mac_ratio"] = macs["dense"] / float(deploy.macs_of_sizes(spec, slots, rows).mean())
         found["overflow_rate"] = float(np.mean(np.concatenate([np.asarray(m["overflow"]) for m in made])))
     return found
 

@@ -194,7 +194,7 @@ def speed(records: list[dict[str, Any]]) -> str:
             f"{r['mac_ratio']:.2f}",
             f"**{r['realised']:.2f}**",
             f"{r['realised_against_groups']:.2f}" if "realised_against_groups" in r else "",
-            f"{r['slots_mac_ratio']:.2f}" if "slots_mac_ratio" in r else "",
+            f"{r['slots_mac_ratio']:.2f}" if "sizes_mac_ratio" in r else "",
             f"{r['overflow_rate']:.1%}" if "overflow_rate" in r else "",
             f"{r['compile_s']:.0f}",
             "" if r["other_cores"] is None else f"{r['other_cores']:.2f}",
@@ -203,7 +203,7 @@ def speed(records: list[dict[str, Any]]) -> str:
     ]
     header = (
         *("model", "form", "batch", "dense ms", "reduced ms", "times as fast (p10 to p90)", "MAC ratio", "realised"),
-        *("against dense in groups", "MAC ratio of the slots", "overflow", "compile s", "other busy cores"),
+        *("against dense in groups", "MAC ratio of the sizes", "overflow", "compile s", "other busy cores"),
     )
     return tables.markdown(header, rows) + "\n\n" + circumstances(records)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is deployed computes what the masked model computes, whatever the lengths, the groups and the batch mates."""
+"""What is deployed computes what the masked model computes, whatever the sizes, the groups and the batch mates."""
 
 from __future__ import annotations
 
@@ -71,51 +71,59 @@ def equal(model: ltmp_deploy.Deployed, params: Any, batch: jax.Array) -> dict[st
     return {name: np.asarray(value) for name, value in aux.items()}
 
 
-def lengths(spec: ViTSpec, *known: int) -> ltmp_deploy.Lengths:
-    return (known,) * (spec.depth + 1)
+def sizes(spec: ViTSpec, *known: int, rows: tuple[int, ...] = ()) -> ltmp_deploy.Sizes:
+    return ltmp_deploy.Sizes((known,) * spec.depth, (rows,) * spec.depth)
 
 
 @pytest.mark.parametrize("variant", ltmp.VARIANTS)
 def test_removal_computes_what_the_mask_computes(variant: str) -> None:
     spec, params = installed(CLASS, variant)
-    model = ltmp_deploy.Deployed(spec, lengths(spec, 8, 12), group=2, sort_at=(1, 2))
+    model = ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=2, sort_at=(1, 2))
     equal(model, params, images(5))
 
 
 @pytest.mark.parametrize("dense", [REGISTERS, MEAN], ids=["registers", "mean"])
 def test_any_prefix_and_pooling(dense: ViTSpec) -> None:
     spec, params = installed(dense)
-    equal(ltmp_deploy.Deployed(spec, lengths(spec, 8, 12), group=2, sort_at=(2,)), params, images(4))
+    equal(ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=2, sort_at=(2,)), params, images(4))
 
 
 def test_thresholds_of_the_faithful_form_are_deployed_by_removal() -> None:
     spec, params = installed(CLASS, form="faithful")
-    equal(ltmp_deploy.Deployed(spec, lengths(spec, 10)), params, images(4))
+    equal(ltmp_deploy.Deployed(spec, sizes(spec, 10, rows=(30,))), params, images(4))
 
 
 def test_what_exceeds_every_calibrated_length_is_counted_and_exact() -> None:
     spec, params = installed(CLASS)
     _, kept = masked(spec, params, images(6))
     most = int(kept[:, 0].max()) - 1
-    model = ltmp_deploy.Deployed(spec, ((), (most,), (17,), (17,)), group=1)
-    aux = equal(model, params, images(6))
+    known = ltmp_deploy.Sizes(((), (most,), ()), ((), (), ()))
+    aux = equal(ltmp_deploy.Deployed(spec, known, group=1), params, images(6))
     np.testing.assert_array_equal(aux["overflow"], kept[:, 0] > most)
     assert 0 < aux["overflow"].sum() < 6
     np.testing.assert_array_equal(aux["slots"][:, 1], np.where(kept[:, 0] > most, 17, most))
+    most = int(kept[:, 1].max()) - 1
+    known = ltmp_deploy.Sizes(((), (), ()), ((), (most,), ()))
+    aux = equal(ltmp_deploy.Deployed(spec, known, group=1), params, images(6))
+    np.testing.assert_array_equal(aux["overflow"], kept[:, 1] > most)
+    np.testing.assert_array_equal(aux["rows"][:, 1], np.where(kept[:, 1] > most, 17, most))
 
 
 def test_slots_hold_what_lives() -> None:
     spec, params = installed(CLASS)
-    aux = equal(ltmp_deploy.Deployed(spec, lengths(spec, 4, 8, 12, 16), group=3, sort_at=(1,)), params, images(9))
-    entering = np.concatenate([np.full((9, 1), 17), aux["kept"]], 1)
-    assert (aux["slots"] >= entering).all() and (aux["slots"] - entering < 14).all()
+    known = sizes(spec, 4, 8, 12, 16, rows=(6, 12, 24, 36))
+    aux = equal(ltmp_deploy.Deployed(spec, known, group=3), params, images(9))
+    entering = np.concatenate([np.full((9, 1), 17), aux["kept"][:, :-1]], 1)
+    assert (aux["slots"] >= entering).all() and set(aux["slots"].ravel()) <= {4, 8, 12, 16, 17}
+    sums = aux["kept"].reshape(3, 3, -1).sum(1).repeat(3, 0)
+    assert (aux["rows"] * 3 >= sums - 1e-4).all() and (aux["rows"][:, -1] < 17).any()
 
 
 def test_batch_mates_and_groups_do_not_matter() -> None:
     spec, params = installed(CLASS)
     batch = images(7)
     apply = {
-        group: jax.jit(ltmp_deploy.Deployed(spec, lengths(spec, 6, 12), group=group, sort_at=(1, 2)).apply)
+        group: jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 6, 12, rows=(9, 18)), group=group, sort_at=(1, 2)).apply)
         for group in (0, 1, 3)
     }
     alone = np.concatenate([apply[0](params, batch[i : i + 1])[0] for i in range(7)])
@@ -128,14 +136,14 @@ def test_more_room_changes_nothing() -> None:
     spec, params = installed(CLASS)
     tight, wide = (
         jax.jit(ltmp_deploy.Deployed(spec, known).apply)(params, images(3))[0]
-        for known in (lengths(spec, 4, 6, 8, 10, 12, 14, 16), lengths(spec))
+        for known in (sizes(spec, 4, 6, 8, 10, 12, 14, 16, rows=(12, 18, 24, 30, 36)), sizes(spec))
     )
     np.testing.assert_allclose(tight, wide, atol=1e-6)
 
 
 def test_thresholds_may_be_given_as_knobs_without_another_compilation() -> None:
     spec, params = installed(CLASS)
-    model = ltmp_deploy.Deployed(spec, lengths(spec, 8))
+    model = ltmp_deploy.Deployed(spec, sizes(spec, 8))
     compiled = 0
 
     def run(knobs: Any) -> Any:
@@ -152,21 +160,21 @@ def test_thresholds_may_be_given_as_knobs_without_another_compilation() -> None:
 
 def test_nothing_reduced_is_the_dense_model() -> None:
     spec, params = installed(CLASS, merge_threshold=1.0, prune_threshold=0.0)
-    y, _ = jax.jit(ltmp_deploy.Deployed(spec, lengths(spec)).apply)(params, images(3))
+    y, _ = jax.jit(ltmp_deploy.Deployed(spec, sizes(spec)).apply)(params, images(3))
     dense = {name: tree for name, tree in params.items() if name != "ltmp"}
     np.testing.assert_allclose(y, jax.jit(ViT(CLASS).apply)(dense, images(3))[0], atol=1e-5)
 
 
-def test_calibrated_lengths_hold_the_images_that_they_were_made_of() -> None:
+def test_calibrated_sizes_hold_the_images_that_they_were_made_of() -> None:
     spec, params = installed(CLASS)
     _, kept = masked(spec, params, images(64))
-    known = ltmp_deploy.calibrate(kept, spec, batch=16, group=4, lengths=3, apart=1, sort_at=(1, 2, 3))
-    assert [len(unit) <= 3 for unit in known] == [True] * 4
-    assert [unit[-1] for unit in known] == [17, *kept.max(0)]
-    aux = equal(ltmp_deploy.Deployed(spec, known, group=4, sort_at=(1, 2, 3)), params, images(64)[:16])
-    assert not aux["overflow"].any()
-    apart = ltmp_deploy.calibrate(kept, spec, batch=16, group=4, lengths=8, apart=5)
-    assert all(b - a >= 5 for unit in apart for a, b in zip(unit[:-1], unit[1:], strict=True))
+    known = ltmp_deploy.calibrate(kept, spec, batch=16, group=4, choices=3, sort_at=(1, 2))
+    assert all(1 <= len(block) <= 3 for choices in known for block in choices)
+    assert [block[-1] for block in known.slots] == [17, *kept.max(0)[:-1]]
+    assert all(block[-1] <= 4 * most for block, most in zip(known.rows, kept.max(0), strict=True))
+    aux = equal(ltmp_deploy.Deployed(spec, known, group=4, sort_at=(1, 2)), params, images(64)[:16])
+    assert aux["overflow"].mean() < 0.5
+    assert ltmp_deploy.calibrate(kept, spec, batch=4, choices=0) == sizes(spec)
 
 
 def test_the_fixed_form_removes_the_mean_counts() -> None:
@@ -184,9 +192,9 @@ def test_the_fixed_form_removes_the_mean_counts() -> None:
     assert counts == list(ltmp.fixed_tokens(fixed)) and np.isfinite(y).all()
 
 
-def test_evenly_spread_units() -> None:
+def test_evenly_spread_blocks() -> None:
     assert ltmp_deploy.evenly(12, 3) == (3, 6, 9) and ltmp_deploy.evenly(12, 0) == ()
-    assert set(ltmp_deploy.evenly(2, 5)) <= {1, 2}
+    assert ltmp_deploy.evenly(2, 5) == (1,)
 
 
 SPEC = installed(CLASS)[0]
@@ -195,20 +203,20 @@ SPEC = installed(CLASS)[0]
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"spec": CLASS, "lengths": lengths(CLASS)}, "needs a spec with learned thresholds .*, found none"),
-        ({"lengths": ((),) * 3}, "lengths must hold 4 units, one more than blocks, found 3"),
-        ({"lengths": ((), (8, 4), (), ())}, r"lengths\[1\] must ascend within 1..17, found \(8, 4\)"),
-        ({"lengths": ((), (), (18,), ())}, r"lengths\[2\] must ascend within 1..17, found \(18,\)"),
-        ({"lengths": ((), (), (), (0,))}, r"lengths\[3\] must ascend within 1..17"),
+        ({"spec": CLASS, "sizes": sizes(CLASS)}, "needs a spec with learned thresholds .*, found none"),
+        ({"sizes": ltmp_deploy.Sizes(((),) * 2, ((),) * 3)}, "sizes.slots must hold 3 blocks, found 2"),
+        ({"sizes": sizes(SPEC, 8, 4)}, r"sizes.slots\[0\] must ascend from 1 or more, found \(8, 4\)"),
+        ({"sizes": sizes(SPEC, 18)}, r"sizes.slots\[0\] must be at most 17 tokens, found \(18,\)"),
+        ({"sizes": sizes(SPEC, rows=(0,))}, r"sizes.rows\[0\] must ascend from 1 or more, found \(0,\)"),
         ({"group": -1}, "group must be 0 or more images, found -1"),
-        ({"sort_at": (4,)}, r"sort_at must name units in 1..3, found \(4,\)"),
+        ({"sort_at": (4,)}, r"sort_at must name blocks in 1..2, found \(4,\)"),
         ({"attention": "flash"}, "attention must be one of .*, found 'flash'"),
         ({"spec": dataclasses.replace(SPEC, feature_layer=1)}, "pooled outputs only, found feature_layer=1"),
     ],
 )
 def test_a_deployment_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ltmp_deploy.Deployed(**{"spec": SPEC, "lengths": lengths(SPEC, 8), **fields})
+        ltmp_deploy.Deployed(**{"spec": SPEC, "sizes": sizes(SPEC, 8), **fields})
 
 
 @pytest.mark.parametrize(

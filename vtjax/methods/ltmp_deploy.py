@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """LTMP as it is deployed: dead tokens are gone and time is saved, for every image, at any batch size, under jit.
 
-The number of live tokens depends on image and block, and XLA wants static shapes. Images are run in small groups. Each
-block has a few lengths, calibrated on data, and a group takes the least that holds all of its images (`lax.switch`).
-The last length is always that of the dense model, so that nothing is ever cut off: an image with more tokens than any
-calibrated length takes a slower path, is counted, and gets the same result. Before some blocks the images are sorted by
-their live tokens, so that a group holds alike ones. Which images share a batch or a group decides about speed alone.
+The number of live tokens depends on image and block, and XLA wants static shapes. Images are run in small groups, each
+through all blocks. Attention is padded to the longest image of its group, the MLP runs on the concatenated live tokens
+of the group ("packed": their sum varies less than the longest). Each block has a few sizes for both, calibrated on
+data, and takes the least that suffices (`lax.switch`). The last one is always that of the dense model, so that nothing
+is ever cut off: what is longer than any calibrated size takes a slower path, is counted, and gets the same result.
+Before some blocks the images are sorted by their live tokens, so that a group holds alike ones. Which images share a
+batch or a group decides about speed alone.
 
-    lengths = calibrate(counts, ...)            # counts of live tokens from other images
-    model = Deployed(spec, lengths, group=8)
+    sizes = calibrate(counts, ...)              # live tokens of other images
+    model = Deployed(spec, sizes, group=8, sort_at=(3, 6, 9))
     y, aux = jax.jit(model.apply)(params, images)
 
-Letters: B batch, G images of a group, L layers, K slots of a group, D width.
+Letters: B batch, G images of a group, L layers, N tokens of the dense model, K slots of attention, R rows of the MLP,
+D width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +34,25 @@ from vtjax.methods import ltmp
 from vtjax.models.layers import Block, Knobs
 from vtjax.models.segments import block_name, call_module, layer_knobs
 from vtjax.models.vit import Params, ViT, method_knobs
-from vtjax.ops.attention import IMPLEMENTATIONS
+from vtjax.ops.attention import IMPLEMENTATIONS, removed
 from vtjax.ops.token_reduction import filled
 from vtjax.ops.tokens import Tokens
 from vtjax.spec import ViTSpec
 
-Lengths = tuple[tuple[int, ...], ...]
-"""Per unit the numbers of slots that a group may be run with, ascending; that of the dense model comes on top. Unit
-0 is the attention of block 0, unit l the MLP of block l - 1 and the attention of block l, unit L the last MLP:
-between two reducers the number of tokens does not change."""
+Choices = tuple[tuple[int, ...], ...]
+"""Per block the sizes that a group may be run with, ascending; that of the dense model comes on top."""
+
+
+class Sizes(NamedTuple):
+    """What a deployed model is compiled for; see `calibrate`.
+
+    Attributes:
+      slots: K, for the attention of each block: at least the live tokens that any image of the group brings.
+      rows: R, for the MLP of each block: at least the live tokens that the group has after the reducer.
+    """
+
+    slots: Choices
+    rows: Choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +61,17 @@ class Deployed:
 
     Attributes:
       spec: one in which LTMP is installed, in either form: removal is the same.
-      lengths: see `calibrate`.
-      group: images that are run together, G; 0 = the whole batch at once ("padded").
-      sort_at: units before which the images of the batch are sorted by their live tokens; of no use in one group.
+      sizes: see `calibrate`.
+      group: images that are run together, G; 0 = the whole batch at once.
+      sort_at: blocks before which the images of the batch are sorted by their live tokens; of no use in one group.
       dtype, attention: as of `ViT`.
 
     Raises:
-      InputError: a spec without learned thresholds, or whose tokens are not pooled; lengths that do not fit it.
+      InputError: a spec without learned thresholds, or whose tokens are not pooled; sizes that do not fit it.
     """
 
     spec: ViTSpec
-    lengths: Lengths
+    sizes: Sizes
     group: int = 0
     sort_at: tuple[int, ...] = ()
     dtype: Any = jnp.float32
@@ -71,16 +85,18 @@ class Deployed:
             raise InputError(f"deployment gives pooled outputs only, found feature_layer={spec.feature_layer}")
         if self.attention not in IMPLEMENTATIONS:
             raise InputError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, found {self.attention!r}")
-        if len(self.lengths) != spec.depth + 1:
-            units = spec.depth + 1
-            raise InputError(f"lengths must hold {units} units, one more than blocks, found {len(self.lengths)}")
-        for unit, known in enumerate(self.lengths):
-            if list(known) != sorted(set(known)) or not all(1 <= length <= spec.tokens for length in known):
-                raise InputError(f"lengths[{unit}] must ascend within 1..{spec.tokens}, found {known}")
+        for name, choices in self.sizes._asdict().items():
+            if len(choices) != spec.depth:
+                raise InputError(f"sizes.{name} must hold {spec.depth} blocks, found {len(choices)}")
+            for layer, known in enumerate(choices):
+                if list(known) != sorted(set(known)) or not all(size >= 1 for size in known):
+                    raise InputError(f"sizes.{name}[{layer}] must ascend from 1 or more, found {known}")
+                if name == "slots" and known and known[-1] > spec.tokens:
+                    raise InputError(f"sizes.slots[{layer}] must be at most {spec.tokens} tokens, found {known}")
         if self.group < 0:
             raise InputError(f"group must be 0 or more images, found {self.group}")
-        if any(not 0 < unit <= spec.depth for unit in self.sort_at):
-            raise InputError(f"sort_at must name units in 1..{spec.depth}, found {self.sort_at}")
+        if any(not 0 < layer < spec.depth for layer in self.sort_at):
+            raise InputError(f"sort_at must name blocks in 1..{spec.depth - 1}, found {self.sort_at}")
 
     def apply(
         self, params: Params, images: Float[Array | np.ndarray, "B H W C"], *, knobs: Knobs | None = None
@@ -89,8 +105,9 @@ class Deployed:
 
         Returns:
           y: as of `ViT.apply`.
-          aux: int32 `kept [B, L]`, live tokens after each block; `slots [B, L + 1]`, what the image was run with;
-            bool `overflow [B]`: it had more tokens in some block than any calibrated length there.
+          aux: `kept [B, L]` int32, live tokens after each block; `slots [B, L]` int32 and `rows [B, L]` float32, what
+            the image was run with: K, and its share R / G; `overflow [B]` bool: in some block it or its group had more
+            live tokens than any calibrated size there.
         """
         spec, vit = self.spec, self._vit
         params, images = jax.tree.map(jnp.asarray, (params, images))
@@ -104,85 +121,98 @@ class Deployed:
         live = jnp.where(jnp.arange(total) < batch, spec.tokens, max(spec.prefix, 1)).astype(jnp.int32)
         sizes = jnp.ones(x.shape[:2], jnp.float32)
         where = jnp.arange(total)
-        kept: list[Array] = []
-        slots: list[Array] = []
-        bounds = [0, *sorted(set(self.sort_at)), spec.depth + 1]
+        made: list[Any] = []
+        bounds = [0, *sorted(set(self.sort_at)), spec.depth]
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
             if start and total > group:
                 order = jnp.argsort(live)
                 x, sizes, live, where = x[order], sizes[order], live[order], where[order]
-                kept, slots = [k[order] for k in kept], [s[order] for s in slots]
+                made = jax.tree.map(lambda a, order=order: a[order], made)
 
-            def stage(state: Any, units: range = range(start, stop)) -> Any:
-                return self._stage(units, params, thresholds, state)
+            def stage(state: Any, layers: range = range(start, stop)) -> Any:
+                return self._stage(layers, params, thresholds, state)
 
             grouped = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), (x, sizes, live))
             if total > group:
-                state, made = jax.lax.map(stage, grouped)
+                result = jax.lax.map(stage, grouped)
             else:
-                state, made = jax.tree.map(lambda a: a[None], stage(jax.tree.map(lambda a: a[0], grouped)))
-            (x, sizes, live), (counts, used) = jax.tree.map(lambda a: a.reshape(total, *a.shape[2:]), (state, made))
-            kept.append(counts)
-            slots.append(used)
+                result = jax.tree.map(lambda a: a[None], stage(jax.tree.map(lambda a: a[0], grouped)))
+            (x, sizes, live), told = jax.tree.map(lambda a: a.reshape(total, *a.shape[2:]), result)
+            made.append(told)
         back = jnp.argsort(where)[:batch]
         alive = (jnp.arange(x.shape[1]) < live[:, None]).astype(jnp.float32)
         y, _ = vit.read(params, jax.tree.map(lambda a: a[back], Tokens(x, sizes, alive)))
-        counts, used = jnp.concatenate(kept, 1)[back], jnp.concatenate(slots, 1)[back]
-        return y, {"kept": counts[:, : spec.depth], "slots": used, "overflow": self._overflow(counts)}
+        aux = {name: jnp.concatenate([told[name] for told in made], 1)[back] for name in made[0]}
+        return y, {**aux, "overflow": aux["overflow"].any(1)}
 
     @property
     def _vit(self) -> ViT:
-        return ltmp.vit(ltmp.consistent(self.spec), dtype=self.dtype, attention=self.attention)
+        attention = removed if self.attention in ("auto", "xla") else self.attention
+        return ltmp.vit(ltmp.consistent(self.spec), dtype=self.dtype, attention=attention)
 
-    def _stage(self, units: range, params: Params, thresholds: Knobs, state: Any) -> Any:
-        """Some units for one group: state `x [G, S, D]`, `size [G, S]`, `live [G]` -> state, and per image and unit the
-        live tokens after it and the slots that it was run with."""
-        kept, slots = [], []
-        for unit in units:
-            lengths = self._ways(unit)
-            index = jnp.searchsorted(jnp.asarray(lengths), state[2].max())
-            branches = [self._branch(unit, length, params, thresholds) for length in lengths]
-            state = jax.lax.switch(index, branches, *state) if len(branches) > 1 else branches[0](*state)
-            kept.append(state[2])
-            slots.append(jnp.full_like(state[2], jnp.asarray(lengths)[index]))
-        return state, (jnp.stack(kept, 1), jnp.stack(slots, 1))
+    def _stage(self, layers: range, params: Params, thresholds: Knobs, state: Any) -> Any:
+        """Some blocks for one group: state `x [G, N, D]`, `size [G, N]`, `live [G]` -> state, and what `apply` tells of
+        every image, `[G, blocks]`."""
+        told: dict[str, list[Array]] = {name: [] for name in ("kept", "slots", "rows", "overflow")}
+        group, tokens = state[2].shape[0], self.spec.tokens
+        for layer in layers:
+            first, second = halves(self._vit.blocks()[layer])
+            p, knobs = params.get(block_name(layer), {}), layer_knobs(thresholds, layer)
+            known, dense = self.sizes.slots[layer], tokens
+            over = state[2] > _last(known, dense)
+            attend = functools.partial(_attend, first, p, knobs)
+            slots, state = _least((*known, dense), state[2].max(), attend, state)
+            dense = group * tokens
+            known = tuple(size for size in self.sizes.rows[layer] if size < dense)
+            over |= state[2].sum() > _last(known, dense)
+            rows, state = _least((*known, dense), state[2].sum(), functools.partial(_mlp, second, p, knobs), state)
+            values = {"kept": state[2], "slots": slots, "rows": rows / group, "overflow": over}
+            for name, value in values.items():
+                told[name].append(jnp.broadcast_to(value, (group,)))
+        return state, {name: jnp.stack(values, 1) for name, values in told.items()}
 
-    def _branch(self, unit: int, length: int, params: Params, thresholds: Knobs) -> Callable[..., Any]:
-        """A unit at one length."""
-        spec = self.spec
-        last = unit == spec.depth
-        # What pools the class token alone needs no others.
-        slots = max(spec.prefix, 1) if last and spec.pooling == "class" else spec.tokens
 
-        def run(x: Array, size: Array, live: Array) -> tuple[Array, Array, Array]:
-            alive = (jnp.arange(length) < live[:, None]).astype(jnp.float32)
-            tokens = Tokens(x[:, :length], size[:, :length], alive)
-            if unit:
-                tokens = self._half(unit - 1, 1, params, thresholds, tokens)
-            if not last:
-                tokens = self._half(unit, 0, params, thresholds, tokens)
-            size, alive, _ = filled(tokens)
-            return _fit(tokens.x, slots), _fit(size, slots, 1.0), alive.sum(1).astype(jnp.int32)
+State = tuple[Float[Array, "G N D"], Float[Array, "G N"], Int[Array, " G"]]
 
-        return run
 
-    def _half(self, layer: int, half: int, params: Params, thresholds: Knobs, tokens: Tokens) -> Tokens:
-        """The attention and reducer of a block, or its MLP."""
-        block = self._vit.blocks()[layer]
-        made = halves(block)[half]
-        if made is None:
-            return tokens
-        tokens, _ = call_module(made, params.get(block_name(layer), {}), tokens, layer_knobs(thresholds, layer))
-        return tokens
+def _least(sizes: tuple[int, ...], needed: Array, run: Callable[..., State], state: State) -> tuple[Array, State]:
+    """`run(size, *state)` with the least size that holds what is needed; the size, and the result."""
+    known = tuple(sorted(set(sizes)))
+    index = jnp.searchsorted(jnp.asarray(known), needed)
+    branches = [functools.partial(run, size) for size in known]
+    result = jax.lax.switch(index, branches, *state) if len(branches) > 1 else branches[0](*state)
+    return jnp.asarray(known)[index], result
 
-    def _ways(self, unit: int) -> tuple[int, ...]:
-        """The lengths of a unit, the dense one included."""
-        return tuple(sorted({*self.lengths[unit], self.spec.tokens}))
 
-    def _overflow(self, counts: Int[Array, "B U"]) -> Array:
-        """Whether an image had more live tokens before some unit than its calibrated lengths hold."""
-        most = [known[-1] if known else self.spec.tokens for known in self.lengths[1:]]
-        return (counts[:, : self.spec.depth] > jnp.asarray(most)).any(1)
+def _last(known: tuple[int, ...], dense: int) -> int:
+    return known[-1] if known else dense
+
+
+def _attend(block: Block | None, params: Any, knobs: Knobs, length: int, x: Array, size: Array, live: Array) -> State:
+    """Attention and reducer of a block at `length` slots per image."""
+    if block is None:
+        return x, size, live
+    alive = (jnp.arange(length) < live[:, None]).astype(jnp.float32)
+    tokens, _ = call_module(block, params, Tokens(x[:, :length], size[:, :length], alive), knobs)
+    new_size, alive, _ = filled(tokens)
+    slots = x.shape[1]
+    return _fit(tokens.x, slots), _fit(new_size, slots, 1.0), alive.sum(1).astype(jnp.int32)
+
+
+def _mlp(block: Block | None, params: Any, knobs: Knobs, rows: int, x: Array, size: Array, live: Array) -> State:
+    """The MLP of a block on the live tokens of all images, one after the other, `rows` of them with what fills up."""
+    if block is None:
+        return x, size, live
+    group, slots, width = x.shape
+    ends = jnp.cumsum(live)
+    row = jnp.arange(rows)
+    image = jnp.minimum((row[:, None] >= ends[None]).sum(1), group - 1)
+    slot = jnp.minimum(row - (ends - live)[image], slots - 1)
+    packed = jnp.take(x.reshape(-1, width), image * slots + slot, axis=0, mode="clip")
+    tokens, _ = call_module(block, params, Tokens(packed[None]), knobs)
+    # Dead slots get the row of another token: finite, and seen by nobody.
+    source = jnp.minimum((ends - live)[:, None] + jnp.arange(slots), rows - 1)
+    return jnp.take(tokens.x[0], source, axis=0, mode="clip"), size, live
 
 
 def halves(block: Block) -> tuple[Block | None, Block | None]:
@@ -201,22 +231,20 @@ def calibrate(
     *,
     batch: int,
     group: int = 0,
-    lengths: int = 6,
-    apart: int = 4,
+    choices: int = 6,
     sort_at: Sequence[int] = (),
     seed: int = 0,
-) -> Lengths:
-    """Lengths for `Deployed`, from the live tokens of calibration images.
+) -> Sizes:
+    """Sizes for `Deployed`, from the live tokens of calibration images.
 
-    Batches are drawn from the images and put into groups as the model would; the lengths of a unit are quantiles of the
-    groups' longest images, the last of them the longest of all. Of two that lie closer than `apart` the longer stays:
-    each is compiled.
+    Batches are drawn from the images and put into groups as the model would. The sizes of a block are quantiles of the
+    groups' longest images (slots) and of their sums (rows), the largest that occurred among them. Of two that lie
+    closer than 1 / 50 of the dense size the larger stays: each is compiled.
 
     Args:
       counts: live tokens after each block, of n images that represent those to come (`kept` of any form).
       batch, group, sort_at: as the model will be used.
-      lengths: at most how many a unit gets.
-      apart: tokens, at least, between two of them.
+      choices: at most how many sizes a block gets for its attention, and for its MLP; 0 = the dense size alone.
 
     Raises:
       InputError: counts of another shape, or not within 1..tokens.
@@ -228,27 +256,33 @@ def calibrate(
         raise InputError(f"counts must be in 1..{spec.tokens}, found {found.min()} to {found.max()}")
     rng = np.random.default_rng(seed)
     group = min(group or batch, batch)
-    rows = np.stack([rng.integers(0, len(found), batch) for _ in range(max(64, 2048 // batch))])
-    entering = np.concatenate([np.full((len(found), 1), spec.tokens), found], 1)[rows]  # [draws, batch, L + 1]
-    out: list[tuple[int, ...]] = []
-    for unit in range(spec.depth + 1):
-        if unit in sort_at:
-            order = entering[:, :, unit].argsort(1, kind="stable")
+    drawn = np.stack([rng.integers(0, len(found), batch) for _ in range(max(64, 2048 // batch))])
+    entering = np.concatenate([np.full((len(found), 1), spec.tokens), found], 1)[drawn]  # [draws, batch, L + 1]
+    slots, rows = [], []
+    for layer in range(spec.depth):
+        if layer in sort_at:
+            order = entering[:, :, layer].argsort(1, kind="stable")
             entering = np.take_along_axis(entering, order[..., None], 1)
-        groups = [entering[:, start : start + group, unit].max(1) for start in range(0, batch, group)]
-        longest = np.concatenate(groups)
-        wanted = np.quantile(longest, np.arange(lengths, 0, -1) / lengths, method="higher")
-        chosen = [int(wanted[0])]
-        for length in wanted[1:]:
-            if chosen[-1] - length >= apart:
-                chosen.append(int(length))
-        out.append(tuple(reversed(chosen)))
-    return tuple(out)
+        groups = [entering[:, start : start + group] for start in range(0, batch, group)]
+        slots.append(_quantiles(np.concatenate([g[:, :, layer].max(1) for g in groups]), choices, spec.tokens))
+        dense = group * spec.tokens
+        rows.append(_quantiles(np.concatenate([g[:, :, layer + 1].sum(1) for g in groups]), choices, dense))
+    return Sizes(tuple(slots), tuple(rows))
+
+
+def _quantiles(needed: np.ndarray, choices: int, dense: int) -> tuple[int, ...]:
+    """At most so many sizes that cover what is needed."""
+    chosen: list[int] = []
+    for size in np.quantile(needed, np.arange(choices, 0, -1) / max(choices, 1), method="higher"):
+        if not chosen or chosen[-1] - size >= dense / 50:
+            chosen.append(int(size))
+    return tuple(reversed(chosen))
 
 
 def evenly(depth: int, count: int) -> tuple[int, ...]:
-    """`count` units, evenly spread over a model of `depth` blocks, before which images may be sorted."""
-    return tuple(sorted({round((i + 1) * depth / (count + 1)) for i in range(count)} - {0}))
+    """`count` blocks, evenly spread over a model of `depth`, before which images may be sorted."""
+    spread = {round((i + 1) * depth / (count + 1)) for i in range(count)}
+    return tuple(sorted(spread & set(range(1, depth))))
 
 
 def fixed(spec: ViTSpec, merged: Real[np.ndarray, "n L"], pruned: Real[np.ndarray, "n L"]) -> ViTSpec:
