@@ -172,7 +172,7 @@ def test_a_sweep_over_thresholds_compiles_once(tmp_path: Path, run: Path, capsys
         ({"ltmp.form": "faithful", "ltmp.attached": "true"}, "faithful form trains through masks only"),
         ({"ltmp.form": "faithful", "model.registers": "2"}, "faithful form needs a class token as the only prefix"),
         ({"model.heads": "5"}, "heads"),
-        ({"ltmp.deploy.form": "x"}, "config.ltmp.deploy.form must be one of grouped, padded, fixed, masked"),
+        ({"ltmp.deploy.form": "x"}, "config.ltmp.deploy.form must be one of grouped, whole, fixed, masked"),
         ({"ltmp.deploy.group": "0"}, "config.ltmp.deploy.group must be at least 1, found 0"),
         ({"guard.action": "stop"}, "config.guard.action must be one of off, warn, relax, dense, found 'stop'"),
         ({"guard.bound": "0"}, r"config.guard.bound must be in \(0, 1\], found 0"),
