@@ -137,7 +137,7 @@ def deit_s16_i1k(steps: int, batch_size: int) -> ConfigDict:
     (spec section 9), by its own budget: `config.ltmp.budget=batch`, `config.ltmp.form=faithful`. Not run here.
     To compile it without the weights: `vtjax aot ... --config.init_from=`.
     """
-    return _paper("deit_s16", steps, batch_size, width=384, heads=6, preprocess=_IMAGENET_PREPROCESS)
+    return _paper("deit_s16", steps, batch_size, width=384, heads=6, preprocess=vit.IMAGENET_PREPROCESS)
 
 
 def deit_ti16_i1k(steps: int, batch_size: int) -> ConfigDict:
@@ -147,7 +147,7 @@ def deit_ti16_i1k(steps: int, batch_size: int) -> ConfigDict:
     `config.ltmp.target=0.6` (0.720 at 0.8, 0.698 at 0.45; dense 0.722), public leaderboards of the paper (spec
     section 9). Not run here.
     """
-    return _paper("deit_ti16", steps, batch_size, width=192, heads=3, preprocess=_IMAGENET_PREPROCESS)
+    return _paper("deit_ti16", steps, batch_size, width=192, heads=3, preprocess=vit.IMAGENET_PREPROCESS)
 
 
 def l16_i1k(steps: int, batch_size: int) -> ConfigDict:
@@ -157,15 +157,6 @@ def l16_i1k(steps: int, batch_size: int) -> ConfigDict:
     for ViT-L, whose figures could not be recovered (spec section 9). Not run here.
     """
     return _paper("vit_l16_augreg", steps, batch_size, width=1024, heads=16, depth=24)
-
-
-_IMAGENET_PREPROCESS = {
-    "crop": 0.875,
-    "interpolation": "bicubic",
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "squash": False,
-}
 
 
 def _paper(weights: str, steps: int, batch_size: int, **model: Any) -> ConfigDict:

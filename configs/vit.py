@@ -195,15 +195,19 @@ def b16_i1k(steps: int, batch_size: int) -> ConfigDict:
         heads=12,
         drop_path=0.1,
         **SCANNED,
-        preprocess={
-            "crop": 0.875,
-            "interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "squash": False,
-        },
+        preprocess=IMAGENET_PREPROCESS,
     )
     return config
+
+
+IMAGENET_PREPROCESS = {
+    "crop": 0.875,
+    "interpolation": "bicubic",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "squash": False,
+}
+"""Of the DeiT models: pixels have mean 0 and variance 1 over ImageNet."""
 
 
 def _imagenet(config: ConfigDict) -> None:

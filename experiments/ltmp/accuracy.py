@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.ltmp import start
-from vtjax.account import flops, record
+from experiments.ltmp import deploy, start
+from vtjax.account import bench, flops, record
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
 from vtjax.methods import ltmp
@@ -55,17 +55,22 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def folder(name: str) -> str:
+    """Where the run of a point lies."""
+    return "runs/ltmp/" + name.replace(" ", "_").replace(",", "")
+
+
 def learned(name: str, overrides: dict[str, Any], executables: Executables) -> dict[str, Any]:
     """Trains one point (or finds it trained) and evaluates it as it is deployed."""
     plain = {leaf: str(value) for leaf, value in overrides.items()}
     config = config_lib.load_config(CONFIG, overrides=plain)
-    folder = "runs/ltmp/" + name.replace(" ", "_").replace(",", "")
-    config_lib.override(config, "workdir", folder)
+    workdir = folder(name)
+    config_lib.override(config, "workdir", workdir)
     task, data = assemble.assemble(config)
     began = time.monotonic()
-    result = loop.train(task, data, config, folder, executables)
+    result = loop.train(task, data, config, workdir, executables)
     seconds = time.monotonic() - began
-    _, params = checkpoint.load_params(folder)
+    _, params = checkpoint.load_params(workdir)
     made = loop.decisions(task, data.eval("eval"), config, params, executables=executables)
     return {
         "method": config.ltmp.variant,
@@ -124,8 +129,7 @@ def fixed() -> Iterator[dict[str, Any]]:
     config = config_lib.load_config(CONFIG)
     task, data = assemble.assemble(config)
     params, _, _ = task.init(jax.random.key(0))
-    backbone = {name: tree for name, tree in params.items() if name != ltmp.NAME}
-    spec = task.spec.edit(blocks=lambda _, block: type(block)(**{**vars(block), "reduce": None}))
+    backbone, spec = deploy.backbone(params), bench.undone(task.spec)
     dense = flops.macs(spec)
     cases: list[tuple[str, float, dict[int, tuple[int, int]]]] = [("dense", 1.0, {})]
     cases += [(v, t, fixed_rates(t, spec, v)) for v in ltmp.FIXED for t in TARGETS]

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -45,23 +44,6 @@ RANDOM = {"ViT-S/16": "vit_s16_augreg"}
 FORMS = ("dense", "merged")
 DEPTH = 12
 TOLERANCE = 1e-3
-
-
-class Tome(Torch):
-    """A process of `tome_worker.py`."""
-
-    def __init__(self, python: str, threads: int):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        try:
-            self.process = subprocess.Popen(
-                [python, str(HERE / "tome_worker.py"), str(threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-        except OSError as error:
-            raise InputError(f"torch_python must be a Python with torch and timm, found {python}: {error}") from None
 
 
 class Jax:
@@ -87,7 +69,7 @@ class Jax:
         self.specs = {"dense": spec, "merged": ltmp.install_fixed(spec, "merge", merged)}
         self.params = jax.device_put(self.params)
         self._placed = jax.device_put(self.images)
-        self.tokens = {form: self._tokens(form) for form in FORMS}
+        self.tokens = {form: list(ltmp.fixed_tokens(self.specs[form])) for form in FORMS}
 
     def forward(self, form: str) -> Callable[[], Any]:
         """A call that returns the logits."""
@@ -102,15 +84,6 @@ class Jax:
     def macs(self, form: str) -> int:
         """Per image, by formula."""
         return flops.macs(self.specs[form], self.tokens[form])
-
-    def _tokens(self, form: str) -> list[int]:
-        import jax
-
-        from vtjax.methods import ltmp
-
-        model = ltmp.vit(self.specs[form])
-        _, aux = jax.eval_shape(lambda p, x: model.apply(p, x, want=("tokens",)), self.params, self._placed)
-        return [model.spec.tokens, *(block["tokens"].x.shape[1] for block in aux["blocks"])]
 
 
 def _pretrained(model: str, batch: int, seed: int) -> tuple[ViTSpec, Any, np.ndarray]:
@@ -191,11 +164,11 @@ def measure(
         weights.save(folder / "model.safetensors", ours.specs["dense"], ours.params, layout="timm")
         np.save(folder / "images.npy", ours.images)
         files = {"weights": str(folder / "model.safetensors"), "images": str(folder / "images.npy")}
-        torch: dict[str, Tome] = {}
+        torch: dict[str, Torch] = {}
         calls_of: dict[str, Callable[[], Any]] = {}
         checked: dict[str, dict[str, float]] = {"logits_max_abs_diff": {}, "logits_std": {}}
         for form in FORMS:
-            torch[form] = Tome(torch_python, threads)
+            torch[form] = Torch(torch_python, threads, worker=HERE / "tome_worker.py")
             stack.callback(torch[form].close)
             wanted = list(rates) if form == "merged" else []
             torch[form].ask("load", model=MODELS[model][0], rates=wanted, batch=batch, compile=compile, **files)
@@ -258,7 +231,7 @@ def _same(name: str, ours: np.ndarray, theirs: np.ndarray) -> float:
     return difference
 
 
-def _asked(torch: Tome) -> timing.Measure:
+def _asked(torch: Torch) -> timing.Measure:
     return lambda calls: torch.ask("forward", calls=calls)["seconds"]
 
 

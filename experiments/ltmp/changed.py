@@ -67,8 +67,8 @@ def main() -> int:
     pixels = [Image.fromarray(p) for p in np.rint((rows["image"] * 0.5 + 0.5) * 255).astype(np.uint8)]
     models = {form: learned(form) for form in ("plain", "relative")}
     for form, (spec, params) in {"dense": models["plain"], **models}.items():
-        spec = bench.undone(spec) if form == "dense" else spec
-        params = {n: t for n, t in params.items() if form != "dense" or n != ltmp.NAME}
+        if form == "dense":
+            spec, params = bench.undone(spec), deploy.backbone(params)
         for name, change in CONDITIONS.items():
             images = [change(image) for image in pixels]
             keep(form, name, 224, evaluate(spec, params, images, rows["label"]))
@@ -83,7 +83,7 @@ def learned(form: str) -> tuple[Any, Any]:
     """Spec and parameters of a run at the target, trained where it is not there yet."""
     leaves = {"ltmp.target": str(TARGET), "seed": str(SEED), "ltmp.relative": str(form == "relative")}
     config = config_lib.load_config(accuracy.CONFIG, overrides=leaves)
-    folder = f"runs/ltmp/ltmp_{TARGET}_{SEED}" if form == "plain" else f"runs/ltmp/relative_{TARGET}_{SEED}"
+    folder = accuracy.folder(f"{'ltmp' if form == 'plain' else form} {TARGET} {SEED}")
     config_lib.override(config, "workdir", folder)
     task, data = assemble.assemble(config)
     loop.train(task, data, config, folder, Executables())

@@ -46,7 +46,7 @@ def show(dense: Path, top1: float, vtjax: Callable[..., dict[str, Any]]) -> tupl
 
 
 def draw(workdir: Path) -> Path:
-    """Which pixels of a few digits live on as tokens of their own."""
+    """Which pixels of a digit live on as tokens of their own."""
     import jax
 
     import vtjax as package
@@ -57,14 +57,14 @@ def draw(workdir: Path) -> Path:
     config = of_workdir(str(workdir), {"init_from": str(workdir), "workdir": ""})
     _, data = assemble.assemble(config)
     model = package.load(workdir)
-    images = next(iter(data.eval("eval")))["image"][:3]
+    images = next(iter(data.eval("eval")))["image"][:1]
     _, aux = jax.jit(model.apply)(model.params, images)
     sources = np.stack([np.asarray(block["decisions"]["source"]) for block in aux["blocks"]])
     spec = model.spec
     pixels = images * np.asarray(spec.preprocess.std) + np.asarray(spec.preprocess.mean)
-    shown = np.clip(1.0 - pixels, 0.0, 1.0)  # dark on white, as one writes
+    shown = np.clip(1.0 - pixels[0], 0.0, 1.0)  # dark on white, as one writes
     figure = tokens.layer_maps(
-        np.repeat(np.repeat(shown[0], 28, 0), 28, 1).astype(np.float32),
+        np.repeat(np.repeat(shown, 28, 0), 28, 1).astype(np.float32),
         sources[:, 0],
         grid=spec.grid,
         prefix=spec.prefix,

@@ -50,34 +50,34 @@ def undiminished(config: ConfigDict, spec: ViTSpec, params: Any) -> bench.Candid
     """The model with its thresholds taken out."""
     before = bench.undone(spec)
     model = ViT(before, **_options(config))
-    return bench.Candidate("itself", lambda p, x: model.apply(p, x)[0], _backbone(params), flops.macs(before))
+    return bench.Candidate("itself", lambda p, x: model.apply(p, x)[0], backbone(params), flops.macs(before))
 
 
 def candidate(
     config: ConfigDict, spec: ViTSpec, params: Any, counts: Mapping[str, np.ndarray], batch: int
 ) -> bench.Candidate:
-    """The reduced side; `counts` as from `calibration`."""
+    """The reduced side; `counts` as from `calibration`. The adaptive forms also tell what `Deployed.apply` tells."""
     form, options = config.ltmp.deploy.form, _options(config)
     if form == "fixed":
         fixed = ltmp_deploy.fixed(spec, counts["merged"], counts["pruned"])
         short = ltmp.vit(fixed, **options)
         work = flops.macs(fixed, ltmp.fixed_tokens(fixed))
-        return bench.Candidate("fixed counts", lambda p, x: short.apply(p, x)[0], _backbone(params), work)
+        return bench.Candidate("fixed counts", lambda p, x: short.apply(p, x)[0], backbone(params), work)
     if form == "masked":
         masked = ltmp.vit(ltmp.consistent(spec), **options)
         return bench.Candidate("masked", lambda p, x: masked.apply(p, x)[0], params, flops.macs(spec))
     model = grouped(config, spec, counts["kept"], batch)
-    kept = jax.jit(lambda p, x: model.apply(p, x)[1])
+    count = counter(config, spec)
 
     def macs(x: Any) -> float:
-        return float(macs_of(spec, kept(params, x)["kept"]).mean())
+        return float(macs_of(spec, count(params, x)["kept"]).mean())
 
     settings = {
         "sizes": sum(len(known) for choices in model.sizes for known in choices),
         "group": min(model.group or batch, batch),
         "calibration_images": len(counts["kept"]),
     }
-    return bench.Candidate(form, lambda p, x: model.apply(p, x)[0], params, macs, settings)
+    return bench.Candidate(form, model.apply, params, macs, settings)
 
 
 def grouped(config: ConfigDict, spec: ViTSpec, kept: np.ndarray, batch: int) -> ltmp_deploy.Deployed:
@@ -110,25 +110,30 @@ def calibration(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.
 
         if (saved := decisions.load(config.init_from)) is not None:
             return {name: np.asarray(saved[name]) for name in ("kept", "merged", "pruned")}
-    form: Any = spec.preprocess
+    return counted(config, spec, params, photographs(config, spec, "train", IMAGES))
+
+
+def photographs(config: ConfigDict, spec: Any, split: str, count: int) -> np.ndarray:
+    """The first `count` images of "train" or "eval", normalised, without augmentation; fewer where there are not so
+    many."""
     data = loader.from_config(
-        config.data,
-        seed=config.seed,
-        batch_size=32,
-        image_size=spec.image_size,
-        preprocess=form,
+        config.data, seed=config.seed, batch_size=count, image_size=spec.image_size, preprocess=spec.preprocess
     )
-    count, found = counted(config, spec), list[dict[str, np.ndarray]]()
-    batches = data.eval("train")
+    batches = data.eval(split)
     with closing(batches):
-        for _, batch in zip(range(IMAGES // 32), batches, strict=False):
-            made = count(params, batch["image"])
-            found.append({name: np.asarray(rows)[batch["valid"]] for name, rows in made.items()})
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        batch = next(batches)
+    return batch["image"][batch["valid"]]
 
 
-def counted(config: ConfigDict, spec: ViTSpec) -> Any:
-    """Jitted `(params, images) -> {kept, merged, pruned: [B, L]}`, exact."""
+def counted(config: ConfigDict, spec: ViTSpec, params: Any, images: np.ndarray) -> dict[str, np.ndarray]:
+    """`kept`, `merged`, `pruned` `[n, L]` of images, exact."""
+    run = counter(config, spec)
+    parts = [run(params, images[first : first + 32]) for first in range(0, len(images), 32)]
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+
+
+def counter(config: ConfigDict, spec: ViTSpec) -> Any:
+    """Jitted `(params, images) -> {kept, merged, pruned: [B, L]}`, by the masked model, which is quick to compile."""
     model = ltmp.vit(ltmp.consistent(spec), **_options(config))
     return jax.jit(lambda params, images: layers(model.apply(params, images)[1], spec))
 
@@ -146,5 +151,6 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "attention": config.model.attention}
 
 
-def _backbone(params: Any) -> Any:
+def backbone(params: Any) -> Any:
+    """Without the thresholds."""
     return {name: tree for name, tree in params.items() if name != ltmp.NAME}

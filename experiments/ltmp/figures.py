@@ -14,17 +14,15 @@ import jax
 import numpy as np
 
 import vtjax
-from experiments.ltmp import tables
+from experiments.ltmp import accuracy, deploy, tables
 from vtjax.cli import config as config_lib
-from vtjax.data import loader
 from vtjax.methods import ltmp
-from vtjax.train.task import closing
 from vtjax.viz import curves, reduction, tokens
 from vtjax.viz.tables import read_jsonl
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-RUN = "runs/ltmp/ltmp_0.45_0"
+RUN = accuracy.folder("ltmp 0.45 0")
 PHOTOGRAPH = 5  # of the evaluation half
 
 
@@ -46,11 +44,8 @@ def main() -> int:
 
 def photograph(number: int) -> np.ndarray:
     """One of the evaluation half, normalised, `[224, 224, 3]`."""
-    config = config_lib.load_config("configs/ltmp.py:ti16")
-    data = loader.from_config(config.data, seed=0, batch_size=number + 1, image_size=(224, 224))
-    batches = data.eval("eval")
-    with closing(batches):
-        return next(batches)["image"][number]
+    config = config_lib.load_config(accuracy.CONFIG)
+    return deploy.photographs(config, vtjax.load("vit_ti16_augreg").spec, "eval", number + 1)[number]
 
 
 def sources(model: Any, params: Any, image: np.ndarray) -> np.ndarray:

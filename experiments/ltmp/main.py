@@ -24,10 +24,9 @@ from ml_collections import ConfigDict
 
 from experiments.ltmp import settle, start
 from experiments.ltmp.deploy import check as check_deploy
-from experiments.ltmp.deploy import deploy, layers
+from experiments.ltmp.deploy import deploy, layers, photographs
 from experiments.vit import main as vit
 from vtjax.account import bench, flops
-from vtjax.data import loader
 from vtjax.errors import InputError
 from vtjax.methods import ltmp
 from vtjax.models.vit import ViT
@@ -35,7 +34,7 @@ from vtjax.ops import losses, token_reduction
 from vtjax.spec import ViTSpec
 from vtjax.train import optim
 from vtjax.train.state import params_sha256
-from vtjax.train.task import Task, closing
+from vtjax.train.task import Task
 
 __all__ = ["build", "deploy"]
 
@@ -112,16 +111,8 @@ def build(config: ConfigDict) -> Task:
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         logits, aux = measured.apply(params, batch["image"])
-        valid, share = batch["valid"], shares(aux)
-        per_image = {
-            "top1": losses.top_k_correct(logits, batch["label"], 1),
-            "top5": losses.top_k_correct(logits, batch["label"], min(5, spec.classes)),
-            "loss": losses.cross_entropy(logits, batch["label"]),
-            "mac_ratio": share,
-            "macs_per_image": share * dense,
-        }
-        sums = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
-        return {**sums, "count": valid.sum(dtype=jnp.float32)}
+        share = shares(aux)
+        return vit.sums(logits, batch, mac_ratio=share, macs_per_image=share * dense)
 
     def decisions(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         logits, aux = measured.apply(params, batch["image"])
@@ -245,23 +236,9 @@ def _start(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarr
     key = f"{spec.sha256} {params_sha256(params)} {numbers} {settings.start_images} {config.data}"
     if key not in _starts:
         print("thresholds to start from, block by block ...", file=sys.stderr)
-        _starts[key] = start.even(spec, params, _images(config, spec), *numbers)
+        images = photographs(config, spec, "train", settings.start_images)
+        _starts[key] = start.even(spec, params, images, *numbers)
     return dict(_starts[key])
-
-
-def _images(config: ConfigDict, spec: Any) -> np.ndarray:
-    """The first training images, without augmentation."""
-    data = loader.from_config(
-        config.data,
-        seed=config.seed,
-        batch_size=config.ltmp.start_images,
-        image_size=spec.image_size,
-        preprocess=spec.preprocess,
-    )
-    batches = data.eval("train")
-    with closing(batches):
-        batch = next(batches)
-    return batch["image"][batch["valid"]]
 
 
 def _whole(share: Any, blocks: float, dense: float) -> Any:

@@ -25,18 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import vtjax
-from experiments.ltmp import deploy, start
+from experiments.ltmp import accuracy, deploy, start
 from vtjax.account import bench, record, timing
 from vtjax.cli import config as config_lib
-from vtjax.data import loader
 from vtjax.methods import ltmp
 from vtjax.models.vit import ViT
 from vtjax.spec import ViTSpec
-from vtjax.train.task import closing
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "experiments" / "ltmp" / "results" / "speed.jsonl"
-RUN = "runs/ltmp/ltmp_0.6_0"
 TARGET = 0.6
 MODELS = ("ViT-Ti/16", "ViT-S/16")
 CASES = [
@@ -51,7 +48,7 @@ IMAGES = 128  # that are timed
 def load(model: str, config: Any, calibration: np.ndarray) -> tuple[ViTSpec, Any]:
     """Spec and parameters with thresholds."""
     if model == "ViT-Ti/16":
-        found = vtjax.load(RUN)
+        found = vtjax.load(accuracy.folder(f"ltmp {TARGET} 0"))
         return ltmp.consistent(found.spec), found.params
     dense = ViTSpec.uniform(depth=12, width=384, heads=6, mlp=1536, image_size=224, patch=16, classes=1000)
     # The spread of trained weights; fresh ones make all tokens alike.
@@ -64,16 +61,6 @@ def load(model: str, config: Any, calibration: np.ndarray) -> tuple[ViTSpec, Any
     settings = config.ltmp
     thresholds = start.even(spec, params, calibration[:32], TARGET, settings.prune_share, settings.slope)
     return spec, {**params, ltmp.NAME: thresholds}
-
-
-def photographs(config: Any, spec: Any, split: str, count: int) -> np.ndarray:
-    """The first `count` of a half, normalised."""
-    data = loader.from_config(
-        config.data, seed=0, batch_size=count, image_size=spec.image_size, preprocess=spec.preprocess
-    )
-    batches = data.eval(split)
-    with closing(batches):
-        return next(batches)["image"]
 
 
 def in_groups(dense: bench.Candidate, group: int) -> bench.Candidate:
@@ -132,8 +119,8 @@ def case(
     if "dense_in_groups" in sides:
         found["realised_against_groups"] = compared.ratio("dense_in_groups", "reduced") / work
     if form in ("grouped", "whole"):
-        apply = jax.jit(deploy.grouped(config, spec, counts["kept"], batch).apply)
-        made = [apply(params, rows["image"])[1] for rows in chosen]
+        reduced = ready["reduced"]
+        made = [reduced.call(reduced.first, *rest)[1] for rest in reduced.rest]
         slots, rows = (np.concatenate([np.asarray(m[name]) for m in made]) for name in ("slots", "rows"))
         found["sizes_mac_ratio"] = macs["dense"] / float(deploy.macs_of_sizes(spec, slots, rows).mean())
         found["overflow_rate"] = float(np.mean(np.concatenate([np.asarray(m["overflow"]) for m in made])))
@@ -156,16 +143,14 @@ def main(arguments: list[str]) -> int:
     options.deploy = {f"ltmp.deploy.{k}": v for k, _, v in (text.partition("=") for text in options.deploy)}
     config = config_lib.load_config("configs/ltmp.py:ti16")
     spec = vtjax.load("vit_ti16_augreg").spec
-    calibration = photographs(config, spec, "train", deploy.IMAGES)
-    images = photographs(config, spec, "eval", IMAGES)
+    calibration = deploy.photographs(config, spec, "train", deploy.IMAGES)
+    images = deploy.photographs(config, spec, "eval", IMAGES)
     for model in MODELS:
         cases = [c for c in CASES if c[0] == model and options.only in f"{c[0]} {c[1]} {c[2]}"]
         if not cases:
             continue
         loaded = load(model, config, calibration)
-        count = deploy.counted(config, loaded[0])
-        parts = [count(loaded[1], calibration[i : i + 32]) for i in range(0, len(calibration), 32)]
-        counts = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+        counts = deploy.counted(config, *loaded, calibration)
         print(
             f"{model}: mean kept {counts['kept'].mean(0).round(1)}, std {counts['kept'].std(0).round(1)}",
             file=sys.stderr,

@@ -57,7 +57,6 @@ def even(
     prune_share: float,
     slope: float,
     batch: int = 32,
-    **options: Any,
 ) -> dict[str, np.ndarray]:
     """`params["ltmp"]` with which every block removes as many tokens of an average image as `rates` says.
 
@@ -68,13 +67,12 @@ def even(
       images: float32 `[n, H, W, C]`, normalised; some dozens are enough.
       slope: of the rates.
       prune_share: part of the removed tokens that is pruned, where the variant does both; in [0, 1].
-      **options: of the model.
     """
     made = ltmp.reducers(spec)[0][1]
     assert isinstance(made, ltmp.Ltmp)
     merges, prunes = ltmp.merges(made.variant), ltmp.prunes(made.variant)
     share = prune_share if merges and prunes else float(prunes)
-    model = ltmp.vit(ltmp.consistent(spec), **options)
+    model = ltmp.vit(ltmp.consistent(spec))
     removed = rates(spec, target, slope)
 
     @functools.partial(jax.jit, static_argnames="name")

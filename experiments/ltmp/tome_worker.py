@@ -19,18 +19,18 @@ that did other work. The whole forward pass differs by at most 6 % between them,
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vit"))
+from torch_worker import Worker, serve  # noqa: E402
 
 
 def attend(attention: Any, x: torch.Tensor, size: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,26 +77,28 @@ def merge(
     return joined.view(batch, left, width), new_sizes.view(batch, left)
 
 
-def tome(model: Any, rates: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The forward pass of a timm ViT that merges `rates[l]` tokens in block l, at most half of the patch tokens."""
+class Merging(torch.nn.Module):
+    """A timm ViT that merges `rates[l]` tokens in block l, at most half of the patch tokens."""
 
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        size = None
-        for block, rate in zip(model.blocks, rates, strict=True):
+    def __init__(self, model: Any, rates: Sequence[int]):
+        super().__init__()
+        self.vit, self.rates = model, tuple(rates)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        vit, size = self.vit, None
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        for block, rate in zip(vit.blocks, self.rates, strict=True):
             y, metric = attend(block.attn, block.norm1(x), size)
             x = x + block.ls1(y)
             rate = min(rate, (x.shape[1] - 1) // 2)
             if rate:
                 x, size = merge(x, size, metric, rate)
             x = x + block.ls2(block.mlp(block.norm2(x)))
-        return model.forward_head(model.norm(x))
-
-    return forward
+        return vit.forward_head(vit.norm(x))
 
 
-class Worker:
-    """One model and one batch, and what is asked of them."""
+class Tome(Worker):
+    """One model and one batch, dense or with merging."""
 
     def load(
         self, model: str, weights: str, rates: list[int], batch: int, images: str, compile: bool = False
@@ -108,66 +110,18 @@ class Worker:
         timm.layers.set_fused_attn(True)
         built = timm.create_model(model, pretrained=False)
         built.load_state_dict(safetensors.torch.load_file(weights))
-        built.eval()
         if not built.blocks[0].attn.fused_attn:
             raise RuntimeError("timm did not take the fused attention")
         if rates and len(rates) != len(built.blocks):
             raise ValueError(f"rates must hold one number per block, {len(built.blocks)}, found {len(rates)}")
-        forward = tome(built, rates) if rates else built
-        self.forward_pass = torch.compile(forward, dynamic=False) if compile else forward
+        model = Merging(built, rates) if rates else built
+        self.model = torch.compile(model, dynamic=False) if compile else model
         pixels = np.load(images)
         if len(pixels) != batch:
             raise ValueError(f"{images} must hold {batch} images, found {len(pixels)}")
         self.images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
         return {}
 
-    def logits(self, path: str) -> dict[str, Any]:
-        """Saves the logits of the batch."""
-        with torch.inference_mode():
-            np.save(path, self.forward_pass(self.images).numpy())
-        return {}
-
-    def forward(self, calls: int) -> dict[str, Any]:
-        """Seconds per call."""
-        seconds = []
-        with torch.inference_mode():
-            for _ in range(calls):
-                start = time.perf_counter()
-                self.forward_pass(self.images)
-                seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds}
-
-    def about(self) -> dict[str, Any]:
-        """Versions and settings."""
-        import timm
-
-        return {
-            "torch_version": torch.__version__,
-            "timm_version": timm.__version__,
-            "torch_threads": torch.get_num_threads(),
-            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-        }
-
-
-def main() -> None:
-    """Answers requests until standard input ends. The argument is the number of threads."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever the libraries print goes to standard error
-    # Where torchvision was built for another torch, timm needs a hand to import.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "oracle"))
-    import torchfix  # noqa: F401
-
-    torch.set_num_threads(int(sys.argv[1]))
-    worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(worker, request.pop("do"))(**request)
-        except Exception as error:  # the other side reports it and ends
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
 
 if __name__ == "__main__":
-    main()
+    serve(Tome)

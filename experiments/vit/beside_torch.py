@@ -45,15 +45,15 @@ IDLE = 0.1
 
 
 class Torch:
-    """The other process."""
+    """The other process: `worker` under another Python."""
 
-    def __init__(self, python: str, threads: int, policy: str):
+    def __init__(self, python: str, threads: int, policy: str = "default", worker: Path = HERE / "torch_worker.py"):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if policy != "default":
             environment |= {"OMP_WAIT_POLICY": policy.upper(), "KMP_BLOCKTIME": "0"}
         try:
             self.process = subprocess.Popen(
-                [python, str(HERE / "torch_worker.py"), str(threads)],
+                [python, str(worker), str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

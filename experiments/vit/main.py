@@ -61,15 +61,7 @@ def build(config: ConfigDict) -> Task:
         return per_image.mean(), {"train_top1": losses.top_k_correct(logits, batch["label"], 1).mean()}
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
-        logits, _ = model.apply(params, batch["image"])
-        valid = batch["valid"]
-        per_image = {
-            "top1": losses.top_k_correct(logits, batch["label"], 1),
-            "top5": losses.top_k_correct(logits, batch["label"], min(5, spec.classes)),
-            "loss": losses.cross_entropy(logits, batch["label"]),
-        }
-        sums = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
-        return {**sums, "count": valid.sum(dtype=jnp.float32)}
+        return sums(model.apply(params, batch["image"])[0], batch)
 
     rows = flops.layers(spec)
     return Task(
@@ -106,6 +98,19 @@ def execution(config: ConfigDict) -> tuple[dict[str, Any], float, float]:
     options = {name: config.model[name] for name in ("remat", "scan", "attention")}
     options |= {"dtype": jnp.dtype(config.dtype), "constrain": rules.constrain}
     return options, config.model.drop_path, config.loss.label_smoothing
+
+
+def sums(logits: jax.Array, batch: Any, **per_image: jax.Array) -> dict[str, jax.Array]:
+    """What a classifier's `evaluate` reports of logits `[B, K]`: top1, top5, loss, and what else is given, `[B]`."""
+    valid, label = batch["valid"], batch["label"]
+    per_image = {
+        "top1": losses.top_k_correct(logits, label, 1),
+        "top5": losses.top_k_correct(logits, label, min(5, logits.shape[-1])),
+        "loss": losses.cross_entropy(logits, label),
+        **per_image,
+    }
+    summed = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
+    return {**summed, "count": valid.sum(dtype=jnp.float32)}
 
 
 def source(config: ConfigDict) -> tuple[ViTSpec, Any, tuple[str, ...]]:

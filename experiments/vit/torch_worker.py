@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ class Worker:
         }
 
 
-def main() -> None:
-    """Answers requests until standard input ends. The argument is the number of threads."""
+def serve(worker: Callable[[], Any]) -> None:
+    """Answers requests, by methods of a worker, until standard input ends. The argument is the number of threads."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the libraries print goes to standard error
     # Where torchvision was built for another torch, timm needs a hand to import.
@@ -109,11 +110,11 @@ def main() -> None:
     import torchfix  # noqa: F401
 
     torch.set_num_threads(int(sys.argv[1]))
-    worker = Worker()
+    answering = worker()
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = getattr(worker, request.pop("do"))(**request)
+            answer = getattr(answering, request.pop("do"))(**request)
         except Exception as error:  # the other side reports it and ends
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Worker)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from vtjax.errors import InputError
 
@@ -81,12 +82,11 @@ def check_file(path: str) -> None:
 
 def write(path: str, made: Mapping[str, np.ndarray]) -> None:
     """One line of JSON per image, in the order of the split; the file is there whole or not at all."""
+    from vtjax.train import log
+
     rows = zip(*(value.tolist() for value in made.values()), strict=True)
     lines = [json.dumps(dict(zip(made, row, strict=True))) + "\n" for row in rows]
-    file = Path(path)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(file)
+    log.write_text(epath.Path(path), "".join(lines))
 
 
 def drift(made: Mapping[str, Any], calibration: Mapping[str, Any]) -> tuple[float, str]:

@@ -95,7 +95,7 @@ def measure(
             if (changed := decisions_lib.guarded(task, params, told["guard"], config)) is not None:
                 params = changed
                 made = loop.decisions(task, data.eval("eval"), config, params, extra)
-            if decisions and launch.first():
+            if decisions:
                 decisions_lib.write(decisions, made)
         result = loop.evaluate(task, _Watched(data), config, params, extra, executables)
     source = workdir or config.init_from

@@ -155,8 +155,9 @@ class Deployed:
         every image, `[G, blocks]`."""
         told: dict[str, list[Array]] = {name: [] for name in ("kept", "slots", "rows", "overflow")}
         group, tokens = state[2].shape[0], self.spec.tokens
+        blocks = self._vit.blocks()
         for layer in layers:
-            first, second = halves(self._vit.blocks()[layer])
+            first, second = halves(blocks[layer])
             p, knobs = params.get(block_name(layer), {}), layer_knobs(thresholds, layer)
             known, dense = self.sizes.slots[layer], tokens
             over = state[2] > _last(known, dense)
