@@ -38,6 +38,7 @@ def deploy(config: ConfigDict, task: Task, images: Any, dense: Any) -> tuple[ben
     """Both sides of `vtjax bench`: the model in the form of `config.ltmp.deploy`, calibrated on training images, and
     the dense one (`--dense`, else its own weights without the thresholds)."""
     params, _, _ = task.init(jax.random.key(config.seed))
+    params = params if task.begin is None else task.begin(params)
     counts = calibration(config, task.spec, params)
     reduced = candidate(config, task.spec, params, counts, images.shape[0])
     if dense is not None:

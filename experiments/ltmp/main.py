@@ -169,6 +169,7 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
             attached=settings.attached,
             merge_threshold=given[0],
             prune_threshold=given[1],
+            dtype=config.dtype,
             parent="" if params is None else params_sha256(params),
         )
         return spec, params, thresholds, fresh
@@ -185,6 +186,12 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
                 f"config.ltmp.{name} must be {there}, as the thresholds of config.init_from={config.init_from!r} were "
                 f"learned, found {settings[name]}"
             )
+    if (there := ltmp.learned_dtype(spec)) != config.dtype:
+        print(
+            f"the thresholds of config.init_from={config.init_from!r} were learned in {there}, config.dtype is "
+            f"{config.dtype}: tokens near a threshold may be decided otherwise",
+            file=sys.stderr,
+        )
     resized = json.loads(spec.lineage[-1].arguments).get("image_size") if params is not None else None
     if resized and ltmp.prunes(settings.variant) and not settings.relative:
         raise InputError(

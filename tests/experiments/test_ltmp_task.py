@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.ltmp import settle, start
+from experiments.ltmp import deploy, settle, start
 from vtjax.account import flops
 from vtjax.cli import assemble, decisions, main
 from vtjax.cli import config as config_lib
@@ -195,6 +195,27 @@ def test_bad_settings_get_one_line(overrides: dict[str, str], message: str) -> N
 def test_thresholds_learned_otherwise_are_refused(run: Path, overrides: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         assemble.task(config_lib.load_config(CONFIG, overrides={"init_from": str(run), **overrides}))
+
+
+def test_another_dtype_than_the_thresholds_were_learned_in_is_said(run: Path, capsys: Any) -> None:
+    spec = assemble.task(config_lib.load_config(CONFIG, overrides={"init_from": str(run)})).spec
+    assert ltmp.learned_dtype(spec) == "float32" and "were learned in" not in capsys.readouterr().err
+    assemble.task(config_lib.load_config(CONFIG, overrides={"init_from": str(run), "dtype": "bfloat16"}))
+    assert "learned in float32, config.dtype is bfloat16" in capsys.readouterr().err
+    other = assemble.task(config_lib.load_config(CONFIG, overrides={"dtype": "bfloat16"})).spec
+    assert ltmp.learned_dtype(other) == "bfloat16"
+
+
+def test_bare_weights_are_deployed_with_the_thresholds_that_learning_starts_from(run: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    assert main.main(["run", "--config=configs/vit.py:tiny,steps=1", f"--workdir={dense}"]) == 0
+    config = config_lib.load_config(CONFIG, overrides={"init_from": str(dense), "ltmp.start": "even"})
+    task = assemble.task(config)
+    images = deploy.photographs(config, task.spec, "eval", 4)
+    reduced, whole = deploy.deploy(config, task, images, None)
+    started = reduced.params[ltmp.NAME]
+    assert not np.array_equal(started["merge_threshold"], ltmp.starts("ltmp", 2)["merge_threshold"])
+    assert 0.7 < reduced.macs(images) / whole.macs < 0.9  # the target is 0.8
 
 
 def test_decisions_need_a_model_that_decides_and_a_folder(tmp_path: Path, run: Path, capsys: Any) -> None:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from vtjax.errors import InputError
 from vtjax.models.vit import ViT
 from vtjax.ops import token_reduction as ops
-from vtjax.ops.tokens import Tokens
+from vtjax.ops.tokens import Tokens, check_tokens
 from vtjax.spec import BlockSpec, Lineage, ViTSpec
 
 VARIANTS = ("ltmp", "ltm", "ltp", "ltpm")
@@ -91,6 +91,7 @@ class Ltmp:
         return _wants(self.variant, self.similarity)
 
     def __call__(self, tokens: Tokens, aux: Mapping[str, Array], knobs: Mapping[str, Array]) -> tuple[Tokens, dict]:
+        check_tokens(tokens, self.prefix, **{name: aux[name] for name in self.wants})
         before = ops.filled(tokens)[1]
         importance = None
         if prunes(self.variant):
@@ -181,6 +182,7 @@ class FixedRate:
         return _wants(self.variant, self.similarity)
 
     def __call__(self, tokens: Tokens, aux: Mapping[str, Array], knobs: Mapping[str, Array]) -> tuple[Tokens, dict]:
+        check_tokens(tokens, self.prefix, **{name: aux[name] for name in self.wants})
         batch, before = tokens.x.shape[:2]
         importance = None
         if prunes(self.variant):
@@ -230,6 +232,7 @@ def install(
     attached: bool = False,
     merge_threshold: float | None = None,
     prune_threshold: float | None = None,
+    dtype: str = "float32",
     parent: str = "",
 ) -> tuple[ViTSpec, dict[str, np.ndarray]]:
     """LTMP in every block that has attention.
@@ -239,6 +242,7 @@ def install(
       merge_threshold, prune_threshold: where they start, in [0, 1]; None = as the authors: 0 for pruning, 0.9 for
         merging where it comes first and is followed by pruning, else 1. (A block in which nothing merges gives its
         threshold no gradient under "ltmp", hence not 1. Spec section 4.)
+      dtype: of the computation under which they will be learned; recorded, see `learned_dtype`.
       parent: SHA-256 of the dense parameters.
 
     Returns:
@@ -254,8 +258,14 @@ def install(
     reducer = Ltmp(spec.prefix, variant, form, tau, similarity, spec.tokens if relative else 0, int(attached))
     check(spec, reducer)
     text = describe(reducer)
-    arguments = {"reduce": text, **{name: float(value[0]) for name, value in thresholds.items()}}
+    arguments = {"reduce": text, "dtype": dtype, **{name: float(value[0]) for name, value in thresholds.items()}}
     return _installed(spec, lambda _: text, "ltmp.install", arguments, parent), thresholds
+
+
+def learned_dtype(spec: ViTSpec) -> str:
+    """The dtype under which the thresholds of an installed spec were learned: rounding decides for tokens near them."""
+    steps = [json.loads(step.arguments) for step in spec.lineage if step.operation == "ltmp.install"]
+    return str(steps[-1].get("dtype", "float32")) if steps else "float32"
 
 
 def starts(

@@ -11,7 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from vtjax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +46,44 @@ class Tokens:
 
 
 jax.tree_util.register_dataclass(Tokens, data_fields=["x", "size", "alive", "source"], meta_fields=[])
+
+
+def check_tokens(tokens: Tokens, prefix: int, **scores: Array) -> None:
+    """Refuses tokens that no block can have made. Shapes are looked at always, values only where they are known: inside
+    `jit` they are not, and nothing is computed for this.
+
+    Args:
+      prefix: leading tokens, which are always live.
+      **scores: arrays that decisions are made on, any shape; they must be finite where their token lives, if `[B, N]`
+        or `[B, N, ...]`.
+
+    Raises:
+      InputError: a shape that does not belong to `x`; `alive` other than 0 or 1, or 0 for a prefix token; a size of a
+        live token that is not positive; a source outside -1 .. N - 1; a score that is not finite.
+    """
+    batch, slots = tokens.x.shape[:2]
+    if slots < max(prefix, 1):
+        raise InputError(f"tokens must be at least the {max(prefix, 1)} that are protected, found {slots}")
+    expected = {"size": (batch, slots), "alive": (batch, slots), "source": (batch,)}
+    for name, shape in expected.items():
+        value = getattr(tokens, name)
+        if value is not None and value.shape[: len(shape)] != shape:
+            raise InputError(f"{name} must be {list(shape)} as x {list(tokens.x.shape)}, found {list(value.shape)}")
+    for name, value in scores.items():
+        if value.shape[:2] != (batch, slots):
+            raise InputError(f"{name} must begin with {[batch, slots]} as x does, found {list(value.shape)}")
+    if any(isinstance(value, jax.core.Tracer) for value in [*jax.tree.leaves(tokens), *scores.values()]):
+        return
+    alive = np.ones((batch, slots)) if tokens.alive is None else np.asarray(tokens.alive)
+    if not np.isin(alive, (0, 1)).all():
+        raise InputError(f"alive must be 0 or 1, found {alive[~np.isin(alive, (0, 1))][0]}")
+    if not alive[:, :prefix].all():
+        raise InputError(f"alive must be 1 for the {prefix} prefix tokens, found 0")
+    live = alive > 0
+    if tokens.size is not None and not (size := np.asarray(tokens.size)[live] > 0).all():
+        raise InputError(f"size must be positive for live tokens, found {np.asarray(tokens.size)[live][~size][0]}")
+    if tokens.source is not None and not (-1 <= (source := np.asarray(tokens.source)).min() <= source.max() < slots):
+        raise InputError(f"source must be -1 or a slot below {slots}, found {source.min()} .. {source.max()}")
+    for name, value in scores.items():
+        if not np.isfinite(np.asarray(value, np.float32)[live]).all():
+            raise InputError(f"{name} must be finite for live tokens, found NaN or infinity")
