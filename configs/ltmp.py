@@ -29,6 +29,7 @@ def ltmp(**leaves: Any) -> ConfigDict:
             "variant": "ltmp",  # ltmp: merge, then prune; ltm; ltp; ltpm: prune, then merge
             "form": "consistent",  # "faithful": as the release trains
             "tau": 0.1,  # temperature of the masker's gradient
+            "prune_tau": 0.0,  # the same where tokens are pruned; 0: tau
             "similarity": "keys",  # or queries, values, features
             "relative": False,  # prune by importance x live tokens / N: the threshold then holds at other image sizes
             "attached": False,  # the loss sees what a merge leaves in its partner, not only what it takes away
@@ -36,6 +37,7 @@ def ltmp(**leaves: Any) -> ConfigDict:
             "start_images": 32,  # training images that "even" looks at
             "slope": 0.5,  # of the rates of "even": 1.5 times their mean in the first block, half of it in the last
             "prune_share": 0.3,  # of what "even" removes, where the variant both merges and prunes
+            "share_slope": 0.0,  # of that: prune_share - share_slope in the first block, their sum in the last
             "merge_threshold": -1.0,  # where "authors" starts, in [0, 1]; -1: as they did
             "prune_threshold": -1.0,
             "target": 0.6,  # MACs over the dense model's
@@ -120,7 +122,8 @@ def ti16(steps: int, batch_size: int) -> ConfigDict:
     config.optim.update(lr=2e-3, schedule="cosine")
     config.ema = 0.9
     config.loss.distill = 1.0
-    config.ltmp.update(attached=True, start="even", slope=0.25, budget_weight=100.0, settle_images=192)
+    config.ltmp.update(attached=True, start="even", start_images=128, slope=0.25, share_slope=0.3)
+    config.ltmp.update(budget_weight=100.0, settle_images=256)
     config.data.update(name="nips17", train_split="calibration", eval_split="evaluation", weights_split="evaluation")
     # No crops: what a crop costs is not what a photograph costs, and two numbers per block do not overfit.
     config.data.update(augment="none", flip=True)

@@ -164,6 +164,7 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
             variant=settings.variant,
             form=settings.form,
             tau=settings.tau,
+            prune_tau=settings.prune_tau,
             similarity=settings.similarity,
             relative=settings.relative,
             attached=settings.attached,
@@ -174,7 +175,7 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
         )
         return spec, params, thresholds, fresh
     found = ltmp.reducers(spec)[0][1]
-    for name in ("variant", "form", "tau", "similarity"):
+    for name in ("variant", "form", "tau", "prune_tau", "similarity"):
         if (there := getattr(found, name, None)) != settings[name]:
             raise InputError(
                 f"config.ltmp.{name} must be {there!r}, under which the thresholds of config.init_from="
@@ -221,6 +222,8 @@ def check(config: ConfigDict, spec: ViTSpec, floor: float) -> None:
         raise InputError(f"config.ltmp.prune_share must be in [0, 1], found {settings.prune_share}")
     if not -1.0 <= settings.slope <= 1.0:
         raise InputError(f"config.ltmp.slope must be in [-1, 1], found {settings.slope}")
+    if not -1.0 <= settings.share_slope <= 1.0:
+        raise InputError(f"config.ltmp.share_slope must be in [-1, 1], found {settings.share_slope}")
     if settings.settle_images < 0:
         raise InputError(f"config.ltmp.settle_images must be 0 or more, found {settings.settle_images}")
     if settings.start_images < 1:
@@ -239,7 +242,7 @@ _starts: dict[str, dict[str, np.ndarray]] = {}  # the points of a sweep differ i
 
 def _start(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarray]:
     settings = config.ltmp
-    numbers = (settings.target, settings.prune_share, settings.slope)
+    numbers = (settings.target, settings.prune_share, settings.slope, settings.share_slope)
     key = f"{spec.sha256} {params_sha256(params)} {numbers} {settings.start_images} {config.data}"
     if key not in _starts:
         print("thresholds to start from, block by block ...", file=sys.stderr)

@@ -59,7 +59,8 @@ def load(model: str, config: Any, calibration: np.ndarray) -> tuple[ViTSpec, Any
     )
     spec, _ = ltmp.install(dense)
     settings = config.ltmp
-    thresholds = start.even(spec, params, calibration[:32], TARGET, settings.prune_share, settings.slope)
+    numbers = (settings.prune_share, settings.slope, settings.share_slope)
+    thresholds = start.even(spec, params, calibration[:32], TARGET, *numbers)
     return spec, {**params, ltmp.NAME: thresholds}
 
 

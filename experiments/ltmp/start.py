@@ -14,11 +14,14 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vtjax.account import flops
 from vtjax.methods import ltmp
+from vtjax.models import segments
+from vtjax.models.vit import ViT
+from vtjax.ops import token_reduction
+from vtjax.ops.tokens import Tokens
 from vtjax.spec import ViTSpec
 
 
@@ -56,6 +59,7 @@ def even(
     target: float,
     prune_share: float,
     slope: float,
+    share_slope: float = 0.0,
     batch: int = 32,
 ) -> dict[str, np.ndarray]:
     """`params["ltmp"]` with which every block removes as many tokens of an average image as `rates` says.
@@ -67,37 +71,59 @@ def even(
       images: float32 `[n, H, W, C]`, normalised; some dozens are enough.
       slope: of the rates.
       prune_share: part of the removed tokens that is pruned, where the variant does both; in [0, 1].
+      share_slope: it rises linearly, from `prune_share - share_slope` in the first block to their sum in the last,
+        within [0, 1].
     """
     made = ltmp.reducers(spec)[0][1]
     assert isinstance(made, ltmp.Ltmp)
-    merges, prunes = ltmp.merges(made.variant), ltmp.prunes(made.variant)
-    share = prune_share if merges and prunes else float(prunes)
+    shares = np.full(spec.depth, float(ltmp.prunes(made.variant)))
+    if ltmp.merges(made.variant) and ltmp.prunes(made.variant):
+        shares = np.clip(prune_share + share_slope * np.linspace(-1.0, 1.0, spec.depth), 0.0, 1.0)
     model = ltmp.vit(ltmp.consistent(spec))
     removed = rates(spec, target, slope)
 
-    @functools.partial(jax.jit, static_argnames="name")
-    def run(params: Any, thresholds: Any, batch: Any, name: str) -> list[Any]:
-        _, aux = model.apply({**params, ltmp.NAME: thresholds}, batch)
-        made = [block["decisions"] for block in aux["blocks"] if "decisions" in block]
-        if name == "best_similarity":
-            return [decisions[name] for decisions in made]
-        return [jnp.where(decisions["prune_alive"] > 0.5, decisions[name], jnp.inf) for decisions in made]
-
     off = {"merge_threshold": 1.0, "prune_threshold": 0.0}
     thresholds = {name: np.full(spec.depth, off[name], np.float32) for name in ltmp.starts(made.variant, spec.depth)}
-    parts = np.array_split(images, max(1, len(images) // batch))
-    steps = [("merge_threshold", "best_similarity", 1.0 - share), ("prune_threshold", "prune_score", share)]
-    if made.variant == "ltpm":
-        steps.reverse()
-    for position, (layer, _) in enumerate(ltmp.reducers(spec)):
-        for threshold, score, weight in steps:
-            if threshold not in thresholds or not weight:
+    parts = [images[first : first + batch] for first in range(0, len(images), batch)]
+    states = [_embedded(model, params, part) for part in parts]
+    reducing = dict(ltmp.reducers(spec))
+    for layer, block in enumerate(model.blocks()):
+        share, mine = shares[layer], params.get(segments.block_name(layer), {})
+
+        def run(state: Tokens, block: Any = block, mine: Any = mine, layer: int = layer) -> tuple[Tokens, Any]:
+            return _advanced(block, mine, state, {name: value[layer] for name, value in thresholds.items()})
+
+        steps = [("merge_threshold", "best_similarity", 1.0 - share), ("prune_threshold", "prune_score", share)]
+        for threshold, score, weight in reversed(steps) if made.variant == "ltpm" else steps:
+            if layer not in reducing or threshold not in thresholds or not weight:
                 continue
-            found = [run(params, thresholds, jnp.asarray(x), score)[position] for x in parts]
-            scores = np.concatenate([np.asarray(part) for part in found])
+            found = [run(state)[1]["decisions"] for state in states]
+            scores = np.concatenate([np.asarray(_candidates(decisions, score)).ravel() for decisions in found])
             finite = np.sort(scores[np.isfinite(scores)])
             count = min(round(weight * removed[layer] * len(images)), len(finite) - 1)
             # A merge takes what lies above its threshold, a prune what lies at or below it.
             value = finite[-count - 1] if threshold == "merge_threshold" else finite[max(count - 1, 0)]
             thresholds[threshold][layer] = np.clip(value, 0.0, 1.0) if count else thresholds[threshold][layer]
+        states = [run(state)[0] for state in states]
     return thresholds
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(model: ViT, params: Any, images: Any) -> Tokens:
+    tokens = model.embed(params, images)
+    size, alive, source = token_reduction.filled(tokens)
+    return Tokens(tokens.x, size, alive, source)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advanced(block: Any, params: Any, tokens: Tokens, knobs: Any) -> tuple[Tokens, dict[str, Any]]:
+    """One block: the tokens that leave it, and its aux. Equal blocks are compiled once."""
+    tokens, aux = segments.call_module(block, params, tokens, knobs)
+    size, alive, source = token_reduction.filled(tokens)
+    return Tokens(tokens.x, size, alive, source), aux
+
+
+def _candidates(decisions: Any, score: str) -> Any:
+    if score == "best_similarity":
+        return decisions[score]
+    return np.where(np.asarray(decisions["prune_alive"]) > 0.5, decisions[score], np.inf)

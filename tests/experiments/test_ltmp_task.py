@@ -17,6 +17,7 @@ from vtjax.cli import assemble, decisions, main
 from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
 from vtjax.methods import ltmp
+from vtjax.models.vit import ViT
 from vtjax.spec import ViTSpec
 from vtjax.train import checkpoint
 from vtjax.train.state import flatten
@@ -257,6 +258,24 @@ def test_rates_spend_the_target() -> None:
     with_slope = start.rates(spec, 0.8, 0.5)
     assert np.allclose(np.diff(with_slope), np.diff(with_slope)[0])
     assert with_slope[0] == pytest.approx(3 * with_slope[-1])
+
+
+@pytest.mark.parametrize("variant", ltmp.VARIANTS)
+def test_even_thresholds_remove_what_the_rates_say(variant: str) -> None:
+    dense = ViTSpec.uniform(depth=3, width=16, heads=2, mlp=32, image_size=24, patch=4, classes=4)
+    spec, _ = ltmp.install(dense, variant=variant)
+    fresh = jax.jit(ViT(dense).init)(jax.random.key(0))  # in which all tokens are alike, up to rounding
+    params = jax.tree.map(lambda x: x + 0.2 * np.random.default_rng(x.size).normal(size=x.shape), fresh)
+    images = np.asarray(jax.random.normal(jax.random.key(1), (10, 24, 24, 3)))
+    thresholds = start.even(spec, params, images, 0.7, 0.4, 0.25, 0.2, batch=4)
+    assert thresholds.keys() == ltmp.starts(variant, 3).keys()
+    _, aux = jax.jit(ltmp.vit(spec).apply)({**params, ltmp.NAME: thresholds}, images)
+    for name, part in (("merged", 1 - np.array([0.2, 0.4, 0.6])), ("pruned", np.array([0.2, 0.4, 0.6]))):
+        alone = {"ltm": float(name == "merged"), "ltp": float(name == "pruned")}.get(variant)
+        expected = start.rates(spec, 0.7, 0.25) * (part if alone is None else alone)
+        found = [float(block["decisions"][name].sum()) for block in aux["blocks"]]
+        # Tokens within rounding of a threshold may fall to either side of it in another program.
+        assert np.abs(np.asarray(found) - 10 * expected).max() <= 2
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.9])

@@ -735,6 +735,12 @@ INSTALL = {
     "no class, faithful": (EXTRA["mean"], {"form": "faithful"}, "faithful form .*class_token=False, 0 .*'mean'"),
     "mean, faithful": (DENSE.edit(pooling="mean"), {"form": "faithful"}, "faithful form .*, 1 prefix .*'mean'"),
     "relative, faithful": (DENSE, {"form": "faithful", "relative": True}, "expected relative=0, found 26"),
+    "prune_tau": (DENSE, {"prune_tau": -0.1}, r"prune_tau must be 0 \(as tau\) or more, and finite, found -0.1"),
+    "prune_tau, faithful": (
+        DENSE,
+        {"form": "faithful", "prune_tau": 1e-3},
+        "one tau, expected prune_tau=0, found 0.001",
+    ),
     "attached, faithful": (DENSE, {"form": "faithful", "attached": True}, "masks only, expected attached=0, found 1"),
     "unpooled": (UNPOOLED, {}, "ltmp needs a pooled output, found pooling='none'"),
     "twice": (REDUCED, {}, r"blocks\[0\] reduces already \(ltmp:thresholds.*expected none"),

@@ -67,6 +67,8 @@ class Ltmp:
       prefix: leading tokens that are neither merged nor pruned.
       variant, form: of `VARIANTS`, `FORMS`.
       tau: temperature of the masker's gradient.
+      prune_tau: the same where tokens are pruned; 0 = `tau`. Importances are about 1/N, far below a tau of 0.1, under
+        which every token pulls alike at the threshold, however far from it.
       similarity: what cosines are taken of: the block's keys, queries, values, or the features after attention.
       relative: tokens of the dense model where the prune threshold is compared with importance x live tokens / that
         number, so that it means the same at another image size; 0 = plain importance.
@@ -84,6 +86,7 @@ class Ltmp:
     similarity: str = "keys"
     relative: int = 0
     attached: int = 0
+    prune_tau: float = 0.0
 
     @property
     def wants(self) -> tuple[str, ...]:
@@ -144,7 +147,7 @@ class Ltmp:
         if self.relative:
             scores = importance * ops.filled(tokens)[1].sum(1, keepdims=True) / self.relative
         threshold = jnp.asarray(knobs["prune_threshold"])
-        keep = ops.threshold_mask(scores, threshold, self.tau, exact=self.form == "consistent")
+        keep = ops.threshold_mask(scores, threshold, self.prune_tau or self.tau, exact=self.form == "consistent")
         decisions |= {"prune_score": scores, "prune_mask": keep, "prune_alive": ops.filled(tokens)[1]}
         return ops.prune(tokens, keep)
 
@@ -227,6 +230,7 @@ def install(
     variant: str = "ltmp",
     form: str = "consistent",
     tau: float = 0.1,
+    prune_tau: float = 0.0,
     similarity: str = "keys",
     relative: bool = False,
     attached: bool = False,
@@ -238,7 +242,7 @@ def install(
     """LTMP in every block that has attention.
 
     Args:
-      tau: temperature of the masker; recorded with the thresholds, which it shapes.
+      tau, prune_tau: temperatures of the masker; recorded with the thresholds, which they shape.
       merge_threshold, prune_threshold: where they start, in [0, 1]; None = as the authors: 0 for pruning, 0.9 for
         merging where it comes first and is followed by pruning, else 1. (A block in which nothing merges gives its
         threshold no gradient under "ltmp", hence not 1. Spec section 4.)
@@ -255,7 +259,9 @@ def install(
     """
     _choice("variant", variant, VARIANTS)
     thresholds = starts(variant, spec.depth, merge_threshold, prune_threshold)
-    reducer = Ltmp(spec.prefix, variant, form, tau, similarity, spec.tokens if relative else 0, int(attached))
+    reducer = Ltmp(
+        spec.prefix, variant, form, tau, similarity, spec.tokens if relative else 0, int(attached), prune_tau
+    )
     check(spec, reducer)
     text = describe(reducer)
     arguments = {"reduce": text, "dtype": dtype, **{name: float(value[0]) for name, value in thresholds.items()}}
@@ -443,6 +449,8 @@ def check(spec: ViTSpec, made: Ltmp) -> None:
         raise InputError(f"relative must be 0 or the tokens of the dense model, found {made.relative}")
     if not 0 < made.tau < np.inf:
         raise InputError(f"tau must be positive and finite, found {made.tau}")
+    if not 0 <= made.prune_tau < np.inf:
+        raise InputError(f"prune_tau must be 0 (as tau) or more, and finite, found {made.prune_tau}")
     if made.form == "faithful":
         if not spec.class_token or spec.prefix != 1 or spec.pooling != "class":
             raise InputError(
@@ -451,6 +459,8 @@ def check(spec: ViTSpec, made: Ltmp) -> None:
             )
         if made.relative:
             raise InputError(f"the faithful form compares plain importance, expected relative=0, found {made.relative}")
+        if made.prune_tau:
+            raise InputError(f"the faithful form has one tau, expected prune_tau=0, found {made.prune_tau}")
         if made.attached:
             raise InputError(f"the faithful form trains through masks only, expected attached=0, found {made.attached}")
     if spec.pooling == "none":
