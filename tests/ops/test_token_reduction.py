@@ -586,3 +586,23 @@ def test_a_token_of_size_k_counts_as_k_tokens_in_the_releases_attention(attended
 def test_the_releases_attention_knows_no_lse(attended):
     with pytest.raises(ValueError, match="no lse"):
         op.faithful_attention(*map(jnp.asarray, attended[:3]), want=("lse",))
+
+
+def test_both_sums_of_a_merge_agree_and_so_do_their_gradients():
+    values = jax.random.normal(jax.random.key(0), (3, 5, 4))
+    partner = jnp.asarray([[0, 0, 3, 3, 3], [1, 2, 3, 4, 5], [5, 5, 5, 5, 5]], jnp.int32)
+    weights = jax.random.normal(jax.random.key(1), (3, 6, 4))
+    found = {}
+    for form in (op._added, op._multiplied):
+        total, back = jax.vjp(lambda v, f=form: f(6, v, partner), values)
+        found[form] = np.asarray(total), np.asarray(back(weights)[0])
+    for a, b in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    expected = np.zeros((3, 6, 4))
+    np.add.at(expected, (np.arange(3)[:, None], partner), values)
+    np.testing.assert_allclose(found[op._added][0], expected, atol=1e-6)
+
+
+def test_the_first_of_equal_partners_is_taken():
+    x = jnp.asarray([[[1.0, 2.0, 2.0], [-jnp.inf, -jnp.inf, -jnp.inf], [0.0, -jnp.inf, 0.0]]])
+    assert op._first_largest(x).tolist() == [[1, 0, 0]]
