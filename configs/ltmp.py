@@ -112,7 +112,7 @@ def ti16(steps: int, batch_size: int) -> ConfigDict:
 
     Command: `vtjax run --config=configs/ltmp.py:ti16 --workdir=DIR`. Hardware: 2 CPU cores. Time: two minutes.
     Expected: see experiments/ltmp/README.md, measured here: with 0.6 of the MACs within 1.5 points of the dense model.
-    Ten times the release's learning rate and a hundredth of its steps: two numbers per block need few photographs.
+    A hundredth of the release's steps: two numbers per block need few photographs.
     Needs `vit_ti16_augreg.safetensors` and `nips17_224.tar` on VTJAX_DATA.
     """
     config = thresholds(steps or 40, batch_size or 16)
@@ -163,7 +163,8 @@ def l16_i1k(steps: int, batch_size: int) -> ConfigDict:
 
 
 def _paper(weights: str, steps: int, batch_size: int, **model: Any) -> ConfigDict:
-    """The release's recipe (spec section 7); in float32, as decisions are made on small differences."""
+    """The release's recipe (spec section 7), with the consistent form and the budget of images that are the defaults
+    here; in float32, as decisions are made on small differences."""
     config = thresholds(1, batch_size or 128)
     config.steps = steps or common.IMAGENET_TRAIN // config.batch_size
     config.init_from = weights

@@ -4,6 +4,7 @@
     python -m experiments.ltmp.accuracy grid        4 variants x 3 targets x 3 seeds (an hour on 2 CPU cores)
     python -m experiments.ltmp.accuracy fixed       the dense model, and fixed rates at the same MACs
     python -m experiments.ltmp.accuracy ablations   one setting changed at a time
+    python -m experiments.ltmp.accuracy sweep       12 pairs of thresholds by `vtjax sweep`: how often it compiles
 
 Every record in results/accuracy.jsonl holds which images were right, so that differences are paired. What was recorded
 is not run again; runs lie in runs/ltmp and resume.
@@ -12,7 +13,10 @@ is not run again; runs lie in runs/ltmp and resume.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -39,19 +43,23 @@ CONFIG = "configs/ltmp.py:ti16"
 TARGETS, SEEDS = (0.45, 0.6, 0.8), (0, 1, 2)
 
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "recipe of the release": {
-        **{"ltmp.start": "authors", "ltmp.attached": False, "ltmp.form": "faithful", "ltmp.budget": "batch"},
-        **{"ltmp.budget_weight": 10.0, "loss.distill": 0.0, "optim.lr": 2e-2, "steps": 100},
-    },
     "start as the authors": {"ltmp.start": "authors", "optim.lr": 1e-2},
-    "not learned, even start": {"optim.lr": 1e-9},
+    "not learned, even start": {"optim.lr": 1e-9, "steps": 1},
     "gradient through masks only": {"ltmp.attached": False},
     "labels, no distillation": {"loss.distill": 0.0},
     "tau 0.5": {"ltmp.tau": 0.5},
+    "a tau for each, Adam": {
+        **{"ltmp.tau": 0.03, "ltmp.prune_tau": 1e-3, "optim.name": "adamw", "optim.lr": 3e-3},
+        "optim.groups.prune.lr_scale": 0.03,
+    },
     "similarity of queries": {"ltmp.similarity": "queries"},
     "similarity of values": {"ltmp.similarity": "values"},
     "similarity of features": {"ltmp.similarity": "features"},
     "thresholds and weights": {"optim.groups.weights.frozen": False},
+    "recipe of the release": {
+        **{"ltmp.start": "authors", "ltmp.attached": False, "ltmp.form": "faithful", "ltmp.budget": "batch"},
+        **{"ltmp.budget_weight": 10.0, "loss.distill": 0.0, "optim.lr": 2e-2, "steps": 100},
+    },
 }
 
 
@@ -65,10 +73,13 @@ def learned(name: str, overrides: dict[str, Any], executables: Executables) -> d
     plain = {leaf: str(value) for leaf, value in overrides.items()}
     config = config_lib.load_config(CONFIG, overrides=plain)
     workdir = folder(name)
-    config_lib.override(config, "workdir", workdir)
+    for leaf, value in (("workdir", workdir), ("checkpoint.best", "")):
+        config_lib.override(config, leaf, value)
     task, data = assemble.assemble(config)
     began = time.monotonic()
-    result = loop.train(task, data, config, workdir, executables)
+    # What an evaluation would say of all images, the decisions below say of each.
+    counted = dataclasses.replace(task, evaluate=lambda p, f, e, k, batch: {"count": batch["valid"].sum()})
+    result = loop.train(counted, data, config, workdir, executables)
     seconds = time.monotonic() - began
     _, params = checkpoint.load_params(workdir)
     made = loop.decisions(task, data.eval("eval"), config, params, executables=executables)
@@ -150,12 +161,32 @@ def fixed() -> Iterator[dict[str, Any]]:
         }
 
 
+def sweep() -> None:
+    """12 points over the thresholds themselves, on the tiny model; into results/sweep.jsonl."""
+    command = ["vtjax", "sweep", "--config=configs/ltmp.py:tiny", "--mode=eval", "--config.init_from=runs/ltmp/tiny"]
+    command += ["--grid=config.ltmp.merge_threshold=0.6,0.7,0.8,0.9"]
+    command += ["--grid=config.ltmp.prune_threshold=0.0,0.02,0.04", "--workdir=runs/ltmp/sweep"]
+    first = ["run", "--config=configs/vit.py:tiny", "--workdir=runs/ltmp/tiny"]
+    for words in (first, [*command[1:]]):
+        done = subprocess.run([sys.executable, "-m", "vtjax", *words], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    fields = {name: told[name] for name in ("points", "ran", "compilations")}
+    record.write(RECORDS.with_name("sweep.jsonl"), {"command_line": " ".join(command), "seed": 0, **fields})
+
+
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("grid", "fixed", "ablations"))
+    parser.add_argument("what", choices=("grid", "fixed", "ablations", "sweep"))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the ablations: how many")
+    parser.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="each N-th point, from I on: one process per core"
+    )
     options = parser.parse_args(arguments)
+    if options.what == "sweep":
+        sweep()
+        return 0
+    first, every = (int(number) for number in options.shard.split("/"))
     known = {(r["kind"], r.get("name")) for r in (tables.read_jsonl(RECORDS) if RECORDS.exists() else [])}
 
     def keep(name: str, found: dict[str, Any]) -> None:
@@ -167,7 +198,7 @@ def main(arguments: list[str]) -> int:
             keep(f"{found['method']} {found['target']}", found)
         return 0
     executables = Executables()
-    points = list(grid() if options.what == "grid" else ablations())
+    points = list(grid() if options.what == "grid" else ablations())[first::every]
     for name, overrides in points:
         if (options.what, name) in known or overrides["seed"] >= options.seeds:
             continue

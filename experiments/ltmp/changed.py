@@ -84,7 +84,8 @@ def learned(form: str) -> tuple[Any, Any]:
     leaves = {"ltmp.target": str(TARGET), "seed": str(SEED), "ltmp.relative": str(form == "relative")}
     config = config_lib.load_config(accuracy.CONFIG, overrides=leaves)
     folder = accuracy.folder(f"{'ltmp' if form == 'plain' else form} {TARGET} {SEED}")
-    config_lib.override(config, "workdir", folder)
+    for leaf, value in (("workdir", folder), ("checkpoint.best", "")):  # as accuracy.learned, whose run this may be
+        config_lib.override(config, leaf, value)
     task, data = assemble.assemble(config)
     loop.train(task, data, config, folder, Executables())
     return checkpoint.load_params(folder)

@@ -107,6 +107,12 @@ def build(config: ConfigDict) -> Task:
         print(
             f"settled: thresholds {-amount:+.2%} of the way to their ends, {reached:.4f} of the MACs", file=sys.stderr
         )
+        if abs(reached / config.ltmp.target - 1) > 0.02:
+            print(
+                f"warning: {reached:.4f} of the MACs is the closest to config.ltmp.target={config.ltmp.target} that "
+                "thresholds which move together came; train for more steps, or start with config.ltmp.start=even",
+                file=sys.stderr,
+            )
         return {**params, ltmp.NAME: ltmp.relaxed(params[ltmp.NAME], amount)}
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
@@ -200,10 +206,12 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
             f"{config.init_from!r} were learned (importance is a share among all tokens; learn with "
             f"config.ltmp.relative=true to change it), found {tuple(resized[1])}"
         )
-    thresholds = ltmp.starts(settings.variant, spec.depth)
+    thresholds = ltmp.starts(settings.variant, spec.depth, *given)
     if params is not None:
         for name in thresholds:
             ltmp.check_thresholds(name, params.get(ltmp.NAME, {}).get(name, np.zeros(0)), spec.depth)
+        changed = {name: thresholds[name] for name in thresholds if settings[name] != -1.0}
+        params = {**params, ltmp.NAME: {**params.get(ltmp.NAME, {}), **changed}}
     return spec, params, thresholds, fresh
 
 

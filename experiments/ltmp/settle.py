@@ -31,6 +31,7 @@ def amount(
         above = min((a for a in known if known[a] >= target), default=None)
         if below is None or above is None or below >= above:
             following = max(min(best + step, 1.0), -1.0)
+            step *= 2
         else:
             part = (target - known[below]) / (known[above] - known[below])
             following = below + min(max(part, 0.1), 0.9) * (above - below)

@@ -100,6 +100,8 @@ def even(
             found = [run(state)[1]["decisions"] for state in states]
             scores = np.concatenate([np.asarray(_candidates(decisions, score)).ravel() for decisions in found])
             finite = np.sort(scores[np.isfinite(scores)])
+            if not len(finite):  # nothing that could be merged or pruned
+                continue
             count = min(round(weight * removed[layer] * len(images)), len(finite) - 1)
             # A merge takes what lies above its threshold, a prune what lies at or below it.
             value = finite[-count - 1] if threshold == "merge_threshold" else finite[max(count - 1, 0)]

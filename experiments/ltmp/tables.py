@@ -45,6 +45,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("changed", "changed", changed),
         ("speed", "speed", speed),
         ("beside_tome", "beside_tome", beside_tome),
+        ("sweep", "sweep", sweep),
     ):
         if (results / f"{file}.jsonl").exists() and (text := make(tables.read_jsonl(results / f"{file}.jsonl"))):
             found[name] = text
@@ -96,6 +97,14 @@ def accuracy(records: list[dict[str, Any]]) -> str:
                     f"target {target}: {lost:.1f} points lost (aim {AIMS[target]}: {aim}), MACs within {miss:.1%}"
                 )
         lines.append("LTMP, " + "; ".join(told) + ". In brackets: least and most over the seeds.")
+    runs = [r for seeds in cells.values() for r in seeds]
+    if runs:
+        steps = ", ".join(str(n) for n in sorted({r["steps"] for r in runs}))
+        seconds = np.median([r["seconds"] for r in runs])
+        lines.append(
+            f"Learning: {steps} steps of {runs[0]['batch_size']} photographs; a run with its start, settling and "
+            f"evaluation took {seconds:.0f} s (median of {len(runs)}, on cores that other work shared)."
+        )
     lines.append(circumstances(r for r in records if r["kind"] in ("grid", "fixed")))
     return "\n\n".join(lines)
 
@@ -194,7 +203,7 @@ def speed(records: list[dict[str, Any]]) -> str:
             f"{r['mac_ratio']:.2f}",
             f"**{r['realised']:.2f}**",
             f"{r['realised_against_groups']:.2f}" if "realised_against_groups" in r else "",
-            f"{r['slots_mac_ratio']:.2f}" if "sizes_mac_ratio" in r else "",
+            f"{r['sizes_mac_ratio']:.2f}" if "sizes_mac_ratio" in r else "",
             f"{r['overflow_rate']:.1%}" if "overflow_rate" in r else "",
             f"{r['compile_s']:.0f}",
             "" if r["other_cores"] is None else f"{r['other_cores']:.2f}",
@@ -229,6 +238,15 @@ def beside_tome(records: list[dict[str, Any]]) -> str:
         *("realised, vtjax", "realised, PyTorch", "PyTorch over vtjax, merged"),
     )
     return tables.markdown(header, rows) + "\n\n" + circumstances(records)
+
+
+def sweep(records: list[dict[str, Any]]) -> str:
+    """How often a sweep over thresholds compiled."""
+    r = records[-1]
+    return (
+        f"`{r['command_line']}`: {r['points']} points, **{r['compilations']} compilation**"
+        f"{'' if r['compilations'] == 1 else 's'}.\n\n{circumstances(records[-1:])}"
+    )
 
 
 def circumstances(records: Iterable[Mapping[str, Any]]) -> str:

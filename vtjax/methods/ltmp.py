@@ -95,6 +95,9 @@ class Ltmp:
 
     def __call__(self, tokens: Tokens, aux: Mapping[str, Array], knobs: Mapping[str, Array]) -> tuple[Tokens, dict]:
         check_tokens(tokens, self.prefix, **{name: aux[name] for name in self.wants})
+        for name in starts(self.variant, 1):
+            if name not in knobs:
+                raise InputError(f"{name} must be in params['{NAME}'] or among the knobs, found neither")
         before = ops.filled(tokens)[1]
         importance = None
         if prunes(self.variant):
@@ -145,7 +148,10 @@ class Ltmp:
         assert importance is not None
         scores = importance
         if self.relative:
-            scores = importance * ops.filled(tokens)[1].sum(1, keepdims=True) / self.relative
+            # Protected tokens have infinite importance, whose product with a gradient of 0 would be NaN.
+            share = jnp.where(jnp.isfinite(importance), importance, 0.0)
+            scores = share * ops.filled(tokens)[1].sum(1, keepdims=True) / self.relative
+            scores = jnp.where(jnp.isfinite(importance), scores, importance)
         threshold = jnp.asarray(knobs["prune_threshold"])
         keep = ops.threshold_mask(scores, threshold, self.prune_tau or self.tau, exact=self.form == "consistent")
         decisions |= {"prune_score": scores, "prune_mask": keep, "prune_alive": ops.filled(tokens)[1]}
@@ -155,12 +161,8 @@ class Ltmp:
         """In the consistent form live tokens move to the front; their unit features with them."""
         if self.form == "faithful":
             return tokens, unit
-        width = tokens.x.shape[-1]
-        if unit is None:
-            return ops.compact(tokens)[0], None
-        both = tokens.replace(x=jnp.concatenate([tokens.x, unit.astype(tokens.x.dtype)], -1))
-        both, _ = ops.compact(both)
-        return both.replace(x=both.x[..., :width]), both.x[..., width:].astype(jnp.float32)
+        moved = None if unit is None else ops.compact(tokens.replace(x=unit))[0].x
+        return ops.compact(tokens)[0], moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +198,8 @@ class FixedRate:
         pruned = 0
         if self.variant == "prune_merge":
             assert importance is not None and unit is not None
-            width = tokens.x.shape[-1]
-            both = tokens.replace(x=jnp.concatenate([tokens.x, unit.astype(tokens.x.dtype)], -1))
-            both, _ = ops.prune_least(both, importance, self.prune, self.prefix)
-            tokens, unit = both.replace(x=both.x[..., :width]), both.x[..., width:].astype(jnp.float32)
+            unit = ops.prune_least(tokens.replace(x=unit), importance, self.prune, self.prefix)[0].x
+            tokens, _ = ops.prune_least(tokens, importance, self.prune, self.prefix)
             pruned, importance = before - tokens.x.shape[1], None
         if unit is not None:
             tokens, importance = ops.merge_top(

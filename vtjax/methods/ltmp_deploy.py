@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, Real
 from vtjax.errors import InputError
 from vtjax.methods import ltmp
 from vtjax.models.layers import Block, Knobs
-from vtjax.models.segments import block_name, call_module, layer_knobs
+from vtjax.models.segments import block_name, call_module, check_knobs, layer_knobs
 from vtjax.models.vit import Params, ViT, method_knobs
 from vtjax.ops.attention import IMPLEMENTATIONS, removed
 from vtjax.ops.token_reduction import filled
@@ -110,8 +110,12 @@ class Deployed:
             live tokens than any calibrated size there.
         """
         spec, vit = self.spec, self._vit
+        vit.check_images(images)
+        if not len(images):
+            raise InputError("images must be at least one, found none")
         params, images = jax.tree.map(jnp.asarray, (params, images))
         thresholds = method_knobs(params) | dict(knobs or {})
+        check_knobs(thresholds, spec.depth)
         batch = images.shape[0]
         group = min(self.group or batch, batch)
         missing = -batch % group  # filled up with copies of the last image, which cost little: they are one token long
@@ -197,7 +201,9 @@ def _attend(block: Block | None, params: Any, knobs: Knobs, length: int, x: Arra
     tokens, _ = call_module(block, params, Tokens(x[:, :length], size[:, :length], alive), knobs)
     new_size, alive, _ = filled(tokens)
     slots = x.shape[1]
-    return _fit(tokens.x, slots), _fit(new_size, slots, 1.0), alive.sum(1).astype(jnp.int32)
+    # An image whose scores are NaN keeps its prefix, and so its NaN to itself.
+    kept = jnp.maximum((alive > 0.5).sum(1), max(block.family.prefix, 1))
+    return _fit(tokens.x, slots), _fit(new_size, slots, 1.0), kept.astype(jnp.int32)
 
 
 def _mlp(block: Block | None, params: Any, knobs: Knobs, rows: int, x: Array, size: Array, live: Array) -> State:
@@ -211,9 +217,10 @@ def _mlp(block: Block | None, params: Any, knobs: Knobs, rows: int, x: Array, si
     slot = jnp.minimum(row - (ends - live)[image], slots - 1)
     packed = jnp.take(x.reshape(-1, width), image * slots + slot, axis=0, mode="clip")
     tokens, _ = call_module(block, params, Tokens(packed[None]), knobs)
-    # Dead slots get the row of another token: finite, and seen by nobody.
     source = jnp.minimum((ends - live)[:, None] + jnp.arange(slots), rows - 1)
-    return jnp.take(tokens.x[0], source, axis=0, mode="clip"), size, live
+    unpacked = jnp.take(tokens.x[0], source, axis=0, mode="clip")
+    # Zeros in dead slots, not another image's tokens: these may be NaN.
+    return jnp.where((jnp.arange(slots) < live[:, None])[..., None], unpacked, 0), size, live
 
 
 def halves(block: Block) -> tuple[Block | None, Block | None]:

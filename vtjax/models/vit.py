@@ -170,9 +170,7 @@ class ViT:
         for layer, block in enumerate(spec.blocks):
             if block.reduce is not None and layer not in given:
                 raise InputError(f"blocks[{layer}].reduce={block.reduce!r} needs a reducer, found none there")
-        expected = (*spec.image_size, spec.channels)
-        if tuple(images.shape[1:]) != expected:
-            raise InputError(f"images must be [B, {', '.join(map(str, expected))}], found {list(images.shape)}")
+        self.check_images(images)
         params, images = jax.tree.map(jnp.asarray, (params, images))
         feature_layer = None if spec.feature_layer is None else spec.feature_layer % spec.depth
         tokens, blocks = segments.run(
@@ -193,6 +191,12 @@ class ViT:
             del blocks[feature_layer]["tokens"]
         y, aux = self.read(params, tokens)
         return y, {**aux, "tokens": tokens, "blocks": blocks, **({} if kept is None else {"features": kept})}
+
+    def check_images(self, images: Any) -> None:
+        """Raises InputError for images of another shape than the spec's."""
+        expected = (*self.spec.image_size, self.spec.channels)
+        if tuple(images.shape[1:]) != expected:
+            raise InputError(f"images must be [B, {', '.join(map(str, expected))}], found {list(images.shape)}")
 
     def embed(self, params: Params, images: Float[Array | np.ndarray, "B H W C"]) -> Tokens:
         """The tokens that enter the first block."""
