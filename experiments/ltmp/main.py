@@ -13,6 +13,7 @@ Letters: B batch, L layers, K classes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -26,9 +27,9 @@ from experiments.ltmp import settle, start
 from experiments.ltmp.deploy import check as check_deploy
 from experiments.ltmp.deploy import deploy, layers, photographs
 from experiments.vit import main as vit
-from vtjax.account import bench, flops
+from vtjax.account import flops
 from vtjax.errors import InputError
-from vtjax.methods import ltmp
+from vtjax.methods import dgmr, ltmp
 from vtjax.models.vit import ViT
 from vtjax.ops import losses, token_reduction
 from vtjax.spec import ViTSpec
@@ -53,7 +54,11 @@ def build(config: ConfigDict) -> Task:
     options, drop_path, smoothing = vit.execution(config)
     model = ltmp.vit(spec, training=True, **options)
     measured = ltmp.vit(spec if config.ltmp.measured == "masked" else ltmp.consistent(spec), **options)
-    undiminished, distill = ViT(bench.undone(spec), **options), config.loss.distill
+    # The model that thresholds are learned for, which other surgery may have made cheaper before.
+    bare = spec.edit(blocks=lambda _, block: dataclasses.replace(block, reduce=None))
+    undiminished, distill = ViT(bare, **options), config.loss.distill
+    unpruned = dgmr.original(spec)
+    whole = float(flops.macs(unpruned)) if unpruned is not None else 0.0
     # As floats: JAX would take whole numbers of this size for int32.
     blocks, dense = ltmp.dense_macs(spec), float(flops.macs(spec))
     check(config, spec, ltmp.floor(spec) if config.ltmp.budget == "batch" else _whole(ltmp.floor(spec), blocks, dense))
@@ -118,7 +123,8 @@ def build(config: ConfigDict) -> Task:
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         logits, aux = measured.apply(params, batch["image"])
         share = shares(aux)
-        return vit.sums(logits, batch, mac_ratio=share, macs_per_image=share * dense)
+        both = {"unpruned_mac_ratio": share * (dense / whole)} if whole else {}
+        return vit.sums(logits, batch, mac_ratio=share, macs_per_image=share * dense, **both)
 
     def decisions(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         logits, aux = measured.apply(params, batch["image"])
@@ -140,6 +146,7 @@ def build(config: ConfigDict) -> Task:
         summary={
             "target": config.ltmp.target,
             "dense_macs_per_image": int(dense),
+            **({"unpruned_macs_per_image": int(whole)} if whole else {}),
             "params": sum(row.params for row in flops.layers(spec)),
             "init_from": config.init_from,
             **({"init_from_sha256": parent} if (parent := vit.parent_of(spec)) and config.init_from else {}),

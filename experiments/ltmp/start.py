@@ -102,9 +102,11 @@ def even(
             finite = np.sort(scores[np.isfinite(scores)])
             if not len(finite):  # nothing that could be merged or pruned
                 continue
-            count = min(round(weight * removed[layer] * len(images)), len(finite) - 1)
+            count = max(min(round(weight * removed[layer] * len(images)), len(finite) - 1), 0)
             # A merge takes what lies above its threshold, a prune what lies at or below it.
-            value = finite[-count - 1] if threshold == "merge_threshold" else finite[max(count - 1, 0)]
+            cut = len(finite) - count if threshold == "merge_threshold" else count
+            # Between two scores, not on one: which side that would fall to is a matter of rounding.
+            value = finite[max(cut - 1, 0) : cut + 1].mean()
             thresholds[threshold][layer] = np.clip(value, 0.0, 1.0) if count else thresholds[threshold][layer]
         states = [run(state)[0] for state in states]
     return thresholds

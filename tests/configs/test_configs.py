@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common, ltmp, vit
+from configs import common, dgmr, ltmp, vit
 from vtjax import paths
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
@@ -26,7 +26,7 @@ from vtjax.train.program import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-VARIANTS = [(module.__name__.rpartition(".")[2], name) for module in (vit, ltmp) for name in module.VARIANTS]
+VARIANTS = [(module.__name__.rpartition(".")[2], name) for module in (vit, ltmp, dgmr) for name in module.VARIANTS]
 
 
 def load(name: str, variant: str, **overrides) -> config_lib.Config:
@@ -120,7 +120,9 @@ def test_it_builds_and_steps_twice_abstractly(name, variant):
             assert metrics["loss"].shape == ()
             state = after
         sums, _ = jax.eval_shape(program.evaluate_step, state.params, frozen, state.extra, knobs, batch)
-    assert set(sums) - {"mac_ratio", "macs_per_image"} == {"top1", "top5", "loss", "count"}
+    of_method = {"mac_ratio", "macs_per_image", "feature_mse", "class_mse", "patch_mse", "agreement"}
+    of_labels = {"top1", "top5", "loss"} if name != "dgmr" or config.dgmr.classifier else set()
+    assert set(sums) - of_method == of_labels | {"count"}
     assert {x.shape for x in sums.values()} == {()}
 
 

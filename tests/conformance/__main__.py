@@ -17,7 +17,7 @@ import numpy as np
 
 from tests.conformance.arrays import Arrays
 
-METHODS = ("ltmp",)
+METHODS = ("ltmp", "dgmr")
 
 
 def main() -> int:
@@ -26,14 +26,15 @@ def main() -> int:
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("file")
     arguments = parser.parse_args()
+    method = importlib.import_module(f"tests.conformance.{arguments.method}")
     try:
         with np.load(arguments.file, allow_pickle=False) as file:
-            arrays = Arrays({name: file[name] for name in file.files})
+            arrays = Arrays({name: file[name] for name in file.files}, method.SEPARATOR)
     except (OSError, ValueError) as error:
         print(f"{arguments.file}: expected an .npz file of plain arrays, found {error}", file=sys.stderr)
         return 2
     with jax.default_matmul_precision("highest"):
-        importlib.import_module(f"tests.conformance.{arguments.method}").replay(arrays)
+        method.replay(arrays)
     result = arrays.result()
     for group, (error, worst) in arrays.worst().items():
         print(f"{group:24s} largest error {error:.2e} of its tolerance's 1 at {worst}", file=sys.stderr)

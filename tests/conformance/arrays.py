@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 
-TOLERANCES = {"value": 2e-5, "logits": 1e-4, "grad": 2e-4, "exact": 0.0}
-"""Largest difference; of "grad", absolute or relative to the recorded number. As the vectors' description says."""
+TOLERANCES = {"value": 2e-5, "logits": 1e-4, "grad": 2e-4, "norm": 1e-4, "product": 1e-5, "exact": 0.0}
+"""Largest difference; of "grad", absolute or relative to the recorded number; of "norm", relative to it; of "product",
+over 1 + its size. As the vectors' descriptions say."""
 
 
 class Arrays:
-    """Recorded arrays by slash-separated name. Reading one marks it as used; `compare` judges one."""
+    """Recorded arrays by name, whose parts are separated. Reading one marks it as used; `compare` judges one."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self._arrays = dict(arrays)
+    def __init__(self, arrays: Mapping[str, np.ndarray], separator: str = "/"):
+        self._arrays, self._separator = dict(arrays), separator
         self._used: set[str] = set()
         self._errors: dict[str, tuple[float, float]] = {}
-        self._failed: list[str] = []
+        self._failed: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -34,7 +35,7 @@ class Arrays:
 
     def children(self, prefix: str = "") -> list[str]:
         """First parts of the names below `prefix`, in order."""
-        return list(dict.fromkeys(name.split("/")[0] for name in self.names(prefix)))
+        return list(dict.fromkeys(name.split(self._separator)[0] for name in self.names(prefix)))
 
     def compare(self, name: str, value: Any, kind: str = "value", where: np.ndarray | None = None) -> None:
         """Judges `value` against the recorded array, where there is one; `where` picks the entries that count."""
@@ -42,7 +43,7 @@ class Arrays:
             return
         expected, found = self[name], np.asarray(value)
         if expected.shape != found.shape:
-            self._miss(name, np.inf, np.inf)
+            self.miss(name)
             return
         if where is not None:
             expected, found = expected[where], found[where]
@@ -53,21 +54,26 @@ class Arrays:
         error = np.where(np.isnan(error), np.inf, error)
         if kind == "grad":
             error = np.minimum(error, error / np.maximum(np.abs(expected), 1e-30))
+        elif kind == "norm":
+            error = error / np.maximum(np.abs(expected), 1e-30)
+        elif kind == "product":
+            error = error / (1 + np.abs(expected))
         largest, tolerance = float(error.max(initial=0.0)), TOLERANCES[kind]
         if not largest <= tolerance:  # NaN, too
-            self._miss(name, largest, np.inf if tolerance == 0 else largest / tolerance)
+            self.miss(name, largest, np.inf if tolerance == 0 else largest / tolerance)
         else:
             self._errors[name] = (largest, largest / tolerance if tolerance else 0.0)
 
-    def _miss(self, name: str, error: float, ratio: float) -> None:
-        self._failed.append(name)
+    def miss(self, name: str, error: float = np.inf, ratio: float = np.inf) -> None:
+        """Judges an array to be wrong."""
+        self._failed.add(name)
         self._errors[name] = (error, ratio)
 
     def worst(self) -> dict[str, tuple[float, str]]:
         """Per group (first part of the name): the largest error in units of its tolerance, and whose it is."""
         out: dict[str, tuple[float, str]] = {}
         for name, (error, ratio) in self._errors.items():
-            group = name.split("/")[0]
+            group = name.split(self._separator)[0]
             if group not in out or ratio > out[group][0]:
                 out[group] = (ratio, f"{name} ({error:.1e})")
         return out
@@ -76,7 +82,7 @@ class Arrays:
         """What the runner prints last."""
         finite = [error for error, _ in self._errors.values() if np.isfinite(error)]
         return {
-            "groups": len({name.split("/")[0] for name in self._errors}),
+            "groups": len({name.split(self._separator)[0] for name in self._errors}),
             "compared": len(self._errors),
             "unread": sorted(set(self._arrays) - self._used),
             "worst": max(finite, default=0.0),

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         return 0, {**first.facts(), "spec": first.spec.to_dict()}
     second = open_model(args.other, args.overrides)
     say(_compare(first, second))
-    pairs = {name: [value, second.facts()[name]] for name, value in first.facts().items()}
+    facts = first.facts(), second.facts()
+    pairs = {name: [each.get(name) for each in facts] for name in dict.fromkeys([*facts[0], *facts[1]])}
     return 0, {**pairs, "spec_diff": {k: list(v) for k, v in first.spec.diff(second.spec).items()}}
 
 
@@ -48,17 +49,35 @@ class Inspected:
     params: Any
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able: model, params, macs_per_image, and per kind of layer params, macs and their share."""
+        """JSON-able: model, params, macs_per_image, and per kind of layer params, macs and their shares. Where MLPs
+        were pruned, `unpruned` has the same of the model before."""
         from vtjax.account import flops, params
+        from vtjax.methods import dgmr
 
-        kinds = flops.by_kind(flops.layers(self.spec))
-        total = max(sum(row.macs for row in kinds), 1)
-        return {
+        out = {
             "model": self.name,
             "params": params.count(self.params),
             "macs_per_image": flops.macs(self.spec),
-            "kinds": {k.kind: {"params": k.params, "macs": k.macs, "macs_share": k.macs / total} for k in kinds},
+            "kinds": _kinds(self.spec),
         }
+        if (before := dgmr.original(self.spec)) is not None:
+            count = params.count(before)
+            out["unpruned"] = {"params": count, "macs_per_image": flops.macs(before), "kinds": _kinds(before)}
+        return out
+
+
+def _kinds(spec: Spec) -> dict[str, dict[str, Any]]:
+    from vtjax.account import flops
+
+    rows = flops.by_kind(flops.layers(spec))
+    params, macs = (max(sum(getattr(row, name) for row in rows), 1) for name in ("params", "macs"))
+    return {
+        row.kind: {
+            **{"params": row.params, "params_share": row.params / params},
+            **{"macs": row.macs, "macs_share": row.macs / macs},
+        }
+        for row in rows
+    }
 
 
 def open_model(target: str, overrides: Mapping[str, Any]) -> Inspected:
@@ -80,6 +99,8 @@ def open_model(target: str, overrides: Mapping[str, Any]) -> Inspected:
             task = assemble.task(config)
             return Inspected(target, task.spec, jax.eval_shape(task.init, jax.random.key(0))[0])
         assemble.check_numbers(config)
+        module = assemble.experiment(config.experiment)
+        spec = module.surgery(config, spec) if hasattr(module, "surgery") else spec
         given = {name: config.model[name] for name in ("image_size", "classes") if name in config.model}
         return _abstract(target, spec.edit(**given), config.init_from)
     if target.endswith(".json"):
@@ -110,15 +131,25 @@ def _describe(model: Inspected) -> str:
     facts = model.facts()
     head = f"{model.name}: {facts['params']:,} parameters, {facts['macs_per_image']:,} MACs per image (1 MAC = 2 FLOPs)"
     arrays = [(*row[:4], f"{row.share:.1%}", f"{row.mbytes:.2f}") for row in params.table(model.params)]
-    kinds = [(kind, k["params"], k["macs"], f"{k['macs_share']:.1%}") for kind, k in facts["kinds"].items()]
+    kinds = [
+        (kind, k["params"], f"{k['params_share']:.1%}", k["macs"], f"{k['macs_share']:.1%}")
+        for kind, k in facts["kinds"].items()
+    ]
+    if "unpruned" in facts:
+        head += f"\nMLPs: {_mlps(facts)}; before they were pruned {_mlps(facts['unpruned'])}"
     return "\n\n".join(
         (
             head,
             _table(("field", "value"), _fields(model.spec)),
             _table(("parameters of", "kind", "arrays", "params", "share", "MB"), arrays),
-            _table(("kind", "params", "MACs", "share of MACs"), kinds),
+            _table(("kind", "params", "share of params", "MACs", "share of MACs"), kinds),
         )
     )
+
+
+def _mlps(facts: Mapping[str, Any]) -> str:
+    params, macs = (facts["kinds"]["mlp"][f"{name}_share"] for name in ("params", "macs"))
+    return f"{params:.1%} of {facts['params']:,} parameters, {macs:.1%} of {facts['macs_per_image']:,} MACs"
 
 
 def _fields(spec: Spec) -> list[tuple[str, Any]]:
@@ -146,6 +177,10 @@ def _compare(first: Inspected, second: Inspected) -> str:
     rows: list[tuple[Any, ...]] = []
     for label, name in (("parameters", "params"), ("MACs per image", "macs_per_image")):
         rows.append((label, a[name], b[name], f"{b[name] / max(a[name], 1):.3f}"))
+    for share in ("params_share", "macs_share"):
+        mlps = [facts["kinds"].get("mlp", {share: 0.0})[share] for facts in (a, b)]
+        told = "parameters" if share == "params_share" else "MACs"
+        rows.append((f"MLPs' share of {told}", *(f"{value:.1%}" for value in mlps), ""))
     for kind in dict.fromkeys([*a["kinds"], *b["kinds"]]):
         macs = [facts["kinds"].get(kind, {"macs": 0})["macs"] for facts in (a, b)]
         if any(macs):

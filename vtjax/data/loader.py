@@ -71,6 +71,9 @@ class ImageData:
       cache: keep decoded examples in memory; None = if they take less than `sources.CACHE_LIMIT`.
       rows: this process's rows of every global batch, ascending; None = all of them. Processes may share rows.
 
+    Attributes:
+      varies: whether a training image looks different each time.
+
     Raises:
       InputError: a value out of range, batch sizes that do not divide, or sources with different classes.
     """
@@ -135,6 +138,7 @@ class ImageData:
         self._crop, self._interpolation, self._squash, self._mean, self._std = crop, interpolation, squash, mean, std
         self._workers, self._prefetch = workers, prefetch
         self._batch_size, self._rows = batch_size, mine
+        self.varies = self._augment.random or self._augment.mixes
         # Row of the global batch -> its place in the stream: all first copies, then all second ones, and so on.
         self._repeats = repeats
         self._places = np.concatenate([np.arange(copy, batch_size, repeats) for copy in range(repeats)])
@@ -299,6 +303,7 @@ def from_config(
     image_size: tuple[int, int],
     preprocess: Preprocess | None = None,
     rows: Sequence[int] | None = None,
+    more: Source | None = None,
 ) -> ImageData:
     """Data that `config.data` describes.
 
@@ -308,6 +313,8 @@ def from_config(
         of "procedural". An empty `train_split` means evaluation only.
       seed, batch_size, image_size, rows: as for `ImageData`.
       preprocess: evaluation transform and normalisation; None = crop 0.875, bicubic, mean and std 0.5.
+      more: examples that join those of the training split (or are all of them, where it is empty), for example some
+        whose labels mean nothing; cropped as for evaluation where the others are.
 
     Raises:
       InputError: as `sources.open_source`, `Augment` and `ImageData`.
@@ -322,9 +329,16 @@ def from_config(
     train = sources.open_source(name, train_split, **options) if train_split else None
     names = ("crop", "interpolation", "mean", "std", "squash")
     form = {} if preprocess is None else {k: getattr(preprocess, k) for k in names}
+    evaluation = sources.open_source(name, eval_split, **options)
+    if more is not None:
+        first = sources.Subset(evaluation, range(0)) if train is None else train
+        if first.cropped and not more.cropped:
+            shape: dict[str, Any] = {"crop": 0.875, "interpolation": "bicubic", "squash": False} | form
+            more = sources.Cropped(more, image_size, shape["crop"], shape["interpolation"], shape["squash"])
+        train = sources.Joined(first, more)
     return ImageData(
         train,
-        sources.open_source(name, eval_split, **options),
+        evaluation,
         seed=seed,
         batch_size=batch_size,
         image_size=image_size,

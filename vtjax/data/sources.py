@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from vtjax.data import transforms
 from vtjax.errors import InputError
 
 CACHE_LIMIT = 256 * 2**20  # bytes; sets that are smaller than this when decoded stay in memory
@@ -115,6 +116,45 @@ class Subset:
 
     def __getitem__(self, index: int) -> Example:
         return self.source[self.positions[index]]
+
+
+class Joined:
+    """One source after another; classes are those of the first.
+
+    Raises:
+      InputError: only one of them is `cropped`.
+    """
+
+    def __init__(self, first: Source, second: Source):
+        if first.cropped != second.cropped:
+            raise InputError(f"joined sources must agree on cropped, found {first.cropped} and {second.cropped}")
+        self.first, self.second = first, second
+        self.classes, self.cropped = first.classes, first.cropped
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, index: int) -> Example:
+        start = len(self.first)
+        return self.first[index] if index < start else self.second[index - start]
+
+
+class Cropped:
+    """Another source, its images as evaluation would crop them; arguments as of `transforms.evaluate`."""
+
+    cropped = True
+
+    def __init__(self, source: Source, size: tuple[int, int], crop: float, interpolation: str, squash: bool):
+        self.source, self.classes = source, source.classes
+        self.size, self.crop, self.interpolation, self.squash = size, crop, interpolation, squash
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.source[index]
+        image = transforms.evaluate(example["image"], self.size, self.crop, self.interpolation, squash=self.squash)
+        return {**example, "image": image}
 
 
 class Cached:

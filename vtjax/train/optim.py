@@ -56,15 +56,17 @@ def numbers(config: Any) -> dict[str, float]:
     for name, group in config.get("groups", {}).items():
         factor = float(group.get("lr_scale", 1.0))
         named[f"groups.{name}.lr_scale"] = 0.0 if factor == 1.0 else factor
-        named[f"groups.{name}.weight_decay"] = max(float(group.get("weight_decay", -1.0)), 0.0)
+        for leaf in ("weight_decay", "end_weight_decay"):
+            named[f"groups.{name}.{leaf}"] = max(float(group.get(leaf, -1.0)), 0.0)
     return {f"optim.{name}": value for name, value in named.items() if value}
 
 
 def schedule(config: Any, steps: int, traced: Mapping[str, Any] | None = None) -> optax.Schedule:
     """Learning rate as a function of the step 0 .. steps - 1.
 
-    Linear from 0 over `warmup` steps to `lr`; then "cosine" to `end_lr` at `steps`, or "constant".
-    `traced`: see `make`.
+    Linear from 0 over `warmup` steps to `lr`; then "cosine" to `end_lr` at `steps`, or "constant". With the optional
+    leaf `warmup_reaches_lr` the last step of the warm-up has `lr` already, as in `numpy.linspace(0, lr, warmup)` (DINO,
+    DGMR); else the first one after it. `traced`: see `make`.
 
     Raises:
       InputError: an unknown schedule, or a warm-up that does not end before `steps`.
@@ -74,6 +76,7 @@ def schedule(config: Any, steps: int, traced: Mapping[str, Any] | None = None) -
     if not 0 <= config.warmup < max(steps, 1):
         raise InputError(f"config.optim.warmup must be in 0..{steps - 1} (config.steps={steps}), found {config.warmup}")
     lr, end_lr = ((traced or {}).get(f"optim.{name}", config[name]) for name in ("lr", "end_lr"))
+    rise = config.warmup - 1 if config.get("warmup_reaches_lr", False) else config.warmup
     if config.schedule == "constant":
         after: optax.Schedule = optax.constant_schedule(lr)
     else:
@@ -81,7 +84,7 @@ def schedule(config: Any, steps: int, traced: Mapping[str, Any] | None = None) -
         after = optax.cosine_decay_schedule(lr, steps - config.warmup, alpha)
     if not config.warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, config.warmup), after], [config.warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, max(rise, 1)), after], [config.warmup])
 
 
 def make(
@@ -97,7 +100,7 @@ def make(
     second moment, decay 0.8, update clipped to RMS 1); decoupled weight decay; times the learning rate and the group's
     `lr_scale`. `config.weight_decay` acts on kernels only (paths that end in `kernel`), not on biases, norms,
     embeddings or a method's own parameters; a group that states a `weight_decay` of 0 or more applies it to all that it
-    matches.
+    matches, and where it also states an `end_weight_decay` of 0 or more, the decay goes there by a half cosine.
 
     Args:
       config: `optim` of the config.
@@ -134,6 +137,12 @@ def make(
             return given.get(f"optim.groups.{name}.weight_decay", 0.0)
         return given.get("optim.weight_decay", 0.0) if path.split("/")[-1] == "kernel" else 0.0
 
+    def end(path: str) -> Any:
+        """Where the decay of a path goes to; None where it stays."""
+        name = trainable(path)
+        stated = [float(groups.get(name or "", {}).get(leaf, -1.0)) for leaf in ("weight_decay", "end_weight_decay")]
+        return given.get(f"optim.groups.{name}.end_weight_decay", 0.0) if min(stated) >= 0.0 else None
+
     number = {name: given.get(f"optim.{name}", config[name]) for name in ("b1", "b2", "momentum", "clip")}
     if config.name == "adamw":
         direction = optax.scale_by_adam(b1=number["b1"], b2=number["b2"])
@@ -145,7 +154,8 @@ def make(
         raise InputError(f"config.optim.name must be one of {', '.join(OPTIMISERS)}, found {config.name!r}")
     rate = schedule(config, steps, traced)
     clip = optax.clip_by_global_norm(number["clip"]) if config.clip else optax.identity()
-    return optax.chain(clip, direction, _decay(decay), optax.scale_by_learning_rate(rate), _scale(scale)), rate
+    decays = _moving_decay(decay, end, steps) if any(end(path) is not None for path in paths) else _decay(decay)
+    return optax.chain(clip, direction, decays, optax.scale_by_learning_rate(rate), _scale(scale)), rate
 
 
 def accumulate(grad: Callable[[Any, jax.Array], Any], batch: Any, key: jax.Array, parts: int) -> Any:
@@ -186,6 +196,25 @@ def _decay(rate: Callable[[str], Any]) -> optax.GradientTransformation:
         return _with_path(lambda path, u, p: u if _is(rate(path), 0.0) else u + rate(path) * p, updates, params)
 
     return optax.stateless(update)
+
+
+def _moving_decay(start: Callable[[str], Any], end: Callable[[str], Any], steps: int) -> optax.GradientTransformation:
+    """Decay at step j of J: `end + (start - end) (1 + cos(pi j / J)) / 2`, as in DINO."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: optax.ScaleByScheduleState, params: Any) -> Any:
+        left = (1.0 + jnp.cos(jnp.pi * state.count / steps)) / 2.0
+
+        def rate(path: str) -> Any:
+            first, last = start(path), end(path)
+            return first if last is None else last + (first - last) * left
+
+        updates, _ = _decay(rate).update(updates, optax.EmptyState(), params)
+        return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _scale(factor: Callable[[str], Any]) -> optax.GradientTransformation:
