@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input: a config key, value, path, checkpoint or shape.
@@ -10,6 +12,12 @@ class InputError(ValueError):
     The message is one line that names the thing, what was expected and what was found.
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Raises InputError unless `value` is one of the known ones."""
+    if value not in (known := tuple(known)):
+        raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")
 
 
 class BusyError(InputError):

@@ -295,6 +295,10 @@ class ViTSpec:
         """
         return _edit(self, changes)
 
+    def unreduced(self) -> ViTSpec:
+        """The same model without token reducers; what else was done to it stays, and so does its history."""
+        return self.edit(blocks=lambda _, block: dataclasses.replace(block, reduce=None))
+
     def diff(self, other: ViTSpec) -> dict[str, tuple[Any, Any]]:
         """Fields that differ, by dotted name: `{"blocks[3].mlp": (1536, 384)}`; a missing side is None."""
         return diff(self.to_dict(), other.to_dict())

@@ -28,7 +28,7 @@ import numpy as np
 from vtjax.account import flops, params, record
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
-from vtjax.errors import InputError
+from vtjax.cli.sweep import parse_shard
 from vtjax.methods import dgmr
 from vtjax.models.vit import ViT
 from vtjax.ops import losses, quantize
@@ -126,16 +126,11 @@ def trained(what: str, point: Point, executables: Executables) -> dict[str, Any]
         **{f"before_{k}": v for k, v in before.items()},
         **measured(spec, values, teacher, data, config.dgmr.point),
     }
-    if what == "int8":
-        small = quantize.quantize_kernels(values)
-        eight = measured(spec, quantize.dequantize_kernels(small), teacher, data, config.dgmr.point)
-        sizes = {"bytes": quantize.size_bytes(values), "int8_bytes": quantize.size_bytes(small)}
-        found |= {f"int8_{k}": v for k, v in eight.items()} | sizes
-    return found
+    return found | (eight(spec, values, teacher, data, config.dgmr.point) if what == "int8" else {})
 
 
-def dense(model: str, *, eight: bool) -> dict[str, Any]:
-    """The model before pruning; with `eight` also with 8-bit weights."""
+def dense(model: str, *, int8: bool) -> dict[str, Any]:
+    """The model before pruning; with `int8` also with 8-bit weights."""
     config = config_lib.load_config("configs/dgmr.py", model)
     task, data = assemble.assemble(config)
     _, frozen, _ = task.init(jax.random.key(0))
@@ -147,14 +142,15 @@ def dense(model: str, *, eight: bool) -> dict[str, Any]:
         **{"macs_per_image": flops.macs(spec), "mac_ratio": 1.0},
         **measured(spec, values, both, data, config.dgmr.point),
     }
-    if eight:
-        small = quantize.quantize_kernels(values)
-        found |= {
-            f"int8_{k}": v
-            for k, v in measured(spec, quantize.dequantize_kernels(small), both, data, config.dgmr.point).items()
-        }
-        found |= {"bytes": quantize.size_bytes(values), "int8_bytes": quantize.size_bytes(small)}
-    return found
+    return found | (eight(spec, values, both, data, config.dgmr.point) if int8 else {})
+
+
+def eight(spec: ViTSpec, values: Any, teacher: tuple[ViTSpec | None, Any], data: Data, point: str) -> dict[str, Any]:
+    """`measured` with 8-bit weights, and the sizes of both."""
+    small = quantize.quantize_kernels(values)
+    found = measured(spec, quantize.dequantize_kernels(small), teacher, data, point)
+    sizes = {"bytes": quantize.size_bytes(values), "int8_bytes": quantize.size_bytes(small)}
+    return {f"int8_{name}": value for name, value in found.items()} | sizes
 
 
 def measured(spec: ViTSpec, values: Any, teacher: tuple[ViTSpec | None, Any], data: Data, point: str) -> dict[str, Any]:
@@ -198,7 +194,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th point, from I on")
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
-    part, parts = _shard(options.shard)
+    part, parts = parse_shard(options.shard)
     known = {(r["kind"], r["name"]) for r in (tables.read_jsonl(options.out) if options.out.exists() else [])}
 
     def keep(name: str, found: dict[str, Any]) -> None:
@@ -220,17 +216,10 @@ def main(arguments: list[str]) -> int:
         if (options.what, name) in known:
             continue
         if name.endswith(" dense"):
-            keep(name, dense(variant, eight=options.what == "int8"))
+            keep(name, dense(variant, int8=options.what == "int8"))
         else:
             keep(name, trained(options.what, point, executables))
     return 0
-
-
-def _shard(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
-    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-        raise InputError(f"--shard must be I/N with I < N, as in 0/2, found {text!r}")
-    return int(part), int(parts)
 
 
 if __name__ == "__main__":

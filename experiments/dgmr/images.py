@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vtjax.cli import assemble
 from vtjax.data import files, loader
 from vtjax.errors import InputError
 from vtjax.methods import dgmr
-from vtjax.parallel import mesh as mesh_lib
 from vtjax.spec import ViTSpec
 from vtjax.train.task import Batch, closing
 
@@ -31,17 +31,8 @@ def opened(config: ConfigDict, spec: ViTSpec) -> loader.ImageData:
       InputError: as `loader.from_config`; a path without images; classes that are not those of a model whose head is a
         classifier.
     """
-    several = jax.process_count() > 1
-    rows = mesh_lib.local_rows(mesh_lib.make(config.mesh), config.batch_size) if several else None
-    data = loader.from_config(
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        image_size=spec.image_size,
-        preprocess=cast(Any, spec.preprocess),
-        rows=rows,
-        more=unlabelled(config.dgmr.images) if config.dgmr.images else None,
-    )
+    more = unlabelled(config.dgmr.images) if config.dgmr.images else None
+    data: loader.ImageData = assemble.open_images(config, spec, more=more)
     if config.dgmr.classifier and data.classes != spec.classes:
         raise InputError(
             f"config.data.name={config.data.name!r} must have the {spec.classes} classes of the teacher's head (or set "

@@ -44,9 +44,9 @@ def build(config: ConfigDict) -> Task:
     dgmr.check_point(spec, point)
     if settings.classifier and not spec.classes:
         raise InputError("config.dgmr.classifier must be false for a model without a head, found true")
-    student, teacher = ViT(spec, **pairing.options(config)), None
+    student, teacher = ViT(spec, **vit.options(config)), None
     if pair.teacher_spec is not None:
-        teacher = ViT(pair.teacher_spec, **pairing.options(config))
+        teacher = ViT(pair.teacher_spec, **vit.options(config))
     if teacher is None and not settings.classifier:
         raise InputError(pairing.no_teacher(spec))
     optim.schedule(config.optim, config.steps)  # reads what is not common to all configs
@@ -91,9 +91,7 @@ def build(config: ConfigDict) -> Task:
                 per_image["agreement"] = (y.argmax(-1) == there.argmax(-1)).astype(jnp.float32)
         if settings.classifier:
             return vit.sums(y, batch, **per_image)
-        valid = batch["valid"]
-        summed = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
-        return {**summed, "count": valid.sum(dtype=jnp.float32)}
+        return vit.summed(per_image, batch["valid"])
 
     return Task(
         spec=spec,
@@ -121,7 +119,7 @@ def data(config: ConfigDict, task: Task) -> Data:
         raise InputError(pairing.no_teacher(task.spec))
     spec = dgmr.original(task.spec)
     assert spec is not None
-    model = ViT(spec, **{**pairing.options(config), "constrain": lambda x: x})
+    model = ViT(spec, **{**vit.options(config), "constrain": lambda x: x})
 
     def features(params: Any, images: Any) -> dgmr.Features:
         return dgmr.features(spec, *model.apply(params, images), config.dgmr.point)
@@ -160,14 +158,13 @@ def deploy(config: ConfigDict, task: Task, images: Any, dense: Any) -> tuple[ben
 
 
 def _candidate(config: ConfigDict, name: str, spec: ViTSpec, params: Any) -> bench.Candidate:
-    model = ViT(spec, **pairing.options(config))
+    model = ViT(spec, **vit.options(config))
     return bench.Candidate(name, lambda p, x: model.apply(p, x)[0], params, flops.macs(spec))
 
 
 def _summary(config: ConfigDict, pair: pairing.Pair) -> dict[str, Any]:
     spec, before = pair.spec, dgmr.original(pair.spec)
     assert before is not None
-    kept = [block.mlp if block.ffn else 0 for block in spec.blocks]
     rows, dense = flops.layers(spec), flops.layers(before)
     parent = vit.parent_of(spec) if config.init_from else ""
     return {
@@ -176,7 +173,7 @@ def _summary(config: ConfigDict, pair: pairing.Pair) -> dict[str, Any]:
         "mac_ratio": sum(row.macs for row in rows) / sum(row.macs for row in dense),
         "params": sum(row.params for row in rows),
         "dense_params": sum(row.params for row in dense),
-        "keep": kept[0] if len(set(kept)) == 1 else kept,
+        "keep": dgmr.compact(dgmr.hidden(spec)),
         "teacher": pair.source,
         "init_from": config.init_from,
         **({"init_from_sha256": parent} if parent else {}),

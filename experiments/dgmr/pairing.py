@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import vtjax
 from experiments.ltmp.deploy import photographs
 from experiments.vit import main as vit
 from vtjax import weights
-from vtjax.errors import InputError
+from vtjax.errors import InputError, check_choice
 from vtjax.methods import dgmr, dgmr_budget
 from vtjax.models.vit import ViT
 from vtjax.ops import gram_schmidt
 from vtjax.parallel import mesh as mesh_lib
-from vtjax.parallel import rules
 from vtjax.spec import ViTSpec
 from vtjax.train.state import params_sha256
 
@@ -156,7 +154,7 @@ def allocated(
 ) -> tuple[int, ...]:
     """Counts of the same sum as `kept`, and so of equal MACs, where they save most; see `methods.dgmr_budget`."""
     settings = config.dgmr
-    whole = dgmr.counts(spec, keep=[block.mlp if block.ffn else 0 for block in spec.blocks])
+    whole = dgmr.counts(spec, keep=dgmr.hidden(spec))
     everything = dgmr.choose(spec, params, whole, **how)
     if settings.allocation == "spectrum":
         curves = dgmr_budget.by_norms(everything)
@@ -164,7 +162,7 @@ def allocated(
         images = photographs(config, spec, "train", settings.sensitivity_images)
         print(f"what pruning one block does to the features of {len(images)} images ...", file=sys.stderr)
         both = settings.w_class, settings.w_patch
-        apply = ViT(spec, **{**options(config), "constrain": lambda x: x}).apply
+        apply = ViT(spec, **{**vit.options(config), "constrain": lambda x: x}).apply
         curves = dgmr_budget.by_features(spec, params, everything, images, apply, point=settings.point, weights=both)
     even = sum(kept) / sum(k > 0 for k in kept)
     low, high = (round(limit * even) for limit in settings.limits)
@@ -219,8 +217,7 @@ def check(config: ConfigDict) -> None:
         ("point", dgmr.POINTS),
         ("teacher_dtype", ("float32", "bfloat16")),
     ):
-        if settings[name] not in known:
-            raise InputError(f"config.dgmr.{name} must be one of {', '.join(known)}, found {settings[name]!r}")
+        check_choice(f"config.dgmr.{name}", settings[name], known)
     for name, least in (
         ("w_class", 0.0),
         ("w_patch", 0.0),
@@ -265,8 +262,3 @@ def no_teacher(spec: ViTSpec) -> str:
     before = next((step.parent for step in spec.lineage if step.operation == dgmr.PRUNE), "")
     told = f", with SHA-256 {before}" if before else ""
     return f"config.dgmr.teacher must name the model that the student was cut from{told}, found none"
-
-
-def options(config: ConfigDict) -> dict[str, Any]:
-    options = {name: config.model[name] for name in ("remat", "scan", "attention")}
-    return {**options, "dtype": jnp.dtype(config.dtype), "constrain": rules.constrain}

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,13 @@ from experiments.ltmp import deploy, start
 from vtjax.account import bench, flops, record
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
+from vtjax.cli.sweep import parse_shard
 from vtjax.methods import ltmp
 from vtjax.models.vit import ViT
+from vtjax.spec import ViTSpec
 from vtjax.train import checkpoint, loop
 from vtjax.train.executables import Executables
+from vtjax.train.task import Data, Task
 from vtjax.viz import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,20 +71,35 @@ def folder(name: str) -> str:
     return "runs/ltmp/" + name.replace(" ", "_").replace(",", "")
 
 
-def learned(name: str, overrides: dict[str, Any], executables: Executables) -> dict[str, Any]:
-    """Trains one point (or finds it trained) and evaluates it as it is deployed."""
-    plain = {leaf: str(value) for leaf, value in overrides.items()}
-    config = config_lib.load_config(CONFIG, overrides=plain)
+class Trained(NamedTuple):
+    """A run that is done, what its checkpoint holds, what the loop says of it, and how many seconds it took now."""
+
+    config: Any
+    task: Task
+    data: Data
+    spec: ViTSpec
+    params: Any
+    result: dict[str, Any]
+    seconds: float
+
+
+def trained(name: str, overrides: dict[str, Any], executables: Executables) -> Trained:
+    """Trains one point, or finds it trained. It is not evaluated: decisions tell more, of each image."""
+    config = config_lib.load_config(CONFIG, overrides={leaf: str(value) for leaf, value in overrides.items()})
     workdir = folder(name)
     for leaf, value in (("workdir", workdir), ("checkpoint.best", "")):
         config_lib.override(config, leaf, value)
     task, data = assemble.assemble(config)
     began = time.monotonic()
-    # What an evaluation would say of all images, the decisions below say of each.
     counted = dataclasses.replace(task, evaluate=lambda p, f, e, k, batch: {"count": batch["valid"].sum()})
     result = loop.train(counted, data, config, workdir, executables)
     seconds = time.monotonic() - began
-    _, params = checkpoint.load_params(workdir)
+    return Trained(config, task, data, *checkpoint.load_params(workdir), result, seconds)
+
+
+def learned(name: str, overrides: dict[str, Any], executables: Executables) -> dict[str, Any]:
+    """Trains one point (or finds it trained) and evaluates it as it is deployed."""
+    config, task, data, _, params, result, seconds = trained(name, overrides, executables)
     made = loop.decisions(task, data.eval("eval"), config, params, executables=executables)
     return {
         "method": config.ltmp.variant,
@@ -163,15 +181,15 @@ def fixed() -> Iterator[dict[str, Any]]:
 
 def sweep() -> None:
     """12 points over the thresholds themselves, on the tiny model; into results/sweep.jsonl."""
-    command = ["vtjax", "sweep", "--config=configs/ltmp.py:tiny", "--mode=eval", "--config.init_from=runs/ltmp/tiny"]
+    command = ["sweep", "--config=configs/ltmp.py:tiny", "--mode=eval", "--config.init_from=runs/ltmp/tiny"]
     command += ["--grid=config.ltmp.merge_threshold=0.6,0.7,0.8,0.9"]
     command += ["--grid=config.ltmp.prune_threshold=0.0,0.02,0.04", "--workdir=runs/ltmp/sweep"]
     first = ["run", "--config=configs/vit.py:tiny", "--workdir=runs/ltmp/tiny"]
-    for words in (first, [*command[1:]]):
+    for words in (first, command):
         done = subprocess.run([sys.executable, "-m", "vtjax", *words], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
     fields = {name: told[name] for name in ("points", "ran", "compilations")}
-    record.write(RECORDS.with_name("sweep.jsonl"), {"command_line": " ".join(command), "seed": 0, **fields})
+    record.write(RECORDS.with_name("sweep.jsonl"), {"command_line": " ".join(["vtjax", *command]), "seed": 0, **fields})
 
 
 def main(arguments: list[str]) -> int:
@@ -186,7 +204,7 @@ def main(arguments: list[str]) -> int:
     if options.what == "sweep":
         sweep()
         return 0
-    first, every = (int(number) for number in options.shard.split("/"))
+    first, every = parse_shard(options.shard)
     known = {(r["kind"], r.get("name")) for r in (tables.read_jsonl(RECORDS) if RECORDS.exists() else [])}
 
     def keep(name: str, found: dict[str, Any]) -> None:

@@ -28,7 +28,6 @@ from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
 from vtjax.methods import ltmp
 from vtjax.models.vit import ViT
-from vtjax.train import checkpoint, loop
 from vtjax.train.executables import Executables
 
 RECORDS = Path(__file__).resolve().parent / "results" / "changed.jsonl"
@@ -81,14 +80,9 @@ def main() -> int:
 
 def learned(form: str) -> tuple[Any, Any]:
     """Spec and parameters of a run at the target, trained where it is not there yet."""
-    leaves = {"ltmp.target": str(TARGET), "seed": str(SEED), "ltmp.relative": str(form == "relative")}
-    config = config_lib.load_config(accuracy.CONFIG, overrides=leaves)
-    folder = accuracy.folder(f"{'ltmp' if form == 'plain' else form} {TARGET} {SEED}")
-    for leaf, value in (("workdir", folder), ("checkpoint.best", "")):  # as accuracy.learned, whose run this may be
-        config_lib.override(config, leaf, value)
-    task, data = assemble.assemble(config)
-    loop.train(task, data, config, folder, Executables())
-    return checkpoint.load_params(folder)
+    leaves = {"ltmp.target": TARGET, "seed": SEED, "ltmp.relative": form == "relative"}
+    done = accuracy.trained(f"{'ltmp' if form == 'plain' else form} {TARGET} {SEED}", leaves, Executables())
+    return done.spec, done.params
 
 
 def evaluate(spec: Any, params: Any, images: list[Image.Image], labels: np.ndarray) -> dict[str, Any]:

@@ -13,7 +13,6 @@ Letters: B batch, L layers, K classes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -28,7 +27,7 @@ from experiments.ltmp.deploy import check as check_deploy
 from experiments.ltmp.deploy import deploy, layers, photographs
 from experiments.vit import main as vit
 from vtjax.account import flops
-from vtjax.errors import InputError
+from vtjax.errors import InputError, check_choice
 from vtjax.methods import dgmr, ltmp
 from vtjax.models.vit import ViT
 from vtjax.ops import losses, token_reduction
@@ -55,8 +54,7 @@ def build(config: ConfigDict) -> Task:
     model = ltmp.vit(spec, training=True, **options)
     measured = ltmp.vit(spec if config.ltmp.measured == "masked" else ltmp.consistent(spec), **options)
     # The model that thresholds are learned for, which other surgery may have made cheaper before.
-    bare = spec.edit(blocks=lambda _, block: dataclasses.replace(block, reduce=None))
-    undiminished, distill = ViT(bare, **options), config.loss.distill
+    undiminished, distill = ViT(spec.unreduced(), **options), config.loss.distill
     unpruned = dgmr.original(spec)
     whole = float(flops.macs(unpruned)) if unpruned is not None else 0.0
     # As floats: JAX would take whole numbers of this size for int32.
@@ -226,8 +224,7 @@ def check(config: ConfigDict, spec: ViTSpec, floor: float) -> None:
     """Raises InputError for numbers that no run can have; `floor` is the least reachable ratio."""
     settings = config.ltmp
     for name, known in (("budget", BUDGETS), ("measured", MEASURED), ("start", STARTS)):
-        if settings[name] not in known:
-            raise InputError(f"config.ltmp.{name} must be one of {', '.join(known)}, found {settings[name]!r}")
+        check_choice(f"config.ltmp.{name}", settings[name], known)
     if not floor < settings.target <= 1.0:
         raise InputError(
             f"config.ltmp.target must be above {floor:.3f}, which the first block's attention and the protected tokens "

@@ -114,17 +114,19 @@ def even(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embedded(model: ViT, params: Any, images: Any) -> Tokens:
-    tokens = model.embed(params, images)
-    size, alive, source = token_reduction.filled(tokens)
-    return Tokens(tokens.x, size, alive, source)
+    return _full(model.embed(params, images))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _advanced(block: Any, params: Any, tokens: Tokens, knobs: Any) -> tuple[Tokens, dict[str, Any]]:
     """One block: the tokens that leave it, and its aux. Equal blocks are compiled once."""
     tokens, aux = segments.call_module(block, params, tokens, knobs)
-    size, alive, source = token_reduction.filled(tokens)
-    return Tokens(tokens.x, size, alive, source), aux
+    return _full(tokens), aux
+
+
+def _full(tokens: Tokens) -> Tokens:
+    """With every field set, so that the first block's tokens compile nothing of their own."""
+    return Tokens(tokens.x, *token_reduction.filled(tokens))
 
 
 def _candidates(decisions: Any, score: str) -> Any:

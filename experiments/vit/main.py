@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,22 +96,31 @@ def execution(config: ConfigDict) -> tuple[dict[str, Any], float, float]:
     ):
         if not 0.0 <= value < 1.0:
             raise InputError(f"config.{name} must be in [0, 1), found {value}")
-    options = {name: config.model[name] for name in ("remat", "scan", "attention")}
-    options |= {"dtype": jnp.dtype(config.dtype), "constrain": rules.constrain}
-    return options, config.model.drop_path, config.loss.label_smoothing
+    return options(config), config.model.drop_path, config.loss.label_smoothing
+
+
+def options(config: ConfigDict) -> dict[str, Any]:
+    """The options of `ViT` alone."""
+    found = {name: config.model[name] for name in ("remat", "scan", "attention")}
+    return {**found, "dtype": jnp.dtype(config.dtype), "constrain": rules.constrain}
 
 
 def sums(logits: jax.Array, batch: Any, **per_image: jax.Array) -> dict[str, jax.Array]:
     """What a classifier's `evaluate` reports of logits `[B, K]`: top1, top5, loss, and what else is given, `[B]`."""
-    valid, label = batch["valid"], batch["label"]
+    label = batch["label"]
     per_image = {
         "top1": losses.top_k_correct(logits, label, 1),
         "top5": losses.top_k_correct(logits, label, min(5, logits.shape[-1])),
         "loss": losses.cross_entropy(logits, label),
         **per_image,
     }
-    summed = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
-    return {**summed, "count": valid.sum(dtype=jnp.float32)}
+    return summed(per_image, batch["valid"])
+
+
+def summed(per_image: Mapping[str, jax.Array], valid: jax.Array) -> dict[str, jax.Array]:
+    """Sums of numbers `[B]` over the valid images, and their count."""
+    sums = {name: jnp.where(valid, value, 0).sum(dtype=jnp.float32) for name, value in per_image.items()}
+    return {**sums, "count": valid.sum(dtype=jnp.float32)}
 
 
 def source(config: ConfigDict) -> tuple[ViTSpec, Any, tuple[str, ...]]:

@@ -24,7 +24,6 @@ from vtjax.spec import BlockSpec, ViTSpec
 from vtjax.weights import names, timm
 
 SEPARATOR = "/"
-FIXED_GROUPS = ("masker", "softmax", "attn", "block", "tome", "fixed", "budget")
 EDGES = {"off": (1.0, 0.0), "all_pruned": (1.0, 1.0), "all_merged": (0.0, 0.0)}
 """(merge threshold, prune threshold) by the name of an edge case."""
 

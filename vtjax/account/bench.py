@@ -97,7 +97,7 @@ def undone(spec: Spec) -> Spec:
             f"the model before the surgery is not told by the spec ({why}): name it by --dense=FILE.py:VARIANT, a "
             "workdir or weights"
         )
-    return spec.edit(blocks=lambda _, block: dataclasses.replace(block, reduce=None), lineage=())
+    return spec.unreduced().edit(lineage=())
 
 
 def batches(rows: Mapping[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:

@@ -157,25 +157,35 @@ def image_data(config: Config, spec: Any) -> Any:
     Raises:
       InputError: a set that is missing or does not fit the spec's classes.
     """
-    from vtjax.data import loader
-
-    # Which rows are ours follows from the mesh: processes may share some. Alone, all of them are.
-    several = jax.process_count() > 1
-    rows = mesh.local_rows(mesh.make(config.mesh), config.batch_size) if several else None
-    data = loader.from_config(
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        image_size=spec.image_size,
-        preprocess=spec.preprocess,
-        rows=rows,
-    )
+    data = open_images(config, spec)
     if data.classes != spec.classes:
         raise InputError(
             f"config.model.classes must be {data.classes}, the number of classes of config.data.name="
             f"{config.data.name!r}, found {spec.classes}"
         )
     return data
+
+
+def open_images(config: Config, spec: Any, *, more: Any = None) -> Any:
+    """The same, whatever its classes; `more`: see `loader.from_config`.
+
+    Raises:
+      InputError: a set that is missing.
+    """
+    from vtjax.data import loader
+
+    # Which rows are ours follows from the mesh: processes may share some. Alone, all of them are.
+    several = jax.process_count() > 1
+    rows = mesh.local_rows(mesh.make(config.mesh), config.batch_size) if several else None
+    return loader.from_config(
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        image_size=spec.image_size,
+        preprocess=spec.preprocess,
+        rows=rows,
+        more=more,
+    )
 
 
 def check_workdir(workdir: str, *, exists: bool = False) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from vtjax.errors import InputError
+from vtjax.errors import InputError, check_choice
 from vtjax.models.segments import block_name
 from vtjax.models.vit import Params
 from vtjax.ops import gram_schmidt
@@ -156,9 +156,9 @@ def choose(
       mesh: Gram-Schmidt's blocks are shared out over its devices, which takes the memory of all input weights together;
         None = one block after the other.
     """
-    _choice("method", method, METHODS[:-1])
-    _choice("score", score, SCORES)
-    _choice("form", form, gram_schmidt.FORMS)
+    check_choice("method", method, METHODS[:-1])
+    check_choice("score", score, SCORES)
+    check_choice("form", form, gram_schmidt.FORMS)
     check(spec, params)
     most: dict[int, int] = {}
     for block, k in zip(spec.blocks, keep, strict=True):
@@ -213,6 +213,11 @@ def given(spec: ViTSpec, params: Params, indices: Sequence[Any]) -> list[Selecti
     return picks
 
 
+def hidden(spec: ViTSpec) -> list[int]:
+    """Neurons of every block's MLP; 0 where it has none."""
+    return [block.mlp if block.ffn else 0 for block in spec.blocks]
+
+
 def widths(picks: Picks) -> tuple[int, ...]:
     """Kept neurons of every block; 0 where it has no MLP."""
     return tuple(0 if pick is None else int(pick.indices.shape[-1]) for pick in picks)
@@ -231,8 +236,7 @@ def edit(
     """The spec of the pruned model. Its lineage holds the widths before and after (one number where all blocks have the
     same), how the neurons were selected, and, where `picks` are given, the SHA-256 of their indices (int32, block after
     block)."""
-    before = [block.mlp if block.ffn else 0 for block in spec.blocks]
-    arguments: dict[str, Any] = {"method": method, "keep": _compact(keep), "mlp": _compact(before)}
+    arguments: dict[str, Any] = {"method": method, "keep": compact(keep), "mlp": compact(hidden(spec))}
     if spec.activation == "swiglu" and method in ("gram_schmidt", "l2"):
         arguments["score"] = score
     if picks:
@@ -359,7 +363,7 @@ def features(spec: ViTSpec, y: Array, aux: Mapping[str, Any], point: str) -> Fea
 
 def check_point(spec: ViTSpec, point: str) -> None:
     """Raises InputError unless `spec` has features at `point`."""
-    _choice("point", point, POINTS)
+    check_choice("point", point, POINTS)
     if spec.feature_layer is not None:
         raise InputError(f"the last layer is compared, expected feature_layer=None, found {spec.feature_layer}")
     if point == "normed" and not spec.norm_after and spec.class_token:
@@ -391,7 +395,8 @@ def distances(student: Features, teacher: Features) -> tuple[Float[Array, " B"],
     return whole, patch
 
 
-def _compact(values: Sequence[int]) -> int | list[int]:
+def compact(values: Sequence[int]) -> int | list[int]:
+    """One number where all are the same."""
     return values[0] if len(set(values)) == 1 else list(values)
 
 
@@ -403,8 +408,3 @@ def _lengths(weights: Float[Array, "M S"]) -> Float[Array, " M"]:
     """Row norms that neither overflow nor vanish."""
     scale = jnp.maximum(jnp.abs(weights).max(), jnp.finfo(jnp.float32).tiny)
     return scale * jnp.sqrt(jnp.square(weights / scale).sum(1))
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")

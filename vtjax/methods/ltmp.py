@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vtjax.errors import InputError
+from vtjax.errors import InputError, check_choice
 from vtjax.models.vit import ViT
 from vtjax.ops import token_reduction as ops
 from vtjax.ops.tokens import Tokens, check_tokens
@@ -161,8 +161,7 @@ class Ltmp:
         """In the consistent form live tokens move to the front; their unit features with them."""
         if self.form == "faithful":
             return tokens, unit
-        moved = None if unit is None else ops.compact(tokens.replace(x=unit))[0].x
-        return ops.compact(tokens)[0], moved
+        return ops.compact(tokens, unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +256,7 @@ def install(
       InputError: an unknown variant, form or similarity; a number out of range; a spec that the method or the faithful
         form does not cover, or in which blocks reduce already.
     """
-    _choice("variant", variant, VARIANTS)
+    check_choice("variant", variant, VARIANTS)
     thresholds = starts(variant, spec.depth, merge_threshold, prune_threshold)
     reducer = Ltmp(
         spec.prefix, variant, form, tau, similarity, spec.tokens if relative else 0, int(attached), prune_tau
@@ -442,9 +441,9 @@ def relaxed(thresholds: Mapping[str, Any], amount: float) -> dict[str, Any]:
 
 def check(spec: ViTSpec, made: Ltmp) -> None:
     """Raises InputError for settings that are not defined for `spec`."""
-    _choice("variant", made.variant, VARIANTS)
-    _choice("form", made.form, FORMS)
-    _choice("similarity", made.similarity, SIMILARITIES)
+    check_choice("variant", made.variant, VARIANTS)
+    check_choice("form", made.form, FORMS)
+    check_choice("similarity", made.similarity, SIMILARITIES)
     if made.relative < 0:
         raise InputError(f"relative must be 0 or the tokens of the dense model, found {made.relative}")
     if not 0 < made.tau < np.inf:
@@ -468,8 +467,8 @@ def check(spec: ViTSpec, made: Ltmp) -> None:
 
 
 def _check_fixed(made: FixedRate) -> None:
-    _choice("variant", made.variant, FIXED)
-    _choice("similarity", made.similarity, SIMILARITIES)
+    check_choice("variant", made.variant, FIXED)
+    check_choice("similarity", made.similarity, SIMILARITIES)
     if made.merge < 0 or made.prune < 0:
         raise InputError(f"the rates (merge, prune) must be 0 or more, found ({made.merge}, {made.prune})")
 
@@ -481,11 +480,6 @@ def check_thresholds(name: str, values: Any, depth: int) -> None:
         raise InputError(f"{name} must hold one number per block, [{depth}], found {list(found.shape)}")
     if not np.isfinite(found).all() or (found < 0).any() or (found > 1).any():
         raise InputError(f"{name} must be finite and in [0, 1], found {found.tolist()}")
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")
 
 
 def _installed(spec: ViTSpec, text: Any, operation: str, arguments: Mapping[str, Any], parent: str) -> ViTSpec:

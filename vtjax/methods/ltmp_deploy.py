@@ -313,8 +313,7 @@ def fixed(spec: ViTSpec, merged: Real[np.ndarray, "n L"], pruned: Real[np.ndarra
     steps = [np.diff(total, prepend=0) for total in totals]
     rates = {layer: (int(steps[0][layer]), int(steps[1][layer])) for layer in made}
     rates = {layer: rate for layer, rate in rates.items() if any(rate)}
-    bare = spec.edit(blocks=lambda _, block: dataclasses.replace(block, reduce=None))
-    return ltmp.install_fixed(bare, variant, rates, similarity=first.similarity)
+    return ltmp.install_fixed(spec.unreduced(), variant, rates, similarity=first.similarity)
 
 
 def _fit(x: Array, slots: int, fill: float = 0.0) -> Array:

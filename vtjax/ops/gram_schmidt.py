@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from vtjax.errors import InputError
+from vtjax.errors import InputError, check_choice
 
 FORMS = ("deflated", "lazy", "blocked")
 MODES = ("concat", "gate", "value")
@@ -116,8 +116,7 @@ def scores(w12: Float[Array | np.ndarray, "H2 N"], mode: str = "concat") -> Floa
     Raises:
       InputError: an unknown mode, or an odd number of rows.
     """
-    if mode not in MODES:
-        raise InputError(f"mode must be one of {', '.join(MODES)}, found {mode!r}")
+    check_choice("mode", mode, MODES)
     if len(w12) % 2:
         raise InputError(f"w12 must have as many gate as value rows, found {len(w12)} rows")
     gate, value = jnp.split(jnp.asarray(w12), 2)
@@ -160,8 +159,7 @@ def shortfall(weights: Matrix, indices: Int[Array | np.ndarray, " K"]) -> float:
 
 
 def _check(weights: Array, k: Any, form: str, shape: str) -> None:
-    if form not in FORMS:
-        raise InputError(f"form must be one of {', '.join(FORMS)}, found {form!r}")
+    check_choice("form", form, FORMS)
     floating = jnp.issubdtype(weights.dtype, jnp.floating)
     if weights.ndim != shape.count(",") + 1 or not floating or 0 in weights.shape:
         raise InputError(f"weights must be floating {shape}, found {weights.dtype} {list(weights.shape)}")

@@ -202,8 +202,11 @@ def prune(tokens: Tokens, keep: Float[Array, "B N"]) -> Tokens:
     return tokens.replace(alive=alive, source=moved(source, _where_alive(alive)))
 
 
-def compact(tokens: Tokens, importance: Float[Array, "B N"] | None = None) -> tuple[Tokens, Float[Array, "B N"] | None]:
-    """Live tokens first, in their order; then the dead ones. Spec section 11.2."""
+def compact(
+    tokens: Tokens, beside: Float[Array, "B N *D"] | None = None
+) -> tuple[Tokens, Float[Array, "B N *D"] | None]:
+    """Live tokens first, in their order; then the dead ones. What stands beside the tokens moves with them. Spec
+    section 11.2."""
     size, alive, source = filled(tokens)
     live = jax.lax.stop_gradient(alive) > 0.5
     count = live.sum(1, keepdims=True)
@@ -213,15 +216,15 @@ def compact(tokens: Tokens, importance: Float[Array, "B N"] | None = None) -> tu
     order = jnp.zeros_like(place).at[jnp.arange(len(place))[:, None], place].set(slots, unique_indices=True)
 
     def take(x: Array) -> Array:
-        return jnp.take_along_axis(x, order, 1)
+        return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1)
 
     out = Tokens(
-        x=jnp.take_along_axis(tokens.x, order[..., None], 1),
+        x=take(tokens.x),
         size=None if tokens.size is None else take(size),
         alive=take(alive),
         source=moved(source, place),
     )
-    return out, None if importance is None else take(importance)
+    return out, None if beside is None else take(beside)
 
 
 def filled(tokens: Tokens) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Int[Array, "B N0"]]:
