@@ -97,6 +97,13 @@ def trained(name: str, overrides: dict[str, Any], executables: Executables) -> T
     return Trained(config, task, data, *checkpoint.load_params(workdir), result, seconds)
 
 
+def run_of(target: float, seed: int = 0) -> str:
+    """Folder of the grid's run of LTMP at a target, which is trained where it is not there."""
+    name = f"ltmp {target} {seed}"
+    trained(name, {"ltmp.variant": "ltmp", "ltmp.target": target, "seed": seed}, Executables())
+    return folder(name)
+
+
 def learned(name: str, overrides: dict[str, Any], executables: Executables) -> dict[str, Any]:
     """Trains one point (or finds it trained) and evaluates it as it is deployed."""
     config, task, data, _, params, result, seconds = trained(name, overrides, executables)

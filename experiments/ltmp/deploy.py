@@ -110,7 +110,15 @@ def calibration(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.
         from vtjax.cli import decisions
 
         if (saved := decisions.load(config.init_from)) is not None:
-            return {name: np.asarray(saved[name]) for name in ("kept", "merged", "pruned")}
+            found = {name: np.asarray(saved.get(name, [])) for name in ("kept", "merged", "pruned")}
+            for name, values in found.items():
+                if values.shape != (saved["count"], spec.depth):
+                    expected = [saved["count"], spec.depth]
+                    raise InputError(
+                        f"{decisions.FILE} of config.init_from={config.init_from!r} must hold {name} {expected}, found "
+                        f"{list(values.shape)}"
+                    )
+            return found
     return counted(config, spec, params, photographs(config, spec, "train", IMAGES))
 
 

@@ -22,18 +22,19 @@ from vtjax.viz.tables import read_jsonl
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-RUN = accuracy.folder("ltmp 0.45 0")
+TARGET = 0.45
 PHOTOGRAPH = 5  # of the evaluation half
 
 
 def main() -> int:
     """See the module's text."""
-    image, model, dense = photograph(PHOTOGRAPH), vtjax.load(RUN), vtjax.load("vit_ti16_augreg")
+    run = accuracy.run_of(TARGET)
+    image, model, dense = photograph(PHOTOGRAPH), vtjax.load(run), vtjax.load("vit_ti16_augreg")
     shown = np.clip(image * 0.5 + 0.5, 0, 1).astype(np.float32)
     written = [
         tokens.save(layer_maps(model, image, shown, "LTMP at 0.45 of the MACs"), RESULTS / "maps.png"),
         tokens.save(side_by_side(image, shown, dense, 16, (1, 4, 7, 9)), RESULTS / "side_by_side.png"),
-        curves.save(learned(RUN, "Learned thresholds, 0.45 of the MACs"), RESULTS / "thresholds.png"),
+        curves.save(learned(run, "Learned thresholds, 0.45 of the MACs"), RESULTS / "thresholds.png"),
     ]
     if (RESULTS / "accuracy.jsonl").exists():
         written.append(curves.save(tradeoff(read_jsonl(RESULTS / "accuracy.jsonl")), RESULTS / "tradeoff.png"))

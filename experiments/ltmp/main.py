@@ -31,9 +31,10 @@ from vtjax.errors import InputError, check_choice
 from vtjax.methods import dgmr, ltmp
 from vtjax.models.vit import ViT
 from vtjax.ops import losses, token_reduction
+from vtjax.parallel import mesh
 from vtjax.spec import ViTSpec
 from vtjax.train import optim
-from vtjax.train.state import params_sha256
+from vtjax.train.state import host_copy, params_sha256
 from vtjax.train.task import Task
 
 __all__ = ["build", "deploy"]
@@ -96,15 +97,19 @@ def build(config: ConfigDict) -> Task:
         return task + knobs["ltmp.budget_weight"] * miss**2, metrics
 
     @jax.jit
-    def cost(params: Any, images: Any) -> jax.Array:
-        return shares(measured.apply(params, images)[1])
+    def cost(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        # Sums, which every process of a run can read, whichever holds the rows.
+        return jnp.where(batch["valid"], shares(measured.apply(params, batch["image"])[1]), 0).sum(), batch[
+            "valid"
+        ].sum()
 
     def finish(params: Any, frozen: Any, extra: Any, knobs: Any, draw: Any) -> Any:
         batches = [draw("train", index) for index in range(-(-config.ltmp.settle_images // config.batch_size))]
 
         def ratio(amount: float) -> float:
             moved = {**params, ltmp.NAME: ltmp.relaxed(params[ltmp.NAME], amount)}
-            return float(np.mean([np.asarray(cost(moved, batch["image"]))[batch["valid"]] for batch in batches]))
+            spent, count = np.sum([jax.device_get(cost(moved, batch)) for batch in batches], 0)
+            return float(spent / count)
 
         amount, reached = settle.amount(ratio, config.ltmp.target)
         print(
@@ -259,7 +264,10 @@ def _start(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarr
     if key not in _starts:
         print("thresholds to start from, block by block ...", file=sys.stderr)
         images = photographs(config, spec, "train", settings.start_images)
-        _starts[key] = start.even(spec, params, images, *numbers)
+        # Every process of a run does the same, on a device of its own.
+        params = host_copy(params)
+        with jax.set_mesh(mesh.make({}, jax.local_devices()[:1])):
+            _starts[key] = start.even(spec, params, images, *numbers)
     return dict(_starts[key])
 
 

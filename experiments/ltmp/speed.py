@@ -48,7 +48,7 @@ IMAGES = 128  # that are timed
 def load(model: str, config: Any, calibration: np.ndarray) -> tuple[ViTSpec, Any]:
     """Spec and parameters with thresholds."""
     if model == "ViT-Ti/16":
-        found = vtjax.load(accuracy.folder(f"ltmp {TARGET} 0"))
+        found = vtjax.load(accuracy.run_of(TARGET))
         return ltmp.consistent(found.spec), found.params
     dense = ViTSpec.uniform(depth=12, width=384, heads=6, mlp=1536, image_size=224, patch=16, classes=1000)
     # The spread of trained weights; fresh ones make all tokens alike.

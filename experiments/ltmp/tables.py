@@ -45,6 +45,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("changed", "changed", changed),
         ("speed", "speed", speed),
         ("beside_tome", "beside_tome", beside_tome),
+        ("agreement", "agreement", agreement),
         ("sweep", "sweep", sweep),
     ):
         if (results / f"{file}.jsonl").exists() and (text := make(tables.read_jsonl(results / f"{file}.jsonl"))):
@@ -215,6 +216,24 @@ def speed(records: list[dict[str, Any]]) -> str:
         *("against dense in groups", "MAC ratio of the sizes", "overflow", "compile s", "other busy cores"),
     )
     return tables.markdown(header, rows) + "\n\n" + circumstances(records)
+
+
+def agreement(records: list[dict[str, Any]]) -> str:
+    """The latest record of every target."""
+    latest = {r["target"]: r for r in records}
+    rows = [
+        (
+            target,
+            f"{r['same_counts']} of {r['images']}",
+            f"{r['same_class']} of {r['images']}",
+            f"{r['logit_difference']:.0e}",
+            f"{r['logit_difference_of_others']:.0e}" if r["same_counts"] < r["images"] else "",
+            f"{r['near_ties']:,} of {r['decisions']:,}",
+        )
+        for target, r in sorted(latest.items(), reverse=True)
+    ]
+    header = ("target", "same token counts in all blocks", "same class", "logits differ by, at most", "of the others")
+    return tables.markdown((*header, "near-ties"), rows) + "\n\n" + circumstances(records)
 
 
 def beside_tome(records: list[dict[str, Any]]) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vtjax.train import checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"--config={ROOT / 'configs' / 'vit.py'}:tiny,batch_size=8"
 VTJAX = [sys.executable, "-m", "vtjax"]
@@ -174,6 +176,21 @@ def test_processes_may_share_the_rows_of_a_batch(tmp_path):
     assert [code for code, _, _ in results] == [0, 0], results
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_thresholds_start_and_settle_alike_on_two_processes(tmp_path):
+    argv = ["run", f"--config={ROOT / 'configs' / 'ltmp.py'}:tiny,steps=1,batch_size=8", "--config.ltmp.start=even"]
+    argv += ["--config.ltmp.settle_images=16", "--config.ltmp.start_images=16", "--config.checkpoint.best="]
+    assert vtjax(*argv, f"--workdir={tmp_path / 'one'}").returncode == 0
+    results = Pair(*argv, f"--workdir={tmp_path / 'two'}", "--config.mesh.data=2", "--config.mesh.fsdp=4").end()
+    assert [code for code, _, _ in results] == [0, 0], results
+    one, two = (checkpoint.load_params(tmp_path / name)[1]["ltmp"] for name in ("one", "two"))
+    assert one.keys() == two.keys() == {"merge_threshold", "prune_threshold"}
+    for name, values in one.items():
+        np.testing.assert_allclose(values, two[name], atol=1e-5)
+    counts = [json.loads((tmp_path / name / "calibration.json").read_text())["kept"] for name in ("one", "two")]
+    assert (np.asarray(counts[0]) != np.asarray(counts[1])).mean() < 0.01  # near-ties
 
 
 @pytest.mark.parametrize("lost", [0, 1])

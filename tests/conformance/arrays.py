@@ -13,6 +13,10 @@ TOLERANCES = {"value": 2e-5, "logits": 1e-4, "grad": 2e-4, "norm": 1e-4, "produc
 over 1 + its size. As the vectors' descriptions say."""
 
 
+class MissingError(KeyError):
+    """A case of the file lacks an array."""
+
+
 class Arrays:
     """Recorded arrays by name, whose parts are separated. Reading one marks it as used; `compare` judges one."""
 
@@ -26,6 +30,8 @@ class Arrays:
         return name in self._arrays
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            raise MissingError(name)
         self._used.add(name)
         return self._arrays[name]
 

@@ -286,7 +286,7 @@ class Model:
                 self.masked(f"{here}{mode}/", variant, mode, thresholds)
             self.removal(f"{here}inference/", variant, thresholds)
             self.descend(f"{here}sgd/", variant)
-        for case in self.arrays.children(f"{self.name}_edge/"):
+        for case in EDGES:
             for variant in self.arrays.children(f"{self.name}_edge/{case}/"):
                 self.edge(f"{self.name}_edge/{case}/{variant}/", variant, EDGES[case])
 

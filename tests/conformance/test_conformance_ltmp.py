@@ -140,9 +140,32 @@ def test_an_array_that_nobody_reads_is_a_miss(recorded, replay):
     assert result["compared"] == len(compared)
 
 
-def test_what_is_no_file_of_arrays_is_refused(tmp_path, monkeypatch, capsys):
+def test_inputs_without_outputs_pass_for_nothing(recorded, replay):
+    inputs = CASES["budget"][0]
+    code, result = replay({name: recorded[name] for name in recorded if re.fullmatch(inputs, name)})
+    assert (code, result["compared"], result["failed"]) == (1, 0, [])
+
+
+def test_an_edge_case_of_another_name_is_a_miss(recorded, replay):
+    arrays, _ = trimmed(recorded, "vit and vit_edge")
+    renamed = {name.replace("vit_edge/all_pruned", "vit_edge/some_pruned"): value for name, value in arrays.items()}
+    code, result = replay(renamed)
+    assert code == 1 and result["unread"] and all(name.startswith("vit_edge/some_pruned/") for name in result["unread"])
+
+
+def test_a_missing_input_is_named(recorded, tmp_path, monkeypatch, capsys):
+    arrays, _ = trimmed(recorded, "budget")
+    np.savez(tmp_path / "less.npz", **{name: value for name, value in arrays.items() if name != "budget/a/target"})
+    monkeypatch.setattr(sys, "argv", ["conformance", "ltmp", str(tmp_path / "less.npz")])
+    assert conformance.main() == 2
+    assert "less.npz: expected the array budget/a/target" in capsys.readouterr().err
+
+
+def test_what_is_no_file_of_arrays_is_refused(tmp_path, monkeypatch, capsys, file):
     (tmp_path / "text.npz").write_text("no arrays")
-    for name in ("text.npz", "missing.npz"):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "half.npz").write_bytes(file.read_bytes()[:20000])
+    for name in ("text.npz", "missing.npz", "empty.npz", "half.npz"):
         monkeypatch.setattr(sys, "argv", ["conformance", "ltmp", str(tmp_path / name)])
         assert conformance.main() == 2
         printed = capsys.readouterr()

@@ -198,6 +198,24 @@ def test_thresholds_learned_otherwise_are_refused(run: Path, overrides: dict[str
         assemble.task(config_lib.load_config(CONFIG, overrides={"init_from": str(run), **overrides}))
 
 
+def test_the_relative_form_trains(tmp_path: Path, capsys: Any) -> None:
+    result = vtjax(
+        capsys, "run", f"--config={CONFIG},steps=2", f"--workdir={tmp_path}/run", "--config.ltmp.relative=true"
+    )
+    assert result["step"] == 2 and np.isfinite(result["loss"])
+
+
+def test_thresholds_that_are_given_replace_those_of_a_run(run: Path) -> None:
+    def loaded(**overrides: str) -> Any:
+        task = assemble.task(config_lib.load_config(CONFIG, overrides={"init_from": str(run), **overrides}))
+        return task.init(jax.random.key(0))[0]["ltmp"]
+
+    learned = checkpoint.load_params(run)[1]["ltmp"]
+    given = loaded(**{"ltmp.merge_threshold": "0.7"})
+    np.testing.assert_array_equal(given["merge_threshold"], np.full(2, 0.7, np.float32))
+    np.testing.assert_array_equal(given["prune_threshold"], learned["prune_threshold"])
+
+
 def test_another_dtype_than_the_thresholds_were_learned_in_is_said(run: Path, capsys: Any) -> None:
     spec = assemble.task(config_lib.load_config(CONFIG, overrides={"init_from": str(run)})).spec
     assert ltmp.learned_dtype(spec) == "float32" and "were learned in" not in capsys.readouterr().err
@@ -229,7 +247,15 @@ def test_decisions_need_a_model_that_decides_and_a_folder(tmp_path: Path, run: P
     assert not (tmp_path / "file").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[1, 2]", '{"kept": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[1, 2]", '{"kept": []}', '{"macs": [1.0]}', '{"macs": [], "count": 0, "split": "train"}'),
+        '{"macs": [1.0, NaN], "count": 2, "split": "train"}',
+        '{"macs": [1.0], "kept": [[4], [4]], "count": 1, "split": "train"}',
+        '{"macs": [1.0, 2.0], "kept": [[4], [4, 3]], "count": 2, "split": "train"}',
+    ],
+)
 def test_a_damaged_calibration_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / decisions.FILE).write_text(content)
     with pytest.raises(InputError, match=f"{decisions.FILE} must"):

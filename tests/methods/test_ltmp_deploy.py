@@ -192,6 +192,42 @@ def test_the_fixed_form_removes_the_mean_counts() -> None:
     assert counts == list(ltmp.fixed_tokens(fixed)) and np.isfinite(y).all()
 
 
+def test_a_dense_size_that_was_calibrated_is_no_overflow() -> None:
+    spec, params = installed(CLASS, merge_threshold=1.0, prune_threshold=0.0)
+    run = jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 17, rows=(17,)), group=1).apply)
+    _, aux = run(params, images(2))
+    assert not aux["overflow"].any() and (np.asarray(aux["rows"]) == 17).all()
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_an_image_of_nan_keeps_it_to_itself(group: int) -> None:
+    spec, params = installed(CLASS)
+    apply = jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=group, sort_at=(1, 2)).apply)
+    batch = np.asarray(images(5))
+    clean, _ = apply(params, batch)
+    batch = np.where(np.arange(5)[:, None, None, None] == 2, np.nan, batch)
+    dirty, _ = apply(params, batch)
+    assert np.isnan(dirty[2]).all()
+    others = [0, 1, 3, 4]
+    np.testing.assert_allclose(np.asarray(dirty)[others], np.asarray(clean)[others], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": np.zeros((2, 8, 16, 3), np.float32)}, r"images must be .*16, 16, 3.*, found .*8, 16, 3"),
+        ({"images": np.zeros((0, 16, 16, 3), np.float32)}, "images must be at least one, found none"),
+        ({"knobs": {"merge_threshold": jnp.zeros(2)}}, "merge_threshold .* 3.*, found .*2"),
+        ({"params": noisy(CLASS)}, "merge_threshold must be in params.'ltmp'. or among the knobs"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused(changed: dict[str, Any], message: str) -> None:
+    spec, params = installed(CLASS)
+    arguments = {"params": params, "images": images(2), **changed}
+    with pytest.raises(InputError, match=message):
+        ltmp_deploy.Deployed(spec, sizes(spec, 8)).apply(**arguments)
+
+
 def test_evenly_spread_blocks() -> None:
     assert ltmp_deploy.evenly(12, 3) == (3, 6, 9) and ltmp_deploy.evenly(12, 0) == ()
     assert ltmp_deploy.evenly(2, 5) == (1,)

@@ -70,6 +70,15 @@ def load(workdir: str) -> dict[str, Any] | None:
         raise InputError(f"{file} must be JSON, as the run wrote it: {error}") from None
     if not isinstance(found, dict) or "macs" not in found:
         raise InputError(f"{file} must hold the decisions of a calibration, found {type(found).__name__}")
+    if not isinstance(count := found.get("count"), int) or count < 1 or not isinstance(found.get("split"), str):
+        raise InputError(f"{file} must name its split and a count of 1 or more images, found count {count!r}")
+    for name in found.keys() - {"split", "count"}:
+        try:
+            values = np.asarray(found[name], float)
+        except (TypeError, ValueError):
+            values = np.zeros(0)
+        if values.shape[:1] != (count,) or not np.isfinite(values).all():
+            raise InputError(f"{file} must hold finite {name} of each of its {count} images, found something else")
     return found
 
 

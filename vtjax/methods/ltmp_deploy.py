@@ -167,9 +167,9 @@ class Deployed:
             over = state[2] > _last(known, dense)
             attend = functools.partial(_attend, first, p, knobs)
             slots, state = _least((*known, dense), state[2].max(), attend, state)
-            dense = group * tokens
-            known = tuple(size for size in self.sizes.rows[layer] if size < dense)
+            known, dense = self.sizes.rows[layer], group * tokens
             over |= state[2].sum() > _last(known, dense)
+            known = tuple(size for size in known if size < dense)  # those of a larger group hold any of a smaller one
             rows, state = _least((*known, dense), state[2].sum(), functools.partial(_mlp, second, p, knobs), state)
             values = {"kept": state[2], "slots": slots, "rows": rows / group, "overflow": over}
             for name, value in values.items():

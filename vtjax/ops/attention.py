@@ -126,7 +126,8 @@ def statistics(
     def step(received: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
         weight, total, top = _softmax_parts(_scores(item[0], k, size, scale), alive)
         share = weight * _inverse(total)
-        return received + jnp.einsum("bhnm,bn->bm", share, item[1]), _lse(total, top)
+        received = received + jnp.einsum("bhnm,bn->bm", share, item[1], precision=jax.lax.Precision.HIGHEST)
+        return received, _lse(total, top)
 
     received, lse = jax.lax.scan(step, jnp.zeros((b, k.shape[1]), jnp.float32), blocks)
     lse = lse.transpose(1, 0, 2, 3).reshape(b, padded, h)[:, :n]

@@ -77,9 +77,18 @@ def params_sha256(params: Any) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in flatten(params).items():
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        value = np.asarray(leaf)
+        value = _on_host(leaf)
         digest.update(f"{path} {value.shape} {value.dtype}\n".encode())
         digest.update(value.tobytes())
     return digest.hexdigest()
+
+
+def host_copy(params: Any) -> Any:
+    """The tree as numpy arrays, whole on every process. In a run with several processes all of them must call it."""
+    return jax.tree.map(_on_host, params)
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
