@@ -46,7 +46,7 @@ def ltmp(**leaves: Any) -> ConfigDict:
             "settle_images": 0,  # training images on which all thresholds move together at the end, onto the target
             "measured": "deployed",  # what an evaluation runs; "masked": the form that was trained
             # What `vtjax bench` times: grouped; whole (the batch as one group); fixed counts; masked.
-            "deploy": {"form": "grouped", "group": 8, "choices": 6, "sorts": 3},
+            "deploy": {"form": "grouped", "group": 16, "choices": 6, "sorts": 3},
         }
     )
     return common.with_leaves(config, leaves)

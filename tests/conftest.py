@@ -31,6 +31,12 @@ _cache = tempfile.mkdtemp(prefix="vtjax-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ["VTJAX_CACHE"] = _cache
 
+# Tests build the same programs again and again, in this process, its workers and its children: they share compilations.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_cache, "compilations")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 _folders = os.environ.get("VTJAX_DATA", str(ROOT / "data")).split(os.pathsep)
 _shared = str(ROOT.parent / "shared" / "data")
 if os.path.isdir(_shared) and _shared not in _folders:

@@ -61,6 +61,7 @@ def candidate(
     form, options = config.ltmp.deploy.form, _options(config)
     if form == "fixed":
         fixed = ltmp_deploy.fixed(spec, counts["merged"], counts["pruned"])
+        options["attention"] = ltmp_deploy.without_gradient(options["attention"])
         short = ltmp.vit(fixed, **options)
         work = flops.macs(fixed, ltmp.fixed_tokens(fixed))
         return bench.Candidate("fixed counts", lambda p, x: short.apply(p, x)[0], backbone(params), work)

@@ -204,6 +204,7 @@ def speed(records: list[dict[str, Any]]) -> str:
             f"{r['mac_ratio']:.2f}",
             f"**{r['realised']:.2f}**",
             f"{r['realised_against_groups']:.2f}" if "realised_against_groups" in r else "",
+            f"{r['realised_by_cut']:.2f}" if "realised_by_cut" in r else "",
             f"{r['sizes_mac_ratio']:.2f}" if "sizes_mac_ratio" in r else "",
             f"{r['overflow_rate']:.1%}" if "overflow_rate" in r else "",
             f"{r['compile_s']:.0f}",
@@ -213,7 +214,14 @@ def speed(records: list[dict[str, Any]]) -> str:
     ]
     header = (
         *("model", "form", "batch", "dense ms", "reduced ms", "times as fast (p10 to p90)", "MAC ratio", "realised"),
-        *("against dense in groups", "MAC ratio of the sizes", "overflow", "compile s", "other busy cores"),
+        *(
+            "against dense in groups",
+            "by cutting",
+            "MAC ratio of the sizes",
+            "overflow",
+            "compile s",
+            "other busy cores",
+        ),
     )
     return tables.markdown(header, rows) + "\n\n" + circumstances(records)
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.train.conftest import compilations  # noqa: F401  (these tests, too, build one program again and again)
 from vtjax.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +47,7 @@ def vtjax(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture(scope="package")
-def finished(tmp_path_factory: pytest.TempPathFactory, compilations: None) -> Path:  # noqa: F811
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of tiny: 4 steps, checkpoints after 2 and 4. Only to be read."""
     workdir = tmp_path_factory.mktemp("cli") / "finished"
     assert main(["run", TINY, f"--workdir={workdir}", "--config.checkpoint.every=2"]) == 0

@@ -168,6 +168,7 @@ def test_one_device_eight_and_two_processes_compute_the_same(tmp_path, monkeypat
     assert (alone["top1"], alone["count"]) == (one["top1"], 256)
 
 
+@pytest.mark.slow
 def test_processes_may_share_the_rows_of_a_batch(tmp_path):
     """With all eight devices on the tensor axis both processes hold the whole batch."""
     argv = ["run", f"{TINY},steps=2", "--config.log_every=1", "--config.optim.warmup=0"]
@@ -193,7 +194,7 @@ def test_thresholds_start_and_settle_alike_on_two_processes(tmp_path):
     assert (np.asarray(counts[0]) != np.asarray(counts[1])).mean() < 0.01  # near-ties
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_loss_of_a_process_ends_the_other_and_names_it(tmp_path, lost):
     workdir = tmp_path / "w"
     argv = ["run", TINY, f"--workdir={workdir}", "--config.log_every=1", "--config.checkpoint.every=5"]

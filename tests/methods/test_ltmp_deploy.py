@@ -18,11 +18,12 @@ from vtjax.ops import token_reduction as ops
 from vtjax.spec import ViTSpec
 
 CLASS = ViTSpec.uniform(depth=3, width=32, heads=2, mlp=64, image_size=16, patch=4, classes=7)
+SHORT = dataclasses.replace(CLASS, blocks=CLASS.blocks[:2])
 REGISTERS = ViTSpec.uniform(
-    depth=3, width=32, heads=2, mlp=64, image_size=16, patch=4, classes=7, registers=2, distill_token=True, pos_prefix=4
+    depth=2, width=32, heads=2, mlp=64, image_size=16, patch=4, classes=7, registers=2, distill_token=True, pos_prefix=4
 )
 MEAN = ViTSpec.uniform(
-    depth=3,
+    depth=2,
     width=32,
     heads=2,
     mlp=64,
@@ -77,15 +78,15 @@ def sizes(spec: ViTSpec, *known: int, rows: tuple[int, ...] = ()) -> ltmp_deploy
 
 @pytest.mark.parametrize("variant", ltmp.VARIANTS)
 def test_removal_computes_what_the_mask_computes(variant: str) -> None:
-    spec, params = installed(CLASS, variant)
-    model = ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=2, sort_at=(1, 2))
+    spec, params = installed(SHORT, variant)
+    model = ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=2, sort_at=(1,))
     equal(model, params, images(5))
 
 
 @pytest.mark.parametrize("dense", [REGISTERS, MEAN], ids=["registers", "mean"])
 def test_any_prefix_and_pooling(dense: ViTSpec) -> None:
     spec, params = installed(dense)
-    equal(ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=2, sort_at=(2,)), params, images(4))
+    equal(ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=2, sort_at=(1,)), params, images(4))
 
 
 def test_thresholds_of_the_faithful_form_are_deployed_by_removal() -> None:
@@ -120,10 +121,10 @@ def test_slots_hold_what_lives() -> None:
 
 
 def test_batch_mates_and_groups_do_not_matter() -> None:
-    spec, params = installed(CLASS)
+    spec, params = installed(SHORT)
     batch = images(7)
     apply = {
-        group: jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 6, 12, rows=(9, 18)), group=group, sort_at=(1, 2)).apply)
+        group: jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 6, 12, rows=(9, 18)), group=group, sort_at=(1,)).apply)
         for group in (0, 1, 3)
     }
     alone = np.concatenate([apply[0](params, batch[i : i + 1])[0] for i in range(7)])
@@ -133,10 +134,10 @@ def test_batch_mates_and_groups_do_not_matter() -> None:
 
 
 def test_more_room_changes_nothing() -> None:
-    spec, params = installed(CLASS)
+    spec, params = installed(SHORT)
     tight, wide = (
         jax.jit(ltmp_deploy.Deployed(spec, known).apply)(params, images(3))[0]
-        for known in (sizes(spec, 4, 6, 8, 10, 12, 14, 16, rows=(12, 18, 24, 30, 36)), sizes(spec))
+        for known in (sizes(spec, 4, 8, 12, 16, rows=(12, 24, 36)), sizes(spec))
     )
     np.testing.assert_allclose(tight, wide, atol=1e-6)
 
@@ -201,8 +202,8 @@ def test_a_dense_size_that_was_calibrated_is_no_overflow() -> None:
 
 @pytest.mark.parametrize("group", [0, 2])
 def test_an_image_of_nan_keeps_it_to_itself(group: int) -> None:
-    spec, params = installed(CLASS)
-    apply = jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=group, sort_at=(1, 2)).apply)
+    spec, params = installed(SHORT)
+    apply = jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=group, sort_at=(1,)).apply)
     batch = np.asarray(images(5))
     clean, _ = apply(params, batch)
     batch = np.where(np.arange(5)[:, None, None, None] == 2, np.nan, batch)
@@ -217,7 +218,10 @@ def test_an_image_of_nan_keeps_it_to_itself(group: int) -> None:
     [
         ({"images": np.zeros((2, 8, 16, 3), np.float32)}, r"images must be .*16, 16, 3.*, found .*8, 16, 3"),
         ({"images": np.zeros((0, 16, 16, 3), np.float32)}, "images must be at least one, found none"),
-        ({"knobs": {"merge_threshold": jnp.zeros(2)}}, "merge_threshold .* 3.*, found .*2"),
+        (
+            {"knobs": {"merge_threshold": jnp.zeros(2)}},
+            r"merge_threshold must be .* per layer, \[3, ...\], found \[2\]",
+        ),
         ({"params": noisy(CLASS)}, "merge_threshold must be in params.'ltmp'. or among the knobs"),
     ],
 )

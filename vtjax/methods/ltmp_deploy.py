@@ -151,8 +151,7 @@ class Deployed:
 
     @property
     def _vit(self) -> ViT:
-        attention = removed if self.attention in ("auto", "xla") else self.attention
-        return ltmp.vit(ltmp.consistent(self.spec), dtype=self.dtype, attention=attention)
+        return ltmp.vit(ltmp.consistent(self.spec), dtype=self.dtype, attention=without_gradient(self.attention))
 
     def _stage(self, layers: range, params: Params, thresholds: Knobs, state: Any) -> Any:
         """Some blocks for one group: state `x [G, N, D]`, `size [G, N]`, `live [G]` -> state, and what `apply` tells of
@@ -221,6 +220,11 @@ def _mlp(block: Block | None, params: Any, knobs: Knobs, rows: int, x: Array, si
     unpacked = jnp.take(tokens.x[0], source, axis=0, mode="clip")
     # Zeros in dead slots, not another image's tokens: these may be NaN.
     return jnp.where((jnp.arange(slots) < live[:, None])[..., None], unpacked, 0), size, live
+
+
+def without_gradient(attention: str) -> Any:
+    """The attention implementation of a deployed model: `removed` where a config leaves the choice."""
+    return removed if attention in ("auto", "xla") else attention
 
 
 def halves(block: Block) -> tuple[Block | None, Block | None]:

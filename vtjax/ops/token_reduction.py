@@ -139,12 +139,8 @@ def merge(
     weight = merged if attached else hard
 
     size_p, size_a, size_b = split(size, prefix)
-    given = weight * size_a
-    new_size_b = size_b + _summed(given[..., None], found.partner, half_b)[..., 0]
     x_p, x_a, x_b = split(tokens.x, prefix)
-    weighted_b = x_b.astype(jnp.float32) * size_b[..., None]
-    joined = weighted_b + _summed(x_a.astype(jnp.float32) * given[..., None], found.partner, half_b)
-    x_b = (joined / new_size_b[..., None]).astype(x_b.dtype)
+    x_b, new_size_b = _joined(x_a, weight * size_a, found.partner, x_b, size_b)
 
     alive_p, alive_a, alive_b = split(alive, prefix)
     # By selection: a product would change the gradients. What stays alive for sure carries none.
@@ -164,9 +160,7 @@ def merge(
     move_p = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
     move_a = jnp.where(hard > 0.5, into, stays)
     move_b = jnp.broadcast_to(prefix + half_a + jnp.arange(half_b, dtype=jnp.int32), (batch, half_b))
-    slot = jnp.arange(slots, dtype=jnp.int32)[None]
-    order = jnp.concatenate(split(slot, prefix), 1)[0]  # which old slot stands where in prefix, A, B
-    move = jnp.zeros((batch, slots), jnp.int32).at[:, order].set(jnp.concatenate([move_p, move_a, move_b], 1))
+    move = _interleaved(move_p, move_a, move_b, prefix)
     return (
         Tokens(
             x=jnp.concatenate([x_p, x_a, x_b], 1),
@@ -176,6 +170,31 @@ def merge(
         ),
         importance,
     )
+
+
+def _joined(
+    x_a: Float[Array, "B A D"],
+    given: Float[Array, "B A"],
+    partner: Int[Array, "B A"],
+    x_b: Float[Array, "B B2 D"],
+    size_b: Float[Array, "B B2"],
+) -> tuple[Float[Array, "B B2 D"], Float[Array, "B B2"]]:
+    """Tokens of B, and their sizes, after each token of A gave so much of its size to its partner."""
+    half_b = size_b.shape[1]
+    size = size_b + _summed(given[..., None], partner, half_b)[..., 0]
+    weighted = x_b.astype(jnp.float32) * size_b[..., None]
+    joined = weighted + _summed(x_a.astype(jnp.float32) * given[..., None], partner, half_b)
+    return (joined / size[..., None]).astype(x_b.dtype), size
+
+
+def _interleaved(
+    lead: Int[Array, "B P"], of_a: Int[Array, "B A"], of_b: Int[Array, "B B2"], prefix: int
+) -> Int[Array, "B N"]:
+    """Values of prefix, A and B in the order in which these stood; the inverse of `split`."""
+    slots = lead.shape[1] + of_a.shape[1] + of_b.shape[1]
+    order = jnp.concatenate(split(jnp.arange(slots, dtype=jnp.int32)[None], prefix), 1)[0]
+    values = jnp.concatenate([lead, of_a, of_b], 1)
+    return jnp.zeros_like(values).at[:, order].set(values, unique_indices=True)
 
 
 def _summed(values: Float[Array, "B A D"], partner: Int[Array, "B A"], half_b: int) -> Float[Array, "B B2 D"]:
@@ -211,9 +230,7 @@ def compact(
     live = jax.lax.stop_gradient(alive) > 0.5
     count = live.sum(1, keepdims=True)
     place = jnp.where(live, jnp.cumsum(live, 1) - 1, count + jnp.cumsum(~live, 1) - 1).astype(jnp.int32)
-    slots = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
-    # The inverse of a permutation needs no sort.
-    order = jnp.zeros_like(place).at[jnp.arange(len(place))[:, None], place].set(slots, unique_indices=True)
+    order = _inverse(place)
 
     def take(x: Array) -> Array:
         return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1)
@@ -326,16 +343,39 @@ def merge_top(
       Tokens `[B, N - count, ...]` in the order prefix, unmerged A, B, all live; and their importance.
     """
     found = match(unit, prefix)
-    half_a = found.similarity.shape[1]
+    batch, half_a = found.similarity.shape
     count = min(count, (unit.shape[1] - prefix) // 2)
-    rank = jnp.argsort(-found.similarity, axis=1, stable=True)
-    chosen = jnp.zeros_like(found.similarity).at[jnp.arange(len(rank))[:, None], rank[:, :count]].set(1.0)
-    joined, importance = merge(tokens, importance, found, chosen, prefix)
-    left = rank[:, count:] if by_similarity else jnp.sort(rank[:, count:], axis=1)
-    batch, slots = tokens.x.shape[:2]
-    lead = jnp.broadcast_to(jnp.arange(prefix), (batch, prefix))
-    tail = jnp.broadcast_to(jnp.arange(prefix + half_a, slots), (batch, slots - prefix - half_a))
-    return _pick(joined, importance, jnp.concatenate([lead, prefix + left, tail], 1).astype(jnp.int32))
+    rank = _ranks(found.similarity)
+    chosen = rank < count
+    # Those that merge in descending order; then the others, in that order or in their own.
+    place = rank if by_similarity else jnp.where(chosen, rank, count + jnp.cumsum(~chosen, 1) - 1)
+    order = _inverse(place)
+    partner = jnp.take_along_axis(found.partner, order[:, :count], 1)
+
+    size, _, source = filled(tokens)
+    size_p, size_a, size_b = split(size, prefix)
+    x_p, x_a, x_b = split(tokens.x, prefix)
+    size_a = jnp.take_along_axis(size_a, order, 1)
+    x_a = jnp.take_along_axis(x_a, order[..., None], 1)
+    x_b, size_b = _joined(x_a[:, :count], size_a[:, :count], partner, x_b, size_b)
+    if importance is not None:
+        p, a, b = split(importance, prefix)
+        a = jnp.take_along_axis(a, order, 1)
+        b = b.at[jnp.arange(batch)[:, None], partner].max(a[:, :count])
+        importance = jnp.concatenate([p, a[:, count:], b], 1)
+
+    first_b = prefix + half_a - count
+    into = jnp.where(chosen, first_b + found.partner, prefix + place - count)
+    slot = jnp.arange(first_b + x_b.shape[1], dtype=jnp.int32)
+    lead, tail = (jnp.broadcast_to(s, (batch, len(s))) for s in (slot[:prefix], slot[first_b:]))
+    return (
+        Tokens(
+            x=jnp.concatenate([x_p, x_a[:, count:], x_b], 1),
+            size=jnp.concatenate([size_p, size_a[:, count:], size_b], 1),
+            source=moved(source, _interleaved(lead, into.astype(jnp.int32), tail, prefix)),
+        ),
+        importance,
+    )
 
 
 def prune_least(
@@ -348,10 +388,24 @@ def prune_least(
       count: at most half of the patch tokens, else it is lowered to that.
     """
     count = min(count, (tokens.x.shape[1] - prefix) // 2)
-    order = jnp.argsort(-importance, axis=1, stable=True)[:, : tokens.x.shape[1] - count].astype(jnp.int32)
+    order = _inverse(_ranks(importance))[:, : tokens.x.shape[1] - count]
     out, kept = _pick(tokens, importance, order)
     assert kept is not None
     return out, kept
+
+
+def _ranks(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:
+    """Places in a stable descending order, by counting: a third of a sort's time on CPUs for hundreds of tokens."""
+    slot = jnp.arange(scores.shape[1])
+    mine, other = scores[:, :, None], scores[:, None, :]
+    before = (other > mine) | ((other == mine) & (slot[None, :] < slot[:, None]))
+    return before.sum(2, dtype=jnp.int32)
+
+
+def _inverse(place: Int[Array, "B N"]) -> Int[Array, "B N"]:
+    """The inverse of a permutation: which entry stands where. It needs no sort."""
+    slots = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
+    return jnp.zeros_like(slots).at[jnp.arange(len(place))[:, None], place].set(slots, unique_indices=True)
 
 
 def _pick(
