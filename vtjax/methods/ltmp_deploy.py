@@ -182,7 +182,7 @@ State = tuple[Float[Array, "G N D"], Float[Array, "G N"], Int[Array, " G"]]
 def _least(sizes: tuple[int, ...], needed: Array, run: Callable[..., State], state: State) -> tuple[Array, State]:
     """`run(size, *state)` with the least size that holds what is needed; the size, and the result."""
     known = tuple(sorted(set(sizes)))
-    index = jnp.searchsorted(jnp.asarray(known), needed)
+    index = (jnp.asarray(known) < needed).sum()  # not searchsorted, which is a loop
     branches = [functools.partial(run, size) for size in known]
     result = jax.lax.switch(index, branches, *state) if len(branches) > 1 else branches[0](*state)
     return jnp.asarray(known)[index], result
