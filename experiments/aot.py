@@ -3,6 +3,7 @@
 
 python -m experiments.aot vit                                    22 compiles, about 15 minutes on two cores
 python -m experiments.aot ltmp                                   6 compiles
+python -m experiments.aot dgmr                                   6 compiles of distillation
 python -m experiments.aot vit --only=b16_i1k:train:v6e           what contains this
 python -m experiments.aot vit --only=v5e --out=FILE.jsonl        into another file
 
@@ -55,7 +56,15 @@ def ltmp() -> Iterator[Case]:
             yield Case(f"configs/ltmp.py:{variant}", step, topology)
 
 
-EXPERIMENTS = {"vit": vit, "ltmp": ltmp}
+def dgmr() -> Iterator[Case]:
+    """The paper's models, where their docstrings say that they run: a distillation step, student and teacher sharded."""
+    places = {"openclip_g": "v5e:2x4", "openclip_bigg": "v5e:4x4", "eva_e": "v5e:4x4"}
+    places |= {"eva_8b": "v5e:4x8", "internvit_6b": "v5e:4x8", "dinov2_g": "v5e:2x4"}
+    for variant, topology in places.items():
+        yield Case(f"configs/dgmr.py:{variant}", "train", topology)
+
+
+EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr}
 
 
 def compile_one(case: Case) -> dict[str, Any] | None:

@@ -45,20 +45,22 @@ RECORDS = ROOT / "experiments" / "ltmp" / "results" / "accuracy.jsonl"
 CONFIG = "configs/ltmp.py:ti16"
 TARGETS, SEEDS = (0.45, 0.6, 0.8), (0, 1, 2)
 
+_ADAM: dict[str, Any] = {
+    **{"ltmp.tau": 0.03, "ltmp.prune_tau": 1e-3, "optim.name": "adamw", "optim.lr": 3e-3},
+    "optim.groups.prune.lr_scale": 0.03,
+}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "start as the authors": {"ltmp.start": "authors", "optim.lr": 1e-2},
     "not learned, even start": {"optim.lr": 1e-9, "steps": 1},
     "gradient through masks only": {"ltmp.attached": False},
     "labels, no distillation": {"loss.distill": 0.0},
     "tau 0.5": {"ltmp.tau": 0.5},
-    "a tau for each, Adam": {
-        **{"ltmp.tau": 0.03, "ltmp.prune_tau": 1e-3, "optim.name": "adamw", "optim.lr": 3e-3},
-        "optim.groups.prune.lr_scale": 0.03,
-    },
+    "a tau for each, Adam": _ADAM,
     "similarity of queries": {"ltmp.similarity": "queries"},
     "similarity of values": {"ltmp.similarity": "values"},
     "similarity of features": {"ltmp.similarity": "features"},
     "thresholds and weights": {"optim.groups.weights.frozen": False},
+    "thresholds and weights, Adam, 120 steps": {**_ADAM, "optim.groups.weights.frozen": False, "steps": 120},
     "recipe of the release": {
         **{"ltmp.start": "authors", "ltmp.attached": False, "ltmp.form": "faithful", "ltmp.budget": "batch"},
         **{"ltmp.budget_weight": 10.0, "loss.distill": 0.0, "optim.lr": 2e-2, "steps": 100},
