@@ -57,7 +57,7 @@ def ltmp() -> Iterator[Case]:
 
 
 def dgmr() -> Iterator[Case]:
-    """The paper's models, where their docstrings say that they run: a distillation step, student and teacher sharded."""
+    """A distillation step of the paper's models, student and teacher sharded, where their docstrings say they run."""
     places = {"openclip_g": "v5e:2x4", "openclip_bigg": "v5e:4x4", "eva_e": "v5e:4x4"}
     places |= {"eva_8b": "v5e:4x8", "internvit_6b": "v5e:4x8", "dinov2_g": "v5e:2x4"}
     for variant, topology in places.items():
