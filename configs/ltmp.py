@@ -45,8 +45,9 @@ def ltmp(**leaves: Any) -> ConfigDict:
             "budget_weight": 100.0,  # lambda
             "settle_images": 0,  # training images on which all thresholds move together at the end, onto the target
             "measured": "deployed",  # what an evaluation runs; "masked": the form that was trained
-            # What `vtjax bench` times: grouped; whole (the batch as one group); fixed counts; masked.
-            "deploy": {"form": "grouped", "group": 16, "choices": 6, "sorts": 3},
+            # What `vtjax bench` times: packed; fixed counts; masked. Up to `together` images run at once, attention in
+            # `groups` of alike ones; each group and MLP is compiled for the dense size and for `choices` others.
+            "deploy": {"form": "packed", "together": 32, "groups": 2, "choices": 3},
         }
     )
     return common.with_leaves(config, leaves)

@@ -44,7 +44,7 @@ def agreement(run: str) -> dict[str, Any]:
     spec, params = ltmp.consistent(model.spec), model.params
     images = deploy.photographs(config, spec, "eval", 10**6)
     kept = deploy.calibration(config, spec, params)["kept"]
-    deployed = jax.jit(deploy.grouped(config, spec, kept, BATCH).apply)
+    deployed = jax.jit(deploy.packed(config, spec, kept, BATCH).apply)
     masked = jax.jit(ltmp.vit(spec).apply)
     logits: dict[str, list[np.ndarray]] = {"masked": [], "deployed": []}
     counts: dict[str, list[np.ndarray]] = {"masked": [], "deployed": []}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from vtjax.models.vit import ViT
 from vtjax.spec import ViTSpec
 from vtjax.train.task import Task, closing
 
-FORMS = ("grouped", "whole", "fixed", "masked")
+FORMS = ("packed", "fixed", "masked")
 IMAGES = 256  # of a calibration that has to be made first
 
 
@@ -29,7 +30,7 @@ def check(config: ConfigDict) -> None:
     form = config.ltmp.deploy
     if form.form not in FORMS:
         raise InputError(f"config.ltmp.deploy.form must be one of {', '.join(FORMS)}, found {form.form!r}")
-    for name, least in (("group", 1), ("choices", 0), ("sorts", 0)):
+    for name, least in (("together", 1), ("groups", 1), ("choices", 0)):
         if form[name] < least:
             raise InputError(f"config.ltmp.deploy.{name} must be at least {least}, found {form[name]}")
 
@@ -68,27 +69,27 @@ def candidate(
     if form == "masked":
         masked = ltmp.vit(ltmp.consistent(spec), **options)
         return bench.Candidate("masked", lambda p, x: masked.apply(p, x)[0], params, flops.macs(spec))
-    model = grouped(config, spec, counts["kept"], batch)
+    model = packed(config, spec, counts["kept"], batch)
     count = counter(config, spec)
 
     def macs(x: Any) -> float:
         return float(macs_of(spec, count(params, x)["kept"]).mean())
 
     settings = {
-        "sizes": sum(len(known) for choices in model.sizes for known in choices),
-        "group": min(model.group or batch, batch),
+        "sizes": sum(map(len, itertools.chain(*model.sizes.slots, model.sizes.rows))),
+        "together": model.together,
+        "groups": len(ltmp_deploy.groups_of(model.together, model.groups)),
         "calibration_images": len(counts["kept"]),
     }
     return bench.Candidate(form, model.apply, params, macs, settings)
 
 
-def grouped(config: ConfigDict, spec: ViTSpec, kept: np.ndarray, batch: int) -> ltmp_deploy.Deployed:
+def packed(config: ConfigDict, spec: ViTSpec, kept: np.ndarray, batch: int) -> ltmp_deploy.Deployed:
     """The adaptive model for batches of a size, from the live tokens `[n, L]` of calibration images."""
     form = config.ltmp.deploy
-    group = form.group if form.form == "grouped" else 0
-    sort_at = ltmp_deploy.evenly(spec.depth, form.sorts) if 0 < group < batch else ()
-    known = ltmp_deploy.calibrate(kept, spec, batch=batch, group=group, choices=form.choices, sort_at=sort_at)
-    return ltmp_deploy.Deployed(spec, known, group=group, sort_at=sort_at, **_options(config))
+    how = {"groups": form.groups, "together": min(form.together, batch)}
+    known = ltmp_deploy.calibrate(kept, spec, batch=batch, choices=form.choices, **how)
+    return ltmp_deploy.Deployed(spec, known, **how, **_options(config))
 
 
 def macs_of(spec: ViTSpec, kept: Any) -> np.ndarray:

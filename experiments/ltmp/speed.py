@@ -2,7 +2,7 @@
 """Realised speed on this machine: the reduced model beside the dense one, taking turns on the same photographs.
 
     python -m experiments.ltmp.speed                    all cases; nothing else may use the cores
-    python -m experiments.ltmp.speed --only="ViT-Ti/16 grouped 32"
+    python -m experiments.ltmp.speed --only="ViT-Ti/16 packed 32"
 
 `realised` = (dense time / reduced time) / (dense MACs / mean of the images' own MACs): 1 where the clock shows the
 whole saving. A second ratio is against the dense model run in the same small groups of images, which some CPUs like
@@ -44,11 +44,11 @@ MODELS = ("ViT-Ti/16", "ViT-S/16")
 CASES = [
     (model, form, batch)
     for model in MODELS
-    for form, batches in (("grouped", (1, 8, 32)), ("whole", (32,)), ("fixed", (1, 8, 16, 32)))
+    for form, batches in (("packed", (1, 8, 32)), ("fixed", (1, 8, 16, 32)))
     for batch in batches
-    if (model, form) != ("ViT-S/16", "whole")
 ]
 IMAGES = 128  # that are timed
+IN_GROUPS = 8
 
 
 def load(model: str, config: Any, calibration: np.ndarray) -> tuple[ViTSpec, Any]:
@@ -106,13 +106,12 @@ def case(
     """Measures one case; returns its record."""
     spec, params, counts = loaded
     config = config_lib.load_config("configs/ltmp.py:ti16", overrides={"ltmp.deploy.form": form, **options.deploy})
-    group = config.ltmp.deploy.group
     sides = {
         "dense": deploy.undiminished(config, spec, params),
         "reduced": deploy.candidate(config, spec, params, counts, batch),
     }
-    if form == "grouped" and batch > group:
-        sides["dense_in_groups"] = in_groups(sides["dense"], group)
+    if batch > IN_GROUPS:
+        sides["dense_in_groups"] = in_groups(sides["dense"], IN_GROUPS)
     if form == "fixed":
         sides["cut"] = cut(config, spec, counts, sides["dense"])
     chosen = [{"image": jnp.asarray(rows["image"])} for rows in bench.batches({"image": images}, batch)]
@@ -149,7 +148,7 @@ def case(
         found["realised_against_groups"] = compared.ratio("dense_in_groups", "reduced") / work
     if "cut" in sides:
         found["realised_by_cut"] = compared.ratio("dense", "cut") / (macs["dense"] / macs["cut"])
-    if form in ("grouped", "whole"):
+    if form == "packed":
         reduced = ready["reduced"]
         made = [reduced.call(reduced.first, *rest)[1] for rest in reduced.rest]
         slots, rows = (np.concatenate([np.asarray(m[name]) for m in made]) for name in ("slots", "rows"))
@@ -166,7 +165,7 @@ def _milliseconds(times: timing.Timing) -> dict[str, float]:
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of the cases' names, such as 'grouped 32'")
+    parser.add_argument("--only", default="", help="part of the cases' names, such as 'packed 32'")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--deploy", action="append", default=[], metavar="LEAF=VALUE", help="of config.ltmp.deploy")
     parser.add_argument("--dry", action="store_true", help="record nothing")

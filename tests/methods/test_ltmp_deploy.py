@@ -72,21 +72,26 @@ def equal(model: ltmp_deploy.Deployed, params: Any, batch: jax.Array) -> dict[st
     return {name: np.asarray(value) for name, value in aux.items()}
 
 
+def long(spec: ViTSpec, *known: int, rows: tuple[int, ...] = (), images: int) -> ltmp_deploy.Sizes:
+    """`sizes`, with those of the dense model on top, so that nothing overflows."""
+    return sizes(spec, *known, spec.tokens, rows=(*rows, images * spec.tokens))
+
+
 def sizes(spec: ViTSpec, *known: int, rows: tuple[int, ...] = ()) -> ltmp_deploy.Sizes:
-    return ltmp_deploy.Sizes((known,) * spec.depth, (rows,) * spec.depth)
+    return ltmp_deploy.Sizes(((known,),) * spec.depth, (rows,) * spec.depth)
 
 
 @pytest.mark.parametrize("variant", ltmp.VARIANTS)
 def test_removal_computes_what_the_mask_computes(variant: str) -> None:
     spec, params = installed(SHORT, variant)
-    model = ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=2, sort_at=(1,))
-    equal(model, params, images(5))
+    model = ltmp_deploy.Deployed(spec, long(spec, 8, 12, rows=(20, 40), images=5), groups=2)
+    assert not equal(model, params, images(5))["overflow"].any()
 
 
 @pytest.mark.parametrize("dense", [REGISTERS, MEAN], ids=["registers", "mean"])
 def test_any_prefix_and_pooling(dense: ViTSpec) -> None:
     spec, params = installed(dense)
-    equal(ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=2, sort_at=(1,)), params, images(4))
+    equal(ltmp_deploy.Deployed(spec, long(spec, 8, 12, rows=(20, 40), images=4), groups=2), params, images(4))
 
 
 def test_thresholds_of_the_faithful_form_are_deployed_by_removal() -> None:
@@ -98,37 +103,41 @@ def test_what_exceeds_every_calibrated_length_is_counted_and_exact() -> None:
     spec, params = installed(CLASS)
     _, kept = masked(spec, params, images(6))
     most = int(kept[:, 0].max()) - 1
-    known = ltmp_deploy.Sizes(((), (most,), ()), ((), (), ()))
-    aux = equal(ltmp_deploy.Deployed(spec, known, group=1), params, images(6))
+    known = ltmp_deploy.Sizes((((),), ((most,),), ((),)), ((), (), ()))
+    aux = equal(ltmp_deploy.Deployed(spec, known, together=1), params, images(6))
     np.testing.assert_array_equal(aux["overflow"], kept[:, 0] > most)
     assert 0 < aux["overflow"].sum() < 6
     np.testing.assert_array_equal(aux["slots"][:, 1], np.where(kept[:, 0] > most, 17, most))
+    # Those that ran together with it took the slow way, too.
+    aux = equal(ltmp_deploy.Deployed(spec, known, together=3), params, images(6))
+    np.testing.assert_array_equal(aux["overflow"], (kept[:, 0] > most).reshape(2, 3).any(1).repeat(3))
     most = int(kept[:, 1].max()) - 1
-    known = ltmp_deploy.Sizes(((), (), ()), ((), (most,), ()))
-    aux = equal(ltmp_deploy.Deployed(spec, known, group=1), params, images(6))
+    known = ltmp_deploy.Sizes((((),), ((),), ((),)), ((), (most,), ()))
+    aux = equal(ltmp_deploy.Deployed(spec, known, together=1), params, images(6))
     np.testing.assert_array_equal(aux["overflow"], kept[:, 1] > most)
     np.testing.assert_array_equal(aux["rows"][:, 1], np.where(kept[:, 1] > most, 17, most))
 
 
 def test_slots_hold_what_lives() -> None:
     spec, params = installed(CLASS)
-    known = sizes(spec, 4, 8, 12, 16, rows=(6, 12, 24, 36))
-    aux = equal(ltmp_deploy.Deployed(spec, known, group=3), params, images(9))
+    known = long(spec, 4, 8, 12, rows=(18, 36, 72), images=9)
+    aux = equal(ltmp_deploy.Deployed(spec, known, groups=3), params, images(9))
     entering = np.concatenate([np.full((9, 1), 17), aux["kept"][:, :-1]], 1)
-    assert (aux["slots"] >= entering).all() and set(aux["slots"].ravel()) <= {4, 8, 12, 16, 17}
-    sums = aux["kept"].reshape(3, 3, -1).sum(1).repeat(3, 0)
-    assert (aux["rows"] * 3 >= sums - 1e-4).all() and (aux["rows"][:, -1] < 17).any()
+    assert (aux["slots"] >= entering).all() and set(aux["slots"].ravel()) <= {4, 8, 12, 17}
+    for layer in (1, 2):  # alike images share a group
+        order = entering[:, layer].argsort(kind="stable")
+        assert (np.diff(aux["slots"][order, layer]) >= 0).all()
+    sums = aux["kept"].sum(0)
+    assert (aux["rows"] * 9 >= sums - 1e-3).all() and (aux["rows"][:, -1] < 17).any()
 
 
 def test_batch_mates_and_groups_do_not_matter() -> None:
     spec, params = installed(SHORT)
     batch = images(7)
-    apply = {
-        group: jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 6, 12, rows=(9, 18)), group=group, sort_at=(1,)).apply)
-        for group in (0, 1, 3)
-    }
-    alone = np.concatenate([apply[0](params, batch[i : i + 1])[0] for i in range(7)])
-    for run in apply.values():
+    alone, _ = masked(spec, params, batch)
+    for groups, together in ((1, 0), (2, 3), (3, 0)):
+        known = long(spec, 6, 12, rows=(18, 40), images=together or 7)
+        run = jax.jit(ltmp_deploy.Deployed(spec, known, groups=groups, together=together).apply)
         np.testing.assert_allclose(run(params, batch)[0], alone, atol=1e-5)
         np.testing.assert_allclose(run(params, batch[::-1])[0][::-1], alone, atol=1e-5)
 
@@ -137,7 +146,7 @@ def test_more_room_changes_nothing() -> None:
     spec, params = installed(SHORT)
     tight, wide = (
         jax.jit(ltmp_deploy.Deployed(spec, known).apply)(params, images(3))[0]
-        for known in (sizes(spec, 4, 8, 12, 16, rows=(12, 24, 36)), sizes(spec))
+        for known in (long(spec, 4, 8, 12, rows=(12, 24, 36), images=3), sizes(spec))
     )
     np.testing.assert_allclose(tight, wide, atol=1e-6)
 
@@ -169,12 +178,15 @@ def test_nothing_reduced_is_the_dense_model() -> None:
 def test_calibrated_sizes_hold_the_images_that_they_were_made_of() -> None:
     spec, params = installed(CLASS)
     _, kept = masked(spec, params, images(64))
-    known = ltmp_deploy.calibrate(kept, spec, batch=16, group=4, choices=3, sort_at=(1, 2))
-    assert all(1 <= len(block) <= 3 for choices in known for block in choices)
-    assert [block[-1] for block in known.slots] == [17, *kept.max(0)[:-1]]
-    assert all(block[-1] <= 4 * most for block, most in zip(known.rows, kept.max(0), strict=True))
-    aux = equal(ltmp_deploy.Deployed(spec, known, group=4, sort_at=(1, 2)), params, images(64)[:16])
-    assert aux["overflow"].mean() < 0.5
+    bare = ltmp_deploy.calibrate(kept, spec, batch=16, groups=2, choices=3, spare=-1)
+    assert all(1 <= len(known) <= 3 for block in bare.slots for known in block) and len(bare.rows) == 3
+    assert [block[-1][-1] for block in bare.slots] == [17, *kept.max(0)[:-1]]  # the longest group's
+    assert all((np.diff([known[-1] for known in block]) >= 0).all() for block in bare.slots)
+    assert all(known[-1] <= 16 * most for known, most in zip(bare.rows, kept.max(0), strict=True))
+    known = ltmp_deploy.calibrate(kept, spec, batch=16, groups=2, choices=3)
+    assert all(a[-1] >= b[-1] for a, b in zip(known.rows, bare.rows, strict=True)) and known.rows != bare.rows
+    aux = equal(ltmp_deploy.Deployed(spec, known, groups=2), params, images(64)[:16])
+    assert not aux["overflow"].any() and aux["rows"][0, -1] < 17
     assert ltmp_deploy.calibrate(kept, spec, batch=4, choices=0) == sizes(spec)
 
 
@@ -195,15 +207,15 @@ def test_the_fixed_form_removes_the_mean_counts() -> None:
 
 def test_a_dense_size_that_was_calibrated_is_no_overflow() -> None:
     spec, params = installed(CLASS, merge_threshold=1.0, prune_threshold=0.0)
-    run = jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 17, rows=(17,)), group=1).apply)
+    run = jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 17, rows=(17,)), together=1).apply)
     _, aux = run(params, images(2))
     assert not aux["overflow"].any() and (np.asarray(aux["rows"]) == 17).all()
 
 
-@pytest.mark.parametrize("group", [0, 2])
-def test_an_image_of_nan_keeps_it_to_itself(group: int) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_image_of_nan_keeps_it_to_itself(groups: int) -> None:
     spec, params = installed(SHORT)
-    apply = jax.jit(ltmp_deploy.Deployed(spec, sizes(spec, 8, 12, rows=(10, 20)), group=group, sort_at=(1,)).apply)
+    apply = jax.jit(ltmp_deploy.Deployed(spec, long(spec, 8, 12, rows=(20, 40), images=5), groups=groups).apply)
     batch = np.asarray(images(5))
     clean, _ = apply(params, batch)
     batch = np.where(np.arange(5)[:, None, None, None] == 2, np.nan, batch)
@@ -232,9 +244,10 @@ def test_what_cannot_be_deployed_is_refused(changed: dict[str, Any], message: st
         ltmp_deploy.Deployed(spec, sizes(spec, 8)).apply(**arguments)
 
 
-def test_evenly_spread_blocks() -> None:
-    assert ltmp_deploy.evenly(12, 3) == (3, 6, 9) and ltmp_deploy.evenly(12, 0) == ()
-    assert ltmp_deploy.evenly(2, 5) == (1,)
+def test_groups_are_as_equal_as_they_can_be() -> None:
+    assert ltmp_deploy.groups_of(8, 2) == [slice(0, 4), slice(4, 8)]
+    assert ltmp_deploy.groups_of(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert ltmp_deploy.groups_of(2, 5) == [slice(0, 1), slice(1, 2)]
 
 
 SPEC = installed(CLASS)[0]
@@ -244,12 +257,12 @@ SPEC = installed(CLASS)[0]
     ("fields", "message"),
     [
         ({"spec": CLASS, "sizes": sizes(CLASS)}, "needs a spec with learned thresholds .*, found none"),
-        ({"sizes": ltmp_deploy.Sizes(((),) * 2, ((),) * 3)}, "sizes.slots must hold 3 blocks, found 2"),
+        ({"sizes": ltmp_deploy.Sizes((((),),) * 2, ((),) * 3)}, "sizes.slots must hold 3 blocks, found 2"),
         ({"sizes": sizes(SPEC, 8, 4)}, r"sizes.slots\[0\] must ascend from 1 or more, found \(8, 4\)"),
         ({"sizes": sizes(SPEC, 18)}, r"sizes.slots\[0\] must be at most 17 tokens, found \(18,\)"),
         ({"sizes": sizes(SPEC, rows=(0,))}, r"sizes.rows\[0\] must ascend from 1 or more, found \(0,\)"),
-        ({"group": -1}, "group must be 0 or more images, found -1"),
-        ({"sort_at": (4,)}, r"sort_at must name blocks in 1..2, found \(4,\)"),
+        ({"groups": 0}, "groups must be 1 or more, found 0"),
+        ({"together": -1}, "together must be 0 or more images, found -1"),
         ({"attention": "flash"}, "attention must be one of .*, found 'flash'"),
         ({"spec": dataclasses.replace(SPEC, feature_layer=1)}, "pooled outputs only, found feature_layer=1"),
     ],
@@ -271,6 +284,13 @@ def test_a_deployment_that_cannot_be_is_refused(fields: dict[str, Any], message:
 def test_counts_that_cannot_be_are_refused(counts: np.ndarray, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ltmp_deploy.calibrate(counts, SPEC, batch=4)
+
+
+@pytest.mark.parametrize("changed", [{"batch": 0}, {"groups": 0}, {"together": -1}])
+def test_a_calibration_for_no_deployment_is_refused(changed: dict[str, int]) -> None:
+    name, value = next(iter(changed.items()))
+    with pytest.raises(InputError, match=f"{name} must be . or more, found {value}"):
+        ltmp_deploy.calibrate(np.full((4, 3), 9), SPEC, **{"batch": 4, **changed})
 
 
 def test_a_linear_probe_segments_from_unmerged_tokens() -> None:

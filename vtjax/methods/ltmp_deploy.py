@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """LTMP as it is deployed: dead tokens are gone and time is saved, for every image, at any batch size, under jit.
 
-The number of live tokens depends on image and block, and XLA wants static shapes. Images are run in small groups, each
-through all blocks. Attention is padded to the longest image of its group, the MLP runs on the concatenated live tokens
-of the group ("packed": their sum varies less than the longest). Each block has a few sizes for both, calibrated on
-data, and takes the least that suffices (`lax.switch`). The last one is always that of the dense model, so that nothing
-is ever cut off: what is longer than any calibrated size takes a slower path, is counted, and gets the same result.
-Before some blocks the images are sorted by their live tokens, so that a group holds alike ones. Which images share a
+The number of live tokens depends on image and block, and XLA wants static shapes. The images of a batch run together,
+through all blocks, their live tokens one after the other ("packed"): the MLP runs on these, whose sum varies less than
+the longest image. For attention the images are sorted by their live tokens before every block, and cut into groups of
+alike ones, each padded to its longest image. Each group and each MLP has a few sizes, calibrated on data, and takes the
+least that suffices (`lax.switch`). Nothing is ever cut off: where something is longer than its largest size, the images
+that ran together run again through the masked model, which computes the same, and are counted. Which images share a
 batch or a group decides about speed alone.
 
     sizes = calibrate(counts, ...)              # live tokens of other images
-    model = Deployed(spec, sizes, group=8, sort_at=(3, 6, 9))
+    model = Deployed(spec, sizes, groups=4)
     y, aux = jax.jit(model.apply)(params, images)
 
-Letters: B batch, G images of a group, L layers, N tokens of the dense model, K slots of attention, R rows of the MLP,
-D width.
+Letters: B batch, T images that run together, G images of a group, L layers, N tokens of the dense model, K slots of
+attention, P packed tokens, R rows of the MLP, D width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,20 +41,38 @@ from vtjax.ops.token_reduction import filled
 from vtjax.ops.tokens import Tokens
 from vtjax.spec import ViTSpec
 
-Choices = tuple[tuple[int, ...], ...]
-"""Per block the sizes that a group may be run with, ascending; that of the dense model comes on top."""
+Choices = tuple[int, ...]
+"""Sizes that a group, or an MLP, may be run with, ascending; () = that of the dense model."""
 
 
 class Sizes(NamedTuple):
     """What a deployed model is compiled for; see `calibrate`.
 
     Attributes:
-      slots: K, for the attention of each block: at least the live tokens that any image of the group brings.
-      rows: R, for the MLP of each block: at least the live tokens that the group has after the reducer.
+      slots: per block and group, from the shortest images to the longest, choices of K: live tokens that an image of
+        the group may bring. Where there are other numbers of groups, each has all of a block's choices.
+      rows: per block choices of R, for its MLP: live tokens that all images together may have after the reducer.
     """
 
-    slots: Choices
-    rows: Choices
+    slots: tuple[tuple[Choices, ...], ...]
+    rows: tuple[Choices, ...]
+
+
+class Packed(NamedTuple):
+    """The live tokens of images, one after the other; what comes after them means nothing."""
+
+    x: Float[Array, "P D"]
+    size: Float[Array, " P"]
+    start: Int[Array, " T"]
+    live: Int[Array, " T"]
+
+
+class Padded(NamedTuple):
+    """The same, every image in slots of its own, the live ones in front."""
+
+    x: Float[Array, "G K D"]
+    size: Float[Array, "G K"]
+    live: Int[Array, " G"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +82,8 @@ class Deployed:
     Attributes:
       spec: one in which LTMP is installed, in either form: removal is the same.
       sizes: see `calibrate`.
-      group: images that are run together, G; 0 = the whole batch at once.
-      sort_at: blocks before which the images of the batch are sorted by their live tokens; of no use in one group.
+      groups: of attention, at most; one image or more each.
+      together: images that run together, T; larger batches run part by part. 0 = the whole batch.
       dtype, attention: as of `ViT`.
 
     Raises:
@@ -72,8 +92,8 @@ class Deployed:
 
     spec: ViTSpec
     sizes: Sizes
-    group: int = 0
-    sort_at: tuple[int, ...] = ()
+    groups: int = 1
+    together: int = 0
     dtype: Any = jnp.float32
     attention: str = "auto"
 
@@ -85,18 +105,19 @@ class Deployed:
             raise InputError(f"deployment gives pooled outputs only, found feature_layer={spec.feature_layer}")
         if self.attention not in IMPLEMENTATIONS:
             raise InputError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, found {self.attention!r}")
-        for name, choices in self.sizes._asdict().items():
-            if len(choices) != spec.depth:
-                raise InputError(f"sizes.{name} must hold {spec.depth} blocks, found {len(choices)}")
-            for layer, known in enumerate(choices):
-                if list(known) != sorted(set(known)) or not all(size >= 1 for size in known):
-                    raise InputError(f"sizes.{name}[{layer}] must ascend from 1 or more, found {known}")
-                if name == "slots" and known and known[-1] > spec.tokens:
-                    raise InputError(f"sizes.slots[{layer}] must be at most {spec.tokens} tokens, found {known}")
-        if self.group < 0:
-            raise InputError(f"group must be 0 or more images, found {self.group}")
-        if any(not 0 < layer < spec.depth for layer in self.sort_at):
-            raise InputError(f"sort_at must name blocks in 1..{spec.depth - 1}, found {self.sort_at}")
+        for name, blocks in self.sizes._asdict().items():
+            if len(blocks) != spec.depth:
+                raise InputError(f"sizes.{name} must hold {spec.depth} blocks, found {len(blocks)}")
+            for layer, block in enumerate(blocks):
+                for known in block if name == "slots" else (block,):
+                    if list(known) != sorted(set(known)) or not all(size >= 1 for size in known):
+                        raise InputError(f"sizes.{name}[{layer}] must ascend from 1 or more, found {known}")
+                    if name == "slots" and known and known[-1] > spec.tokens:
+                        raise InputError(f"sizes.slots[{layer}] must be at most {spec.tokens} tokens, found {known}")
+        if self.groups < 1:
+            raise InputError(f"groups must be 1 or more, found {self.groups}")
+        if self.together < 0:
+            raise InputError(f"together must be 0 or more images, found {self.together}")
 
     def apply(
         self, params: Params, images: Float[Array | np.ndarray, "B H W C"], *, knobs: Knobs | None = None
@@ -106,120 +127,163 @@ class Deployed:
         Returns:
           y: as of `ViT.apply`.
           aux: `kept [B, L]` int32, live tokens after each block; `slots [B, L]` int32 and `rows [B, L]` float32, what
-            the image was run with: K, and its share R / G; `overflow [B]` bool: in some block it or its group had more
-            live tokens than any calibrated size there.
+            the image was run with: K, and its share R / T; `overflow [B]` bool: the image, or one that it ran together
+            with, was longer than the sizes allow, so that it took the slower way.
         """
-        spec, vit = self.spec, self._vit
-        vit.check_images(images)
+        self._vit.check_images(images)
         if not len(images):
             raise InputError("images must be at least one, found none")
-        params, images = jax.tree.map(jnp.asarray, (params, images))
+        params, images = jax.tree.map(jnp.asarray, params), jnp.asarray(images)
         thresholds = method_knobs(params) | dict(knobs or {})
-        check_knobs(thresholds, spec.depth)
+        check_knobs(thresholds, self.spec.depth)
         batch = images.shape[0]
-        group = min(self.group or batch, batch)
-        missing = -batch % group  # filled up with copies of the last image, which cost little: they are one token long
-        tokens = vit.embed(params, images)
-        x = jnp.concatenate([tokens.x, jnp.repeat(tokens.x[-1:], missing, 0)]) if missing else tokens.x
-        total = batch + missing
-        live = jnp.where(jnp.arange(total) < batch, spec.tokens, max(spec.prefix, 1)).astype(jnp.int32)
-        sizes = jnp.ones(x.shape[:2], jnp.float32)
-        where = jnp.arange(total)
-        made: list[Any] = []
-        bounds = [0, *sorted(set(self.sort_at)), spec.depth]
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-            if start and total > group:
-                order = jnp.argsort(live)
-                x, sizes, live, where = x[order], sizes[order], live[order], where[order]
-                made = jax.tree.map(lambda a, order=order: a[order], made)
-
-            def stage(state: Any, layers: range = range(start, stop)) -> Any:
-                return self._stage(layers, params, thresholds, state)
-
-            grouped = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), (x, sizes, live))
-            if total > group:
-                result = jax.lax.map(stage, grouped)
-            else:
-                result = jax.tree.map(lambda a: a[None], stage(jax.tree.map(lambda a: a[0], grouped)))
-            (x, sizes, live), told = jax.tree.map(lambda a: a.reshape(total, *a.shape[2:]), result)
-            made.append(told)
-        back = jnp.argsort(where)[:batch]
-        alive = (jnp.arange(x.shape[1]) < live[:, None]).astype(jnp.float32)
-        y, _ = vit.read(params, jax.tree.map(lambda a: a[back], Tokens(x, sizes, alive)))
-        aux = {name: jnp.concatenate([told[name] for told in made], 1)[back] for name in made[0]}
-        return y, {**aux, "overflow": aux["overflow"].any(1)}
+        together = min(self.together or batch, batch)
+        # Filled up with copies of the last image, which cost little: they are short.
+        missing = -batch % together
+        if missing:
+            images = jnp.concatenate([images, jnp.repeat(images[-1:], missing, 0)])
+        counts = jnp.arange(batch + missing) < batch
+        run = functools.partial(self._run, params, thresholds)
+        if batch == together:
+            return run((images, counts))
+        parts = jax.tree.map(lambda a: a.reshape(-1, together, *a.shape[1:]), (images, counts))
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:batch], jax.lax.map(run, parts))
 
     @property
     def _vit(self) -> ViT:
         return ltmp.vit(ltmp.consistent(self.spec), dtype=self.dtype, attention=without_gradient(self.attention))
 
-    def _stage(self, layers: range, params: Params, thresholds: Knobs, state: Any) -> Any:
-        """Some blocks for one group: state `x [G, N, D]`, `size [G, N]`, `live [G]` -> state, and what `apply` tells of
-        every image, `[G, blocks]`."""
-        told: dict[str, list[Array]] = {name: [] for name in ("kept", "slots", "rows", "overflow")}
-        group, tokens = state[2].shape[0], self.spec.tokens
-        blocks = self._vit.blocks()
-        for layer in layers:
-            first, second = halves(blocks[layer])
+    def _run(self, params: Params, thresholds: Knobs, given: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
+        """Images `[T, H, W, C]` that run together, of which those count that `[T]` says; the result of `apply`."""
+        images, counts = given
+        spec, vit, together = self.spec, self._vit, images.shape[0]
+        x = vit.embed(params, images).x
+        state = Packed(
+            x.reshape(-1, x.shape[-1]),
+            jnp.ones(together * spec.tokens, jnp.float32),
+            jnp.arange(together, dtype=jnp.int32) * spec.tokens,
+            jnp.where(counts, spec.tokens, max(spec.prefix, 1)).astype(jnp.int32),
+        )
+        told: dict[str, list[Array]] = {"kept": [], "slots": [], "rows": []}
+        overflow = jnp.bool_(False)
+        parts, most = groups_of(together, self.groups), spec.tokens
+        for layer, block in enumerate(vit.blocks()):
+            first, second = halves(block)
             p, knobs = params.get(block_name(layer), {}), layer_knobs(thresholds, layer)
-            known, dense = self.sizes.slots[layer], tokens
-            over = state[2] > _last(known, dense)
-            attend = functools.partial(_attend, first, p, knobs)
-            slots, state = _least((*known, dense), state[2].max(), attend, state)
-            known, dense = self.sizes.rows[layer], group * tokens
-            over |= state[2].sum() > _last(known, dense)
-            known = tuple(size for size in known if size < dense)  # those of a larger group hold any of a smaller one
-            rows, state = _least((*known, dense), state[2].sum(), functools.partial(_mlp, second, p, knobs), state)
-            values = {"kept": state[2], "slots": slots, "rows": rows / group, "overflow": over}
-            for name, value in values.items():
-                told[name].append(jnp.broadcast_to(value, (group,)))
-        return state, {name: jnp.stack(values, 1) for name, values in told.items()}
+            order = jnp.argsort(state.live) if len(parts) > 1 and layer else jnp.arange(together, dtype=jnp.int32)
+            choices, done, slots = self._slots(layer, len(parts)), [], []
+            most = max(known[-1] for known in choices)
+            for known, part in zip(choices, parts, strict=True):
+                some = state._replace(start=state.start[order[part]], live=state.live[order[part]])
+                attend = functools.partial(_attend, first, p, knobs, known[-1])
+                longest = some.live.max()
+                overflow |= longest > known[-1]
+                size, padded = _least(known, longest, attend, some)
+                done.append(padded)
+                slots.append(jnp.broadcast_to(size, padded.live.shape))
+            state = _flat(done)
+            known = _within(self.sizes.rows[layer], together * spec.tokens)
+            overflow |= state.live.sum() > known[-1]
+            size, state = _least(known, state.live.sum(), functools.partial(_mlp, second, p, knobs, known[-1]), state)
+            rows = jnp.broadcast_to(size / together, (together,))
+            # In the order of the images again.
+            values = (state.start, state.live, jnp.concatenate(slots), rows)
+            start, live, *used = (jnp.zeros_like(a).at[order].set(a, unique_indices=True) for a in values)
+            state = state._replace(start=start, live=live)
+            for name, value in zip(told, (live, *used), strict=True):
+                told[name].append(value)
+        last = _padded(state, most)
+        alive = (jnp.arange(most) < state.live[:, None]).astype(jnp.float32)
+        y, _ = vit.read(params, Tokens(last.x, last.size, alive))
+        aux = {name: jnp.stack(values, 1) for name, values in told.items()}
+
+        def slowly() -> tuple[Array, dict[str, Array]]:
+            y, made = vit.apply(params, images, knobs=thresholds)
+            kept = jnp.round(ltmp.alive_fractions(made, spec.tokens).T * spec.tokens).astype(jnp.int32)
+            return y, {"kept": kept, **{name: jnp.full_like(aux[name], spec.tokens) for name in ("slots", "rows")}}
+
+        possible = any(k[-1] < spec.tokens for block in self.sizes.slots for k in block if k) or any(
+            k[-1] < together * spec.tokens for k in self.sizes.rows if k
+        )
+        if possible:
+            y, aux = jax.lax.cond(overflow, slowly, lambda: (y, aux))
+        return y, {**aux, "overflow": jnp.broadcast_to(overflow, (together,))}
+
+    def _slots(self, layer: int, groups: int) -> tuple[Choices, ...]:
+        """Choices of each group."""
+        known = self.sizes.slots[layer]
+        if len(known) != groups:
+            known = (tuple(sorted(set(itertools.chain(*known)))),) * groups
+        return tuple(_within(choices, self.spec.tokens) for choices in known)
 
 
-State = tuple[Float[Array, "G N D"], Float[Array, "G N"], Int[Array, " G"]]
+def groups_of(images: int, groups: int) -> list[slice]:
+    """So many images as equal groups, not more than asked for."""
+    length = -(-images // min(groups, images))
+    return [slice(start, min(start + length, images)) for start in range(0, images, length)]
 
 
-def _least(sizes: tuple[int, ...], needed: Array, run: Callable[..., State], state: State) -> tuple[Array, State]:
-    """`run(size, *state)` with the least size that holds what is needed; the size, and the result."""
-    known = tuple(sorted(set(sizes)))
-    index = (jnp.asarray(known) < needed).sum()  # not searchsorted, which is a loop
+def _within(known: Choices, dense: int) -> Choices:
+    return tuple(sorted({min(size, dense) for size in known})) or (dense,)
+
+
+def _least(known: Choices, needed: Array, run: Callable[..., Any], state: Packed) -> tuple[Array, Any]:
+    """`run(size, *state)` with the least size that holds what is needed, else the largest; the size, and the result."""
     branches = [functools.partial(run, size) for size in known]
-    result = jax.lax.switch(index, branches, *state) if len(branches) > 1 else branches[0](*state)
-    return jnp.asarray(known)[index], result
+    if len(branches) == 1:
+        return jnp.int32(known[0]), branches[0](*state)
+    index = (jnp.asarray(known[:-1]) < needed).sum()  # not searchsorted, which is a loop
+    return jnp.asarray(known)[index], jax.lax.switch(index, branches, *state)
 
 
-def _last(known: tuple[int, ...], dense: int) -> int:
-    return known[-1] if known else dense
+def _padded(state: Packed, slots: int) -> Padded:
+    """Every image's tokens in so many slots; what lies beyond its own is its neighbours'."""
+    index = state.start[:, None] + jnp.arange(slots)
+    x = jnp.take(state.x, index, axis=0, mode="clip")
+    return Padded(x, jnp.take(state.size, index, mode="clip"), state.live)
 
 
-def _attend(block: Block | None, params: Any, knobs: Knobs, length: int, x: Array, size: Array, live: Array) -> State:
-    """Attention and reducer of a block at `length` slots per image."""
+def _attend(block: Block | None, params: Any, knobs: Knobs, most: int, length: int, *state: Array) -> Padded:
+    """Attention and reducer of a block at `length` slots per image; the result in `most`."""
+    given = _padded(Packed(*state), length)
     if block is None:
-        return x, size, live
-    alive = (jnp.arange(length) < live[:, None]).astype(jnp.float32)
-    tokens, _ = call_module(block, params, Tokens(x[:, :length], size[:, :length], alive), knobs)
-    new_size, alive, _ = filled(tokens)
-    slots = x.shape[1]
+        return Padded(_fit(given.x, most), _fit(given.size, most, 1.0), given.live)
+    live = jnp.arange(length) < given.live[:, None]
+    # A neighbour's tokens may be NaN.
+    tokens = Tokens(jnp.where(live[..., None], given.x, 0), jnp.where(live, given.size, 1), live.astype(jnp.float32))
+    tokens, _ = call_module(block, params, tokens, knobs)
+    size, alive, _ = filled(tokens)
     # An image whose scores are NaN keeps its prefix, and so its NaN to itself.
-    kept = jnp.maximum((alive > 0.5).sum(1), max(block.family.prefix, 1))
-    return _fit(tokens.x, slots), _fit(new_size, slots, 1.0), kept.astype(jnp.int32)
+    kept = jnp.maximum((alive > 0.5).sum(1), max(block.family.prefix, 1)).astype(jnp.int32)
+    return Padded(_fit(tokens.x, most), _fit(size, most, 1.0), kept)
 
 
-def _mlp(block: Block | None, params: Any, knobs: Knobs, rows: int, x: Array, size: Array, live: Array) -> State:
-    """The MLP of a block on the live tokens of all images, one after the other, `rows` of them with what fills up."""
-    if block is None:
-        return x, size, live
-    group, slots, width = x.shape
-    ends = jnp.cumsum(live)
+def _flat(groups: Sequence[Padded]) -> Packed:
+    """Groups as they lie: images start where their slots do."""
+    starts, base = [], 0
+    for group in groups:
+        images, slots = group.size.shape
+        starts.append(base + slots * np.arange(images, dtype=np.int32))
+        base += images * slots
+    x = jnp.concatenate([group.x.reshape(-1, group.x.shape[-1]) for group in groups])
+    size = jnp.concatenate([group.size.reshape(-1) for group in groups])
+    return Packed(x, size, jnp.asarray(np.concatenate(starts)), jnp.concatenate([group.live for group in groups]))
+
+
+def _mlp(block: Block | None, params: Any, knobs: Knobs, most: int, rows: int, *state: Array) -> Packed:
+    """The MLP of a block on the live tokens of all images, `rows` of them with what fills up; the result in `most`."""
+    given = Packed(*state)
+    ends = jnp.cumsum(given.live)
+    starts = ends - given.live
     row = jnp.arange(rows)
-    image = jnp.minimum((row[:, None] >= ends[None]).sum(1), group - 1)
-    slot = jnp.minimum(row - (ends - live)[image], slots - 1)
-    packed = jnp.take(x.reshape(-1, width), image * slots + slot, axis=0, mode="clip")
-    tokens, _ = call_module(block, params, Tokens(packed[None]), knobs)
-    source = jnp.minimum((ends - live)[:, None] + jnp.arange(slots), rows - 1)
-    unpacked = jnp.take(tokens.x[0], source, axis=0, mode="clip")
-    # Zeros in dead slots, not another image's tokens: these may be NaN.
-    return jnp.where((jnp.arange(slots) < live[:, None])[..., None], unpacked, 0), size, live
+    image = jnp.minimum((row[:, None] >= ends[None]).sum(1), len(ends) - 1)
+    index = given.start[image] + row - starts[image]
+    x = jnp.take(given.x, index, axis=0, mode="clip")
+    size = jnp.take(given.size, index, mode="clip")
+    if block is not None:
+        tokens, _ = call_module(block, params, Tokens(x[None]), knobs)
+        x = tokens.x[0]
+    return Packed(_fit(x[None], most)[0], _fit(size[None], most, 1.0)[0], starts.astype(jnp.int32), given.live)
 
 
 def without_gradient(attention: str) -> Any:
@@ -242,59 +306,61 @@ def calibrate(
     spec: ViTSpec,
     *,
     batch: int,
-    group: int = 0,
-    choices: int = 6,
-    sort_at: Sequence[int] = (),
+    groups: int = 1,
+    together: int = 0,
+    choices: int = 3,
+    spare: float = 0.1,
     seed: int = 0,
 ) -> Sizes:
     """Sizes for `Deployed`, from the live tokens of calibration images.
 
-    Batches are drawn from the images and put into groups as the model would. The sizes of a block are quantiles of the
-    groups' longest images (slots) and of their sums (rows), the largest that occurred among them. Of two that lie
-    closer than 1 / 50 of the dense size the larger stays: each is compiled.
+    Batches are drawn from the images, sorted and put into groups as the model would. The sizes of a block are quantiles
+    of the groups' longest images (slots) and of the sums (rows), the largest that occurred, and one more that is larger
+    by `spare`, for images that differ from these. Of two that lie closer than 1 / 50 of the dense size the larger
+    stays: each is compiled.
 
     Args:
       counts: live tokens after each block, of n images that represent those to come (`kept` of any form).
-      batch, group, sort_at: as the model will be used.
-      choices: at most how many sizes a block gets for its attention, and for its MLP; 0 = the dense size alone.
+      batch, groups, together: as the model will be used.
+      choices: at most how many sizes a group gets, and an MLP, beside the spare one; 0 = the dense size alone.
+      spare: a share of the largest size; it also lets every image be a token longer. Below 0 there is none.
 
     Raises:
-      InputError: counts of another shape, or not within 1..tokens.
+      InputError: counts of another shape, or not within 1..tokens; numbers that no deployment has.
     """
     found = np.asarray(counts)
     if found.ndim != 2 or found.shape[1] != spec.depth or not len(found):
         raise InputError(f"counts must be [images, {spec.depth}], one per block, found {list(found.shape)}")
     if found.min() < 1 or found.max() > spec.tokens:
         raise InputError(f"counts must be in 1..{spec.tokens}, found {found.min()} to {found.max()}")
+    for name, value, least in (("batch", batch, 1), ("groups", groups, 1), ("together", together, 0)):
+        if value < least:
+            raise InputError(f"{name} must be {least} or more, found {value}")
     rng = np.random.default_rng(seed)
-    group = min(group or batch, batch)
-    drawn = np.stack([rng.integers(0, len(found), batch) for _ in range(max(64, 2048 // batch))])
-    entering = np.concatenate([np.full((len(found), 1), spec.tokens), found], 1)[drawn]  # [draws, batch, L + 1]
+    together = min(together or batch, batch)
+    drawn = np.stack([rng.integers(0, len(found), together) for _ in range(max(64, 2048 // together))])
+    entering = np.concatenate([np.full((len(found), 1), spec.tokens), found], 1)[drawn]  # [draws, T, L + 1]
     slots, rows = [], []
     for layer in range(spec.depth):
-        if layer in sort_at:
-            order = entering[:, :, layer].argsort(1, kind="stable")
-            entering = np.take_along_axis(entering, order[..., None], 1)
-        groups = [entering[:, start : start + group] for start in range(0, batch, group)]
-        slots.append(_quantiles(np.concatenate([g[:, :, layer].max(1) for g in groups]), choices, spec.tokens))
-        dense = group * spec.tokens
-        rows.append(_quantiles(np.concatenate([g[:, :, layer + 1].sum(1) for g in groups]), choices, dense))
+        lengths = np.sort(entering[:, :, layer], 1)
+        longest = [lengths[:, part].max(1) for part in groups_of(together, groups)]
+        slots.append(tuple(_quantiles(needed, choices, spare, 1, spec.tokens) for needed in longest))
+        sums = entering[:, :, layer + 1].sum(1)
+        rows.append(_quantiles(sums, choices, spare / 2, together, together * spec.tokens))
     return Sizes(tuple(slots), tuple(rows))
 
 
-def _quantiles(needed: np.ndarray, choices: int, dense: int) -> tuple[int, ...]:
-    """At most so many sizes that cover what is needed."""
+def _quantiles(needed: np.ndarray, choices: int, spare: float, more: int, dense: int) -> Choices:
+    """At most so many sizes that cover what is needed, and a spare one."""
     chosen: list[int] = []
-    for size in np.quantile(needed, np.arange(choices, 0, -1) / max(choices, 1), method="higher"):
+    wanted = list(np.quantile(needed, np.arange(choices, 0, -1) / max(choices, 1), method="higher"))
+    if choices and spare >= 0:
+        wanted.insert(0, math.ceil(wanted[0] * (1 + spare)) + more)
+    for size in (min(int(size), dense) for size in wanted):
+        size = dense if size > dense * 0.98 else size
         if not chosen or chosen[-1] - size >= dense / 50:
-            chosen.append(int(size))
+            chosen.append(size)
     return tuple(reversed(chosen))
-
-
-def evenly(depth: int, count: int) -> tuple[int, ...]:
-    """`count` blocks, evenly spread over a model of `depth`, before which images may be sorted."""
-    spread = {round((i + 1) * depth / (count + 1)) for i in range(count)}
-    return tuple(sorted(spread & set(range(1, depth))))
 
 
 def fixed(spec: ViTSpec, merged: Real[np.ndarray, "n L"], pruned: Real[np.ndarray, "n L"]) -> ViTSpec:
