@@ -148,7 +148,15 @@ def accuracy(records: Records) -> str:
             )
     if not rows:
         return ""
-    header = ("model", "criterion", "r", "MACs over dense", "parameters, M", "top-1 pruned", "top-1 distilled")
+    header: tuple[str, ...] = (
+        "model",
+        "criterion",
+        "r",
+        "MACs over dense",
+        "parameters, M",
+        "top-1 pruned",
+        "top-1 distilled",
+    )
     header += ("says what the dense model says, %", "seeds", "s per run")
     note = "In brackets: least and most over the seeds. "
     return tables.markdown(header, rows) + "\n\n" + note + circumstances(whole.values())
@@ -211,7 +219,15 @@ def allocation(records: Records) -> str:
         )
     if not rows:
         return ""
-    header = ("model", "r", "allocated by", "seeds", "MACs over dense", "top-1 pruned", "top-1 distilled")
+    header: tuple[str, ...] = (
+        "model",
+        "r",
+        "allocated by",
+        "seeds",
+        "MACs over dense",
+        "top-1 pruned",
+        "top-1 distilled",
+    )
     header += ("pruned, minus even counts", "distilled, minus even counts", "neurons per block (seed 0)")
     return tables.markdown(header, rows)
 
@@ -261,7 +277,16 @@ def speed(records: Records) -> str:
         )
         for r in latest.values()
     ]
-    header = ("model", "r", "batch", "dense ms", "pruned ms", "times as fast (p10 to p90)", "MAC ratio", "realised")
+    header: tuple[str, ...] = (
+        "model",
+        "r",
+        "batch",
+        "dense ms",
+        "pruned ms",
+        "times as fast (p10 to p90)",
+        "MAC ratio",
+        "realised",
+    )
     header += ("memory dense, MiB", "pruned", "weights dense, MiB", "pruned ", "other busy cores")
     return tables.markdown(header, rows) + "\n\n" + circumstances(latest.values())
 

@@ -6,7 +6,7 @@ Letters: L layers, M neurons, K picks. Arguments count layers from 0, figures fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,9 @@ def kept(lengths: Sequence[np.ndarray], picks: Sequence[np.ndarray], title: str 
     return figure
 
 
-def growth(series: dict[str, tuple[Sequence[float], Sequence[float]]], base: dict[str, int], title: str = "") -> Any:
+def growth(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], base: Mapping[str, int], title: str = ""
+) -> Any:
     """Seconds of a selection over each size, both logarithmic, with the slope of its last two points.
 
     Args:
