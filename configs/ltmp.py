@@ -46,7 +46,7 @@ def ltmp(**leaves: Any) -> ConfigDict:
             "settle_images": 0,  # training images on which all thresholds move together at the end, onto the target
             "measured": "deployed",  # what an evaluation runs; "masked": the form that was trained
             # What `vtjax bench` times: packed; fixed counts; masked. Up to `together` images run at once, attention in
-            # `groups` of alike ones; each group and MLP is compiled for the dense size and for `choices` others.
+            # `groups` of alike ones; each group and MLP is compiled for `choices` sizes and a spare one.
             "deploy": {"form": "packed", "together": 32, "groups": 2, "choices": 3},
         }
     )

@@ -6,8 +6,8 @@
     python -m experiments.ltmp.accuracy ablations   one setting changed at a time
     python -m experiments.ltmp.accuracy sweep       12 pairs of thresholds by `vtjax sweep`: how often it compiles
 
-Every record in results/accuracy.jsonl holds which images were right, so that differences are paired. What was recorded
-is not run again; runs lie in runs/ltmp and resume.
+Every record in results/accuracy.jsonl holds which images were right, so that differences are paired. Learned points
+that were recorded are not run again; runs lie in runs/ltmp and resume.
 """
 
 from __future__ import annotations

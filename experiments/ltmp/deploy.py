@@ -81,7 +81,12 @@ def candidate(
         "groups": len(ltmp_deploy.groups_of(model.together, model.groups)),
         "calibration_images": len(counts["kept"]),
     }
-    return bench.Candidate(form, model.apply, params, macs, settings)
+
+    def tell(made: Any) -> dict[str, float]:
+        spent = macs_of_sizes(spec, *(made[1][name] for name in ("slots", "rows", "overflow")))
+        return {"macs_of_sizes": float(spent.mean()), "overflow_rate": float(np.mean(made[1]["overflow"]))}
+
+    return bench.Candidate(form, model.apply, params, macs, settings, tell=tell)
 
 
 def packed(config: ConfigDict, spec: ViTSpec, kept: np.ndarray, batch: int) -> ltmp_deploy.Deployed:
@@ -97,18 +102,21 @@ def macs_of(spec: ViTSpec, kept: Any) -> np.ndarray:
     return np.asarray([flops.macs(spec, [spec.tokens, *(int(k) for k in row)]) for row in np.asarray(kept)], float)
 
 
-def macs_of_sizes(spec: ViTSpec, slots: Any, rows: Any) -> np.ndarray:
-    """MACs `[n]` of images that were run with so many slots and rows, `[n, L]`."""
+def macs_of_sizes(spec: ViTSpec, slots: Any, rows: Any, overflow: Any) -> np.ndarray:
+    """MACs `[n]` of images that were run with so many slots and rows, `[n, L]`, and those again that overflowed."""
     costs = ltmp.costs(spec).astype(np.float64)
     k, r = np.asarray(slots, np.float64), np.asarray(rows, np.float64)
     spent = (costs[:, 0] * k + costs[:, 1] * k * k + costs[:, 2] * r).sum(1)
-    return spent + flops.macs(spec) - ltmp.dense_macs(spec)
+    return spent + flops.macs(spec) - ltmp.dense_macs(spec) + np.asarray(overflow) * flops.macs(spec)
 
 
 def calibration(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarray]:
     """`kept`, `merged`, `pruned` `[n, L]` of training images: those of the run that `config.init_from` names, else
     found now."""
-    if paths.is_workdir(config.init_from):
+    settings = config.ltmp
+    same = settings.merge_threshold == settings.prune_threshold == -1.0  # those of the run
+    same = same and not (settings.form == "faithful" and settings.measured == "masked")
+    if same and paths.is_workdir(config.init_from):
         from vtjax.cli import decisions
 
         if (saved := decisions.load(config.init_from)) is not None:

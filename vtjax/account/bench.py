@@ -44,6 +44,7 @@ class Candidate:
       inputs: batch (name -> arrays `[B, ...]`) -> inputs of `apply`.
       jit: False where `apply` drives compiled pieces from the host, for example because shapes depend on the data. The
         walk and the compiler do not see it whole then.
+      tell: what the outputs of a call say, as numbers; their mean over the batches joins the result.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Candidate:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inputs: Callable[[Mapping[str, Any]], tuple[Any, ...]] = images_of
     jit: bool = True
+    tell: Callable[[Any], Mapping[str, float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +142,7 @@ class Ready:
       walked: what the walk saw in one call; None = nothing.
       macs: MACs per image by formula, by batch.
       settings: as of `Candidate`.
+      told: what the outputs say, see `Candidate.tell`.
     """
 
     call: Callable[..., Any]
@@ -152,6 +155,7 @@ class Ready:
     walked: Counts | None = None
     carry: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    told: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._turns: list[list[int]] = []
@@ -223,7 +227,11 @@ def forward(candidate: Candidate, params: Any, chosen: Sequence[Mapping[str, Any
     macs = [candidate.macs(*inputs) if callable(candidate.macs) else candidate.macs for inputs in rest]
     if candidate.jit:
         ready = compiled(jax.jit(candidate.apply), params, rest, macs, peak)
-        return dataclasses.replace(ready, settings=candidate.settings)
+        told: dict[str, float] = {}
+        if candidate.tell is not None:
+            each = [candidate.tell(jax.device_get(ready.call(params, *inputs))) for inputs in rest]
+            told = {name: float(np.mean([values[name] for values in each])) for name in each[0]}
+        return dataclasses.replace(ready, settings=candidate.settings, told=told)
     seconds = []
     for _ in range(2):  # its pieces compile as they meet new shapes
         start = time.perf_counter()
@@ -313,7 +321,7 @@ def _side(ready: Ready, times: timing.Timing, batch: int, rates: Rates, training
         side["cost_per_million"] = rates.price * hours
     if rates.watts is not None:
         side["kwh_per_million"] = rates.watts * hours / 1000
-    return {**side, **ready.settings}
+    return {**side, **ready.settings, **ready.told}
 
 
 def _whole(value: float) -> float:

@@ -346,6 +346,7 @@ def _table(result: dict[str, Any]) -> list[str]:
         ("the same, walked, G", "macs_walked", 1e-9),
         ("parameters, M", "params", 1e-6),
         ("memory, MiB", "memory_bytes", 2**-20),
+        ("images that overflowed, %", "overflow_rate", 100.0),
         ("compile, s", "compile_s", 1.0),
         ("model TFLOP/s", "model_tflops", 1.0),
         ("utilisation", "mfu", 1.0),

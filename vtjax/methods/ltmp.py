@@ -65,6 +65,7 @@ class Ltmp:
 
     Attributes:
       prefix: leading tokens that are neither merged nor pruned.
+      patch: the most important patch is not pruned, either: patches are pooled.
       variant, form: of `VARIANTS`, `FORMS`.
       tau: temperature of the masker's gradient.
       prune_tau: the same where tokens are pruned; 0 = `tau`. Importances are about 1/N, far below a tau of 0.1, under
@@ -87,6 +88,7 @@ class Ltmp:
     relative: int = 0
     attached: int = 0
     prune_tau: float = 0.0
+    patch: bool = False
 
     @property
     def wants(self) -> tuple[str, ...]:
@@ -101,7 +103,7 @@ class Ltmp:
         before = ops.filled(tokens)[1]
         importance = None
         if prunes(self.variant):
-            importance = ops.protect(aux["importance"], self.prefix, tokens.alive)
+            importance = ops.protect(aux["importance"], self.prefix, tokens.alive, patch=self.patch)
         unit = None
         if merges(self.variant):
             features = tokens.x[:, :, None] if self.similarity == "features" else aux[self.similarity]
@@ -187,6 +189,8 @@ class FixedRate:
 
     def __call__(self, tokens: Tokens, aux: Mapping[str, Array], knobs: Mapping[str, Array]) -> tuple[Tokens, dict]:
         check_tokens(tokens, self.prefix, **{name: aux[name] for name in self.wants})
+        if tokens.alive is not None:
+            raise InputError("fixed rates need tokens that are all live, found some that learned thresholds may remove")
         batch, before = tokens.x.shape[:2]
         importance = None
         if prunes(self.variant):
@@ -311,9 +315,12 @@ def install_fixed(
     return _installed(spec, lambda layer: texts.get(layer), "ltmp.install_fixed", arguments, parent)
 
 
+_OF_SPEC = ("prefix", "patch")
+
+
 def describe(reducer: Ltmp | FixedRate) -> str:
     """The reducer as `BlockSpec.reduce` holds it: `ltmp:variant=ltmp,form=consistent,...`."""
-    fields = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer) if f.name != "prefix"}
+    fields = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer) if f.name not in _OF_SPEC}
     kind = "thresholds" if isinstance(reducer, Ltmp) else "fixed"
     return f"{NAME}:{kind}," + ",".join(f"{name}={value}" for name, value in fields.items())
 
@@ -327,7 +334,7 @@ def reducer(text: str, spec: ViTSpec) -> Ltmp | FixedRate:
     name, _, rest = text.partition(":")
     kind, *parts = rest.split(",")
     cls = {"thresholds": Ltmp, "fixed": FixedRate}.get(kind)
-    kinds = {} if cls is None else {f.name: f.type for f in dataclasses.fields(cls) if f.name != "prefix"}
+    kinds = {} if cls is None else {f.name: f.type for f in dataclasses.fields(cls) if f.name not in _OF_SPEC}
     given = dict(part.partition("=")[::2] for part in parts)
     if name != NAME or cls is None or sorted(kinds) != sorted(part.partition("=")[0] for part in parts):
         raise InputError(f"reduce must read as ltmp.describe writes it, found {text!r}")
@@ -338,6 +345,7 @@ def reducer(text: str, spec: ViTSpec) -> Ltmp | FixedRate:
         raise InputError(f"reduce must hold numbers where ltmp.describe writes them, found {text!r}") from None
     made = cls(prefix=spec.prefix, **values)
     if isinstance(made, Ltmp):
+        made = dataclasses.replace(made, patch=spec.pooling == "mean")
         check(spec, made)
     else:
         _check_fixed(made)
@@ -413,9 +421,14 @@ def dense_macs(spec: ViTSpec) -> float:
 def floor(spec: ViTSpec) -> float:
     """The lowest reachable budget: the first reducing block's attention is dense, then only the prefix lives on."""
     first = reducers(spec)[0][0] if reducers(spec) else 0
-    least = max(spec.prefix, 1) / spec.tokens
+    least = protected(spec) / spec.tokens
     fractions = jnp.asarray([1.0 if layer < first else least for layer in range(spec.depth)])
     return float(ops.budget(fractions, spec.tokens, jnp.asarray(costs(spec)))[0])
+
+
+def protected(spec: ViTSpec) -> int:
+    """Tokens that every image keeps: the prefix, and a patch where patches are pooled or there is no prefix."""
+    return spec.prefix + (spec.pooling == "mean" or not spec.prefix)
 
 
 def alive_fractions(aux: Mapping[str, Any], tokens: int) -> Float[Array, "L B"]:

@@ -52,10 +52,13 @@ class Sizes(NamedTuple):
       slots: per block and group, from the shortest images to the longest, choices of K: live tokens that an image of
         the group may bring. Where there are other numbers of groups, each has all of a block's choices.
       rows: per block choices of R, for its MLP: live tokens that all images together may have after the reducer.
+      images: that run together, for which the rows are meant; for others they are scaled. 0 = as they are. Fewer images
+        than these differ more, so that they overflow more often.
     """
 
     slots: tuple[tuple[Choices, ...], ...]
     rows: tuple[Choices, ...]
+    images: int = 0
 
 
 class Packed(NamedTuple):
@@ -99,21 +102,29 @@ class Deployed:
 
     def __post_init__(self) -> None:
         spec = self.spec
-        if not any(isinstance(reducer, ltmp.Ltmp) for _, reducer in ltmp.reducers(spec)):
+        found = dict(ltmp.reducers(spec))
+        if not found:
             raise InputError("deployment needs a spec with learned thresholds (ltmp.install), found none")
+        for layer, block in enumerate(spec.blocks):
+            if block.reduce is not None and not isinstance(found.get(layer), ltmp.Ltmp):
+                raise InputError(f"blocks[{layer}].reduce must be of learned thresholds, found {block.reduce!r}")
         if spec.feature_layer is not None:
             raise InputError(f"deployment gives pooled outputs only, found feature_layer={spec.feature_layer}")
         if self.attention not in IMPLEMENTATIONS:
             raise InputError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, found {self.attention!r}")
-        for name, blocks in self.sizes._asdict().items():
-            if len(blocks) != spec.depth:
-                raise InputError(f"sizes.{name} must hold {spec.depth} blocks, found {len(blocks)}")
-            for layer, block in enumerate(blocks):
-                for known in block if name == "slots" else (block,):
-                    if list(known) != sorted(set(known)) or not all(size >= 1 for size in known):
-                        raise InputError(f"sizes.{name}[{layer}] must ascend from 1 or more, found {known}")
-                    if name == "slots" and known and known[-1] > spec.tokens:
-                        raise InputError(f"sizes.slots[{layer}] must be at most {spec.tokens} tokens, found {known}")
+        for name, count in (("slots", len(self.sizes.slots)), ("rows", len(self.sizes.rows))):
+            if count != spec.depth:
+                raise InputError(f"sizes.{name} must hold {spec.depth} blocks, found {count}")
+        of_groups = [(f"slots[{layer}]", known) for layer, block in enumerate(self.sizes.slots) for known in block]
+        of_mlps = [(f"rows[{layer}]", known) for layer, known in enumerate(self.sizes.rows)]
+        for name, known in (*of_groups, *of_mlps):
+            if list(known) != sorted(set(known)) or not all(size >= 1 for size in known):
+                raise InputError(f"sizes.{name} must ascend from 1 or more, found {known}")
+        least = ltmp.protected(spec)
+        for name, known in of_groups:
+            if known and not least <= known[0] <= known[-1] <= spec.tokens:
+                limits = f"{least}..{spec.tokens} tokens, of which {least} always stay"
+                raise InputError(f"sizes.{name} must be in {limits}, found {known}")
         if self.groups < 1:
             raise InputError(f"groups must be 1 or more, found {self.groups}")
         if self.together < 0:
@@ -128,7 +139,7 @@ class Deployed:
           y: as of `ViT.apply`.
           aux: `kept [B, L]` int32, live tokens after each block; `slots [B, L]` int32 and `rows [B, L]` float32, what
             the image was run with: K, and its share R / T; `overflow [B]` bool: the image, or one that it ran together
-            with, was longer than the sizes allow, so that it took the slower way.
+            with, was longer than the sizes allow, so that it ran again, through the masked model.
         """
         self._vit.check_images(images)
         if not len(images):
@@ -138,7 +149,7 @@ class Deployed:
         check_knobs(thresholds, self.spec.depth)
         batch = images.shape[0]
         together = min(self.together or batch, batch)
-        # Filled up with copies of the last image, which cost little: they are short.
+        # Filled up with copies of the last image, which are short after the first block's attention.
         missing = -batch % together
         if missing:
             images = jnp.concatenate([images, jnp.repeat(images[-1:], missing, 0)])
@@ -162,7 +173,7 @@ class Deployed:
             x.reshape(-1, x.shape[-1]),
             jnp.ones(together * spec.tokens, jnp.float32),
             jnp.arange(together, dtype=jnp.int32) * spec.tokens,
-            jnp.where(counts, spec.tokens, max(spec.prefix, 1)).astype(jnp.int32),
+            jnp.where(counts, spec.tokens, ltmp.protected(spec)).astype(jnp.int32),
         )
         told: dict[str, list[Array]] = {"kept": [], "slots": [], "rows": []}
         overflow = jnp.bool_(False)
@@ -182,7 +193,7 @@ class Deployed:
                 done.append(padded)
                 slots.append(jnp.broadcast_to(size, padded.live.shape))
             state = _flat(done)
-            known = _within(self.sizes.rows[layer], together * spec.tokens)
+            known = self._rows(layer, together)
             overflow |= state.live.sum() > known[-1]
             size, state = _least(known, state.live.sum(), functools.partial(_mlp, second, p, knobs, known[-1]), state)
             rows = jnp.broadcast_to(size / together, (together,))
@@ -192,18 +203,17 @@ class Deployed:
             state = state._replace(start=start, live=live)
             for name, value in zip(told, (live, *used), strict=True):
                 told[name].append(value)
-        last = _padded(state, most)
-        alive = (jnp.arange(most) < state.live[:, None]).astype(jnp.float32)
-        y, _ = vit.read(params, Tokens(last.x, last.size, alive))
+        y, _ = vit.read(params, _alone(_padded(state, most)))
         aux = {name: jnp.stack(values, 1) for name, values in told.items()}
 
         def slowly() -> tuple[Array, dict[str, Array]]:
             y, made = vit.apply(params, images, knobs=thresholds)
             kept = jnp.round(ltmp.alive_fractions(made, spec.tokens).T * spec.tokens).astype(jnp.int32)
-            return y, {"kept": kept, **{name: jnp.full_like(aux[name], spec.tokens) for name in ("slots", "rows")}}
+            return y, {**aux, "kept": kept}
 
-        possible = any(k[-1] < spec.tokens for block in self.sizes.slots for k in block if k) or any(
-            k[-1] < together * spec.tokens for k in self.sizes.rows if k
+        layers = range(spec.depth)
+        possible = any(self._rows(layer, together)[-1] < together * spec.tokens for layer in layers) or any(
+            known[-1] < spec.tokens for layer in layers for known in self._slots(layer, len(parts))
         )
         if possible:
             y, aux = jax.lax.cond(overflow, slowly, lambda: (y, aux))
@@ -211,20 +221,22 @@ class Deployed:
 
     def _slots(self, layer: int, groups: int) -> tuple[Choices, ...]:
         """Choices of each group."""
-        known = self.sizes.slots[layer]
+        known = tuple(choices or (self.spec.tokens,) for choices in self.sizes.slots[layer])
         if len(known) != groups:
             known = (tuple(sorted(set(itertools.chain(*known)))),) * groups
-        return tuple(_within(choices, self.spec.tokens) for choices in known)
+        return known
+
+    def _rows(self, layer: int, together: int) -> Choices:
+        """Choices of an MLP, for so many images."""
+        dense, of = together * self.spec.tokens, self.sizes.images or together
+        scaled = {min(-(-size * together // of), dense) for size in self.sizes.rows[layer]}
+        return tuple(sorted(scaled)) or (dense,)
 
 
 def groups_of(images: int, groups: int) -> list[slice]:
     """So many images as equal groups, not more than asked for."""
     length = -(-images // min(groups, images))
     return [slice(start, min(start + length, images)) for start in range(0, images, length)]
-
-
-def _within(known: Choices, dense: int) -> Choices:
-    return tuple(sorted({min(size, dense) for size in known})) or (dense,)
 
 
 def _least(known: Choices, needed: Array, run: Callable[..., Any], state: Packed) -> tuple[Array, Any]:
@@ -243,18 +255,22 @@ def _padded(state: Packed, slots: int) -> Padded:
     return Padded(x, jnp.take(state.size, index, mode="clip"), state.live)
 
 
+def _alone(padded: Padded) -> Tokens:
+    """Every image's tokens without its neighbours', which may be NaN."""
+    live = jnp.arange(padded.size.shape[1]) < padded.live[:, None]
+    x, size = jnp.where(live[..., None], padded.x, 0), jnp.where(live, padded.size, 1)
+    return Tokens(x, size, live.astype(jnp.float32))
+
+
 def _attend(block: Block | None, params: Any, knobs: Knobs, most: int, length: int, *state: Array) -> Padded:
     """Attention and reducer of a block at `length` slots per image; the result in `most`."""
     given = _padded(Packed(*state), length)
     if block is None:
         return Padded(_fit(given.x, most), _fit(given.size, most, 1.0), given.live)
-    live = jnp.arange(length) < given.live[:, None]
-    # A neighbour's tokens may be NaN.
-    tokens = Tokens(jnp.where(live[..., None], given.x, 0), jnp.where(live, given.size, 1), live.astype(jnp.float32))
-    tokens, _ = call_module(block, params, tokens, knobs)
+    tokens, _ = call_module(block, params, _alone(given), knobs)
     size, alive, _ = filled(tokens)
-    # An image whose scores are NaN keeps its prefix, and so its NaN to itself.
-    kept = jnp.maximum((alive > 0.5).sum(1), max(block.family.prefix, 1)).astype(jnp.int32)
+    # An image whose scores are NaN keeps as many as are protected, and so its NaN to itself.
+    kept = jnp.maximum((alive > 0.5).sum(1), ltmp.protected(block.family)).astype(jnp.int32)
     return Padded(_fit(tokens.x, most), _fit(size, most, 1.0), kept)
 
 
@@ -302,7 +318,7 @@ def halves(block: Block) -> tuple[Block | None, Block | None]:
 
 
 def calibrate(
-    counts: Int[np.ndarray, "n L"],
+    counts: Real[np.ndarray, "n L"],
     spec: ViTSpec,
     *,
     batch: int,
@@ -323,19 +339,21 @@ def calibrate(
       counts: live tokens after each block, of n images that represent those to come (`kept` of any form).
       batch, groups, together: as the model will be used.
       choices: at most how many sizes a group gets, and an MLP, beside the spare one; 0 = the dense size alone.
-      spare: a share of the largest size; it also lets every image be a token longer. Below 0 there is none.
+      spare: a share of the largest size of a group, half of it for an MLP; it also lets every image be a token longer.
+        Below 0 there is none.
 
     Raises:
       InputError: counts of another shape, or not within 1..tokens; numbers that no deployment has.
     """
-    found = np.asarray(counts)
-    if found.ndim != 2 or found.shape[1] != spec.depth or not len(found):
-        raise InputError(f"counts must be [images, {spec.depth}], one per block, found {list(found.shape)}")
-    if found.min() < 1 or found.max() > spec.tokens:
-        raise InputError(f"counts must be in 1..{spec.tokens}, found {found.min()} to {found.max()}")
-    for name, value, least in (("batch", batch, 1), ("groups", groups, 1), ("together", together, 0)):
-        if value < least:
-            raise InputError(f"{name} must be {least} or more, found {value}")
+    found, least = _per_image("counts", counts, spec), ltmp.protected(spec)
+    if found.min() < least or found.max() > spec.tokens:
+        raise InputError(f"counts must be in {least}..{spec.tokens}, found {found.min():g} to {found.max():g}")
+    found = found.astype(int)
+    for name, value, lowest in (("batch", batch, 1), ("groups", groups, 1), ("together", together, 0)):
+        if value < lowest:
+            raise InputError(f"{name} must be {lowest} or more, found {value}")
+    if choices < 0 or not math.isfinite(spare):
+        raise InputError(f"choices must be 0 or more and spare finite, found {choices} and {spare}")
     rng = np.random.default_rng(seed)
     together = min(together or batch, batch)
     drawn = np.stack([rng.integers(0, len(found), together) for _ in range(max(64, 2048 // together))])
@@ -347,7 +365,17 @@ def calibrate(
         slots.append(tuple(_quantiles(needed, choices, spare, 1, spec.tokens) for needed in longest))
         sums = entering[:, :, layer + 1].sum(1)
         rows.append(_quantiles(sums, choices, spare / 2, together, together * spec.tokens))
-    return Sizes(tuple(slots), tuple(rows))
+    return Sizes(tuple(slots), tuple(rows), together)
+
+
+def _per_image(name: str, counts: Any, spec: ViTSpec) -> np.ndarray:
+    """`counts` as float64 `[n, L]`, finite and of an image at least."""
+    found = np.asarray(counts, float)
+    if found.ndim != 2 or found.shape[1] != spec.depth or not len(found):
+        raise InputError(f"{name} must be [images, {spec.depth}], one per block, found {list(found.shape)}")
+    if not np.isfinite(found).all() or found.min() < 0:
+        raise InputError(f"{name} must be finite and 0 or more, found others")
+    return found
 
 
 def _quantiles(needed: np.ndarray, choices: int, spare: float, more: int, dense: int) -> Choices:
@@ -367,21 +395,33 @@ def fixed(spec: ViTSpec, merged: Real[np.ndarray, "n L"], pruned: Real[np.ndarra
     """The fixed-count form, a method of its own: every image loses as many tokens as calibration images did on average.
 
     It is the fastest, and no longer adapts to the image. Its model is `ltmp.vit(spec)`, its parameters are those of the
-    dense model.
+    dense model. No more than half of the patch tokens can leave in one step; what is left over leaves in later blocks.
 
     Args:
       spec: one in which LTMP is installed.
       merged, pruned: tokens per calibration image and block.
+
+    Raises:
+      InputError: a spec without learned thresholds, or counts of another shape.
     """
     made = {layer: reducer for layer, reducer in ltmp.reducers(spec) if isinstance(reducer, ltmp.Ltmp)}
     if not made:
         raise InputError("the fixed form needs a spec with learned thresholds (ltmp.install), found none")
     first = next(iter(made.values()))
     variant = {"ltmp": "merge_prune", "ltm": "merge", "ltp": "prune", "ltpm": "prune_merge"}[first.variant]
-    # Rounded so that the running totals, not only the single counts, are right.
-    totals = [np.rint(np.cumsum(np.asarray(counts, float).mean(0))).astype(int) for counts in (merged, pruned)]
-    steps = [np.diff(total, prepend=0) for total in totals]
-    rates = {layer: (int(steps[0][layer]), int(steps[1][layer])) for layer in made}
+    # The running totals, not only the single counts, are to be right.
+    wanted = {
+        name: np.rint(np.cumsum(_per_image(name, counts, spec).mean(0))).astype(int)
+        for name, counts in (("merged", merged), ("pruned", pruned))
+    }
+    done, left, rates = dict.fromkeys(wanted, 0), spec.tokens, {}
+    for layer in made:
+        step = {}
+        for name in reversed(wanted) if variant == "prune_merge" else wanted:
+            step[name] = min(int(wanted[name][layer]) - done[name], (left - spec.prefix) // 2)
+            done[name] += step[name]
+            left -= step[name]
+        rates[layer] = step["merged"], step["pruned"]
     rates = {layer: rate for layer, rate in rates.items() if any(rate)}
     return ltmp.install_fixed(spec.unreduced(), variant, rates, similarity=first.similarity)
 

@@ -266,16 +266,19 @@ def _where_alive(alive: Float[Array, "B N"]) -> Int[Array, "B N"]:
     return jnp.where(alive > 0.5, slots, -1)
 
 
-def protect(importance: Float[Array, "B N"], prefix: int, alive: Float[Array, "B N"] | None) -> Float[Array, "B N"]:
-    """float32 importance with +inf for what may never be pruned: the prefix, and without one the most important token,
-    so that no image loses all of its tokens."""
+def protect(
+    importance: Float[Array, "B N"], prefix: int, alive: Float[Array, "B N"] | None, *, patch: bool = False
+) -> Float[Array, "B N"]:
+    """float32 importance with +inf for what may never be pruned: the prefix; without one, or where a `patch` has to
+    stay, the most important patch, too, so that no image loses all that is pooled."""
     importance = importance.astype(jnp.float32)
     slots = jnp.arange(importance.shape[1])
-    if prefix:
-        return jnp.where(slots < prefix, jnp.inf, importance)
-    known = importance if alive is None else jnp.where(alive > 0.5, importance, -jnp.inf)
-    best = jax.lax.stop_gradient(known).argmax(1, keepdims=True)
-    return jnp.where(slots == best, jnp.inf, importance)
+    protected = slots < prefix
+    if patch or not prefix:
+        known = jnp.where(protected, -jnp.inf, importance)
+        known = known if alive is None else jnp.where(alive > 0.5, known, -jnp.inf)
+        protected = protected | (slots == jax.lax.stop_gradient(known).argmax(1, keepdims=True))
+    return jnp.where(protected, jnp.inf, importance)
 
 
 def budget(
