@@ -75,6 +75,8 @@ def test_a_third_group_trains_the_weights(tmp_path: Path, capsys: Any) -> None:
         f"--config={CONFIG},steps=2",
         f"--workdir={tmp_path}/run",
         "--config.optim.groups.weights.frozen=false",
+        # Both start from one array, which a step may not be given twice to overwrite.
+        *("--config.ema=0.9", "--config.ltmp.start=even"),
     )
     _, params = checkpoint.load_params(tmp_path / "run")
     before = flatten(first_params())

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -243,7 +244,8 @@ class _Run:
 
     def _replace(self, params: Any) -> None:
         """Other parameters, and with them their moving average."""
-        ema = split(params, self.program.groups)[0] if self.config.ema else self.state.ema
+        # A copy: the step is given both to overwrite.
+        ema = jax.tree.map(jnp.copy, split(params, self.program.groups)[0]) if self.config.ema else self.state.ema
         changed = dataclasses.replace(self.state, params=params, ema=ema)
         self.state = jax.device_put(changed, self.program.shardings)
 
