@@ -26,6 +26,7 @@ RECORDS = Path(__file__).resolve().parent / "results" / "agreement.jsonl"
 NEAR = {"best_similarity": 1e-6, "prune_score": 1e-8}
 """A near-tie: a score that is as close to its threshold. Cosines are of order 1, importances of order 1/200."""
 BATCH = 32
+IMAGES = 500  # the evaluation half
 
 
 def main() -> int:
@@ -42,7 +43,7 @@ def agreement(run: str) -> dict[str, Any]:
     config = config_lib.load_config(accuracy.CONFIG, overrides={"init_from": run})
     model = vtjax.load(run)
     spec, params = ltmp.consistent(model.spec), model.params
-    images = deploy.photographs(config, spec, "eval", 10**6)
+    images = deploy.photographs(config, spec, "eval", IMAGES)
     kept = deploy.calibration(config, spec, params)["kept"]
     deployed = jax.jit(deploy.packed(config, spec, kept, BATCH).apply)
     masked = jax.jit(ltmp.vit(spec).apply)

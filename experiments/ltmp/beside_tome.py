@@ -75,9 +75,9 @@ class Jax:
         """A call that returns the logits."""
         import jax
 
-        from vtjax.methods import ltmp
+        from vtjax.methods import ltmp, ltmp_deploy
 
-        model = ltmp.vit(self.specs[form])
+        model = ltmp.vit(self.specs[form], attention=ltmp_deploy.without_gradient("auto"))
         apply = jax.jit(lambda params, images: model.apply(params, images)[0])
         return lambda: apply(self.params, self._placed)
 
