@@ -55,6 +55,7 @@ def build(config: ConfigDict) -> Task:
     model = ltmp.vit(spec, training=True, **options)
     measured = ltmp.vit(spec if config.ltmp.measured == "masked" else ltmp.consistent(spec), **options)
     # The model that thresholds are learned for, which other surgery may have made cheaper before.
+    changed = {name: value for name, value in thresholds.items() if config.ltmp[name] != -1.0}
     undiminished, distill = ViT(spec.unreduced(), **options), config.loss.distill
     unpruned = dgmr.original(spec)
     whole = float(flops.macs(unpruned)) if unpruned is not None else 0.0
@@ -158,6 +159,7 @@ def build(config: ConfigDict) -> Task:
         finish=finish if config.ltmp.settle_images else None,
         bounds=lambda path: (0.0, 1.0) if path.startswith(f"{ltmp.NAME}/") else None,
         decisions=decisions,
+        given=(lambda params: {**params, ltmp.NAME: {**params[ltmp.NAME], **changed}}) if changed else None,
         relax=lambda params, amount: {**params, ltmp.NAME: ltmp.relaxed(params[ltmp.NAME], amount)},
     )
 

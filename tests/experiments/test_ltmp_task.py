@@ -218,6 +218,12 @@ def test_thresholds_that_are_given_replace_those_of_a_run(run: Path) -> None:
     np.testing.assert_array_equal(given["prune_threshold"], learned["prune_threshold"])
 
 
+def test_an_evaluation_takes_the_thresholds_that_are_given(run: Path, capsys: Any) -> None:
+    off = ("--config.ltmp.merge_threshold=1.0", "--config.ltmp.prune_threshold=0.0")
+    assert vtjax(capsys, "eval", f"--workdir={run}", *off)["mac_ratio"] == 1.0
+    assert vtjax(capsys, "eval", f"--workdir={run}", off[0])["mac_ratio"] < 1.0
+
+
 def test_another_dtype_than_the_thresholds_were_learned_in_is_said(run: Path, capsys: Any) -> None:
     spec = assemble.task(config_lib.load_config(CONFIG, overrides={"init_from": str(run)})).spec
     assert ltmp.learned_dtype(spec) == "float32" and "were learned in" not in capsys.readouterr().err

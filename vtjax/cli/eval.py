@@ -76,6 +76,7 @@ def measure(
         # The checkpoint brings its own spec, whatever it was started from.
         config_lib.override(config, "init_from", workdir)
         task, data = assemble.assemble(config)
+        params = params if task.given is None else task.given(params)
     else:
         if not config.init_from:
             raise InputError("eval needs trained parameters: --workdir=DIR, or config.init_from (weights or a workdir)")

@@ -50,6 +50,8 @@ class Task:
       bounds: path of a trained parameter -> (low, high) that it is clamped to after every step, or None.
       decisions: `(params, frozen, extra, knobs, batch) -> {name: array [b, ...]}`, traced: what a dynamic model decided
         for every row, and what that row cost (`macs`); see `vtjax eval --decisions`. None where nothing is decided.
+      given: `params -> params` with what the config sets in place of what was learned; `vtjax eval` applies it to a
+        run's. None where it sets nothing.
       relax: `(params, amount) -> params` that decide less aggressively; amount 1 = the dense path. For `config.guard`.
     """
 
@@ -66,6 +68,7 @@ class Task:
     bounds: Callable[[str], tuple[float, float] | None] = lambda path: None
     decisions: Callable[..., Mapping[str, jax.Array]] | None = None
     relax: Callable[[Params, float], Params] | None = None
+    given: Callable[[Params], Params] | None = None
 
 
 @runtime_checkable
