@@ -124,20 +124,20 @@ def test_a_signal_saves_at_once_and_the_next_start_goes_on(
 
 
 def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
-    class Data(toy.Data):
-        def train(self, start_step: int) -> Iterator[Any]:
-            for step, batch in enumerate(super().train(start_step), start_step):
-                if step == 4:
-                    os.kill(os.getpid(), signal.SIGINT)
-                    while signal.getsignal(signal.SIGINT) != before:  # two signals at once are one
-                        time.sleep(0.01)
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield batch
-
     before = signal.getsignal(signal.SIGINT)
-    config = toy.config(checkpoint__every=100)
+
+    def twice(state: Any, frozen: Any, draw: Any) -> Any:
+        """In the main thread, so that nothing happens between the two."""
+        if int(state.step) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            while signal.getsignal(signal.SIGINT) != before:  # two signals at once are one
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        return state
+
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path, Data(config))
+        run(toy.config(checkpoint__every=100), tmp_path, after_step=twice)
     assert signal.getsignal(signal.SIGINT) == before
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 

@@ -91,8 +91,7 @@ def kept(lengths: Sequence[np.ndarray], picks: Sequence[np.ndarray], title: str 
     figure = new_figure(8.2, 1.3 + 0.24 * depth)
     axes = figure.add_subplot()
     colors = ListedColormap(["#e3e8ec", COLORS[0]])
-    colors.set_bad("white")
-    # Rows are taller than a pixel and columns are not: without smoothing, single neurons stay visible.
+    # Where a layer has fewer neurons nothing is drawn. Without smoothing, single neurons stay visible.
     axes.imshow(np.ma.masked_invalid(sheet), aspect="auto", interpolation="none", cmap=colors, vmin=0, vmax=1)
     for layer, share in enumerate(shared):
         axes.text(most * 1.01, layer, f"{share:.0%}", va="center", fontsize=8, color=INK)
