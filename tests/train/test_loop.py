@@ -124,6 +124,7 @@ def test_a_signal_saves_at_once_and_the_next_start_goes_on(
 
 
 def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
+    workers = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's ignore it
     before = signal.getsignal(signal.SIGINT)
 
     def twice(state: Any, frozen: Any, draw: Any) -> Any:
@@ -136,9 +137,12 @@ def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
             time.sleep(1)
         return state
 
-    with pytest.raises(KeyboardInterrupt):
-        run(toy.config(checkpoint__every=100), tmp_path, after_step=twice)
-    assert signal.getsignal(signal.SIGINT) == before
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(toy.config(checkpoint__every=100), tmp_path, after_step=twice)
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, workers)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
