@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from vtjax import paths
 from vtjax.account import bench, flops
+from vtjax.cli import config as config_lib
 from vtjax.data import loader
 from vtjax.errors import InputError
 from vtjax.methods import ltmp, ltmp_deploy
@@ -113,9 +114,7 @@ def macs_of_sizes(spec: ViTSpec, slots: Any, rows: Any, overflow: Any) -> np.nda
 def calibration(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.ndarray]:
     """`kept`, `merged`, `pruned` `[n, L]` of training images: those of the run that `config.init_from` names, else
     found now."""
-    settings = config.ltmp
-    same = settings.merge_threshold == settings.prune_threshold == -1.0  # those of the run
-    same = same and not (settings.form == "faithful" and settings.measured == "masked")
+    same = not replaced(config) and not (config.ltmp.form == "faithful" and config.ltmp.measured == "masked")
     if same and paths.is_workdir(config.init_from):
         from vtjax.cli import decisions
 
@@ -130,6 +129,12 @@ def calibration(config: ConfigDict, spec: ViTSpec, params: Any) -> dict[str, np.
                     )
             return found
     return counted(config, spec, params, photographs(config, spec, "train", IMAGES))
+
+
+def replaced(config: ConfigDict) -> list[str]:
+    """Thresholds that an override sets in place of learned ones. A run's own config only says where learning began."""
+    names = ("merge_threshold", "prune_threshold")
+    return [name for name in names if f"ltmp.{name}" in config_lib.overridden(config) and config.ltmp[name] != -1.0]
 
 
 def photographs(config: ConfigDict, spec: Any, split: str, count: int) -> np.ndarray:

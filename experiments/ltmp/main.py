@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from experiments.ltmp import settle, start
 from experiments.ltmp.deploy import check as check_deploy
-from experiments.ltmp.deploy import deploy, layers, photographs
+from experiments.ltmp.deploy import deploy, layers, photographs, replaced
 from experiments.vit import main as vit
 from vtjax.account import flops
 from vtjax.errors import InputError, check_choice
@@ -55,7 +55,6 @@ def build(config: ConfigDict) -> Task:
     model = ltmp.vit(spec, training=True, **options)
     measured = ltmp.vit(spec if config.ltmp.measured == "masked" else ltmp.consistent(spec), **options)
     # The model that thresholds are learned for, which other surgery may have made cheaper before.
-    changed = {name: value for name, value in thresholds.items() if config.ltmp[name] != -1.0}
     undiminished, distill = ViT(spec.unreduced(), **options), config.loss.distill
     unpruned = dgmr.original(spec)
     whole = float(flops.macs(unpruned)) if unpruned is not None else 0.0
@@ -67,7 +66,10 @@ def build(config: ConfigDict) -> Task:
     def init(key: jax.Array) -> tuple[Any, Any, Any]:
         new = model.init(key) if params is None or fresh else {}
         kept = new if params is None else {**params, **{name: new[name] for name in fresh}}
-        return {**kept, ltmp.NAME: kept.get(ltmp.NAME, thresholds)}, {}, {}
+        return given({**kept, ltmp.NAME: kept.get(ltmp.NAME, thresholds)}), {}, {}
+
+    def given(params: Any) -> Any:
+        return {**params, ltmp.NAME: {**params[ltmp.NAME], **{name: thresholds[name] for name in replaced(config)}}}
 
     def begin(params: Any) -> Any:
         return {**params, ltmp.NAME: _start(config, spec, params)}
@@ -159,7 +161,7 @@ def build(config: ConfigDict) -> Task:
         finish=finish if config.ltmp.settle_images else None,
         bounds=lambda path: (0.0, 1.0) if path.startswith(f"{ltmp.NAME}/") else None,
         decisions=decisions,
-        given=(lambda params: {**params, ltmp.NAME: {**params[ltmp.NAME], **changed}}) if changed else None,
+        given=given,
         relax=lambda params, amount: {**params, ltmp.NAME: ltmp.relaxed(params[ltmp.NAME], amount)},
     )
 
@@ -222,8 +224,6 @@ def source(config: ConfigDict) -> tuple[ViTSpec, Any, dict[str, np.ndarray], tup
     if params is not None:
         for name in thresholds:
             ltmp.check_thresholds(name, params.get(ltmp.NAME, {}).get(name, np.zeros(0)), spec.depth)
-        changed = {name: thresholds[name] for name in thresholds if settings[name] != -1.0}
-        params = {**params, ltmp.NAME: {**params.get(ltmp.NAME, {}), **changed}}
     return spec, params, thresholds, fresh
 
 

@@ -86,8 +86,7 @@ def test_a_third_group_trains_the_weights(tmp_path: Path, capsys: Any) -> None:
 
 def test_decisions_are_recorded_image_by_image(run: Path, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "decisions.jsonl"
-    # Its random weights make tokens so alike that rounding decides for many: the drift is a number, not a small one.
-    result = vtjax(capsys, "eval", f"--workdir={run}", f"--decisions={file}", "--config.guard.bound=1.0")
+    result = vtjax(capsys, "eval", f"--workdir={run}", f"--decisions={file}")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(256))
     assert np.mean([row["correct"] for row in rows]) == pytest.approx(result["top1"])
@@ -97,7 +96,7 @@ def test_decisions_are_recorded_image_by_image(run: Path, tmp_path: Path, capsys
         assert row["macs"] == pytest.approx(flops.macs(spec, [17, *row["kept"]]), rel=1e-6)
         lost = np.add(row["merged"], row["pruned"])
         assert list(lost) == list(-np.diff([17, *row["kept"]]))
-    assert result["guard"] == "within" and 0.0 <= result["drift"] < 1.0
+    assert result["guard"] == "within" and result["drift"] < 0.25
 
 
 def test_the_model_that_was_saved_is_loaded_with_its_reducers(run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -217,6 +216,15 @@ def test_thresholds_that_are_given_replace_those_of_a_run(run: Path) -> None:
     given = loaded(**{"ltmp.merge_threshold": "0.7"})
     np.testing.assert_array_equal(given["merge_threshold"], np.full(2, 0.7, np.float32))
     np.testing.assert_array_equal(given["prune_threshold"], learned["prune_threshold"])
+
+
+def test_where_learning_began_does_not_replace_what_was_learned(run: Path) -> None:
+    """The run was started with a prune threshold, which its config keeps."""
+    config = config_lib.of_workdir(str(run), {"init_from": str(run), "workdir": ""})
+    assert config.ltmp.prune_threshold == 0.055 and deploy.replaced(config) == []
+    learned = checkpoint.load_params(run)[1]["ltmp"]
+    for name, values in assemble.task(config).init(jax.random.key(0))[0]["ltmp"].items():
+        np.testing.assert_array_equal(values, learned[name])
 
 
 def test_an_evaluation_takes_the_thresholds_that_are_given(run: Path, capsys: Any) -> None:

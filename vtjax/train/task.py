@@ -51,7 +51,7 @@ class Task:
       decisions: `(params, frozen, extra, knobs, batch) -> {name: array [b, ...]}`, traced: what a dynamic model decided
         for every row, and what that row cost (`macs`); see `vtjax eval --decisions`. None where nothing is decided.
       given: `params -> params` with what the config sets in place of what was learned; `vtjax eval` applies it to a
-        run's. None where it sets nothing.
+        run's. None where nothing can be set.
       relax: `(params, amount) -> params` that decide less aggressively; amount 1 = the dense path. For `config.guard`.
     """
 
