@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from experiments.command import ROOT, vtjax
 
 
 class Case(NamedTuple):
@@ -69,10 +69,11 @@ EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr}
 
 def compile_one(case: Case) -> dict[str, Any] | None:
     """What `vtjax aot` says; None where it failed. Without weights, which a compile does not need."""
-    command = [sys.executable, "-m", "vtjax", "aot", f"--config={case.config}", f"--step={case.step}"]
-    command += [f"--topology={case.topology}", f"--slices={case.slices}", "--config.init_from="]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    words = [f"--config={case.config}", f"--step={case.step}", f"--topology={case.topology}"]
+    try:
+        return vtjax("aot", *words, f"--slices={case.slices}", "--config.init_from=")
+    except subprocess.CalledProcessError:
+        return None
 
 
 def main() -> int:

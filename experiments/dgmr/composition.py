@@ -10,19 +10,17 @@ their MAC ratios.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from experiments.command import vtjax
 from experiments.dgmr import accuracy
 from experiments.ltmp import accuracy as ltmp_accuracy
 from vtjax.account import record
 from vtjax.train.executables import Executables
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORDS = ROOT / "experiments" / "dgmr" / "results" / "composition.jsonl"
+RECORDS = Path(__file__).resolve().parent / "results" / "composition.jsonl"
 RATIO, TARGET, DENSE = 2.0, 0.6, "vit_ti16_augreg"
 
 
@@ -54,13 +52,6 @@ def keep(what: str, ratio: float, top1: float, **more: Any) -> None:
     """Writes one record; `ratio` is over the MACs of the model that was neither pruned nor reduced."""
     found = record.write(RECORDS, {"what": what, "mac_ratio": ratio, "top1": top1, "seed": 0, **more})
     print(f"{what}: top-1 {100 * found['top1']:.1f} % at {found['mac_ratio']:.3f} of the MACs", file=sys.stderr)
-
-
-def vtjax(*arguments: str) -> dict[str, Any]:
-    """Runs a command, and gives its result."""
-    command = [sys.executable, "-m", "vtjax", *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

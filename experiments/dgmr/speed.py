@@ -9,15 +9,14 @@ Times do not depend on what the weights are, so nothing is distilled. Appends to
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+from experiments.command import vtjax
 from vtjax.account import record
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORDS = ROOT / "experiments" / "dgmr" / "results" / "speed.jsonl"
+RECORDS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
 
 
 def main() -> int:
@@ -29,15 +28,15 @@ def main() -> int:
     options = parser.parse_args()
     failed = 0
     for ratio in map(float, options.ratios.split(",")):
-        command = [sys.executable, "-m", "vtjax", "bench", f"--config=configs/dgmr.py:ti16,ratio={ratio}"]
-        command += [f"--batch={options.batch}", f"--rounds={options.rounds}"]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
+        words = ["bench", f"--config=configs/dgmr.py:ti16,ratio={ratio}", f"--batch={options.batch}"]
+        words += [f"--rounds={options.rounds}"]
+        try:
+            told = vtjax(*words)
+        except subprocess.CalledProcessError:
             failed += 1
             continue
-        told = json.loads(done.stdout.splitlines()[-1])
         for found in told["batches"]:
-            about = {"model": "ViT-Ti/16", "ratio": ratio, "seed": 0, "command_line": " ".join(command[2:])}
+            about = {"model": "ViT-Ti/16", "ratio": ratio, "seed": 0, "command_line": " ".join(["vtjax", *words])}
             record.write(RECORDS, {**about, **found})
     return 1 if failed else 0
 

@@ -28,8 +28,7 @@ Records = list[dict[str, Any]]
 
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
-    found = {}
-    for name, file, make in (
+    makers = (
         ("selection", "selection", selection),
         ("agreement", "selection", agreement),
         ("layers", "selection", layers),
@@ -40,10 +39,8 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("int8", "accuracy", int8),
         ("speed", "speed", speed),
         ("composition", "composition", composition),
-    ):
-        if (results / f"{file}.jsonl").exists() and (text := make(tables.read_jsonl(results / f"{file}.jsonl"))):
-            found[name] = text
-    return found
+    )
+    return tables.from_records(results, makers)
 
 
 def selection(records: Records) -> str:

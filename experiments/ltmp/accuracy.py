@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.command import vtjax
 from experiments.ltmp import deploy, start
 from vtjax.account import bench, flops, record
 from vtjax.cli import assemble
@@ -40,8 +39,7 @@ from vtjax.train.executables import Executables
 from vtjax.train.task import Data, Task
 from vtjax.viz import tables
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORDS = ROOT / "experiments" / "ltmp" / "results" / "accuracy.jsonl"
+RECORDS = Path(__file__).resolve().parent / "results" / "accuracy.jsonl"
 CONFIG = "configs/ltmp.py:ti16"
 TARGETS, SEEDS = (0.45, 0.6, 0.8), (0, 1, 2)
 
@@ -194,9 +192,8 @@ def sweep() -> None:
     command += ["--grid=config.ltmp.merge_threshold=0.6,0.7,0.8,0.9"]
     command += ["--grid=config.ltmp.prune_threshold=0.0,0.02,0.04", "--workdir=runs/ltmp/sweep"]
     first = ["run", "--config=configs/vit.py:tiny", "--workdir=runs/ltmp/tiny"]
-    for words in (first, command):
-        done = subprocess.run([sys.executable, "-m", "vtjax", *words], cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    told = json.loads(done.stdout.splitlines()[-1])
+    vtjax(*first)
+    told = vtjax(*command)
     fields = {name: told[name] for name in ("points", "ran", "compilations")}
     record.write(RECORDS.with_name("sweep.jsonl"), {"command_line": " ".join(["vtjax", *command]), "seed": 0, **fields})
 

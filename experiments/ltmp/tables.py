@@ -37,8 +37,7 @@ AIMS = {0.8: 0.5, 0.6: 1.5, 0.45: 4.0}
 
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
-    found = {}
-    for name, file, make in (
+    makers = (
         ("accuracy", "accuracy", accuracy),
         ("combination", "accuracy", combination),
         ("ablations", "accuracy", ablations),
@@ -47,10 +46,8 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("beside_tome", "beside_tome", beside_tome),
         ("agreement", "agreement", agreement),
         ("sweep", "sweep", sweep),
-    ):
-        if (results / f"{file}.jsonl").exists() and (text := make(tables.read_jsonl(results / f"{file}.jsonl"))):
-            found[name] = text
-    return found
+    )
+    return tables.from_records(results, makers)
 
 
 def grid(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, float], list[Mapping[str, Any]]]:

@@ -9,13 +9,12 @@ python -m experiments.vit.accuracy          rewrites the table in README.md; --c
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from experiments.command import vtjax
 from vtjax.viz import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,14 +35,6 @@ def measure(variant: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             result = vtjax("run", config, f"--workdir={folder}/run")
     return {"variant": variant, **{name: result[name] for name in KEPT if name in result}}
-
-
-def vtjax(*arguments: str) -> dict[str, Any]:
-    """The JSON of a command's last line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "vtjax", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -8,21 +8,21 @@ anew, in the next free folder.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from experiments import command
+
 CONFIG = "configs/vit.py:digits"
 LEAST = 0.96
 
 
 def main(fresh: bool) -> int:
     """Runs the demo in the root of the checkout; 1 where the accuracy is below `LEAST`."""
-    os.chdir(ROOT)
+    os.chdir(command.ROOT)
     workdir = folder(fresh)
     finished = (workdir / "result.json").exists()
     if finished:
@@ -77,11 +77,11 @@ def folder(fresh: bool) -> Path:
 def vtjax(*arguments: str) -> dict[str, Any]:
     """Runs a command as a user would, and returns the JSON of its last line. A failure ends the demo."""
     say("\n$ vtjax " + " ".join(arguments))
-    done = subprocess.run([sys.executable, "-m", "vtjax", *arguments], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    try:
+        return command.vtjax(*arguments)
+    except subprocess.CalledProcessError as error:
         say("(`make demo FRESH=1` starts in a new folder)")
-        sys.exit(done.returncode)
-    return json.loads(done.stdout.splitlines()[-1])
+        sys.exit(error.returncode)
 
 
 def draw(workdir: Path, top1: float) -> Path:

@@ -20,11 +20,8 @@ README = HERE / "README.md"
 
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
-    found = {}
-    for name, make in (("beside_torch", beside_torch), ("figures", figures), ("aot", aot), ("scale", scale)):
-        if (results / f"{name}.jsonl").exists():
-            found[name] = make(tables.read_jsonl(results / f"{name}.jsonl"))
-    return found
+    makers = (("beside_torch", beside_torch), ("figures", figures), ("aot", aot), ("scale", scale))
+    return tables.from_records(results, ((name, name, make) for name, make in makers))
 
 
 def figures(records: list[dict[str, Any]]) -> str:

@@ -115,3 +115,13 @@ def test_read_jsonl_forgives_a_torn_last_line_only(tmp_path: Path) -> None:
     file.write_text('{"a": 1}\n[2]\n{"a": 3}\n')
     with pytest.raises(InputError, match=r"line 2 must be a JSON object, found '\[2\]'"):
         tables.read_jsonl(file)
+
+
+def test_tables_are_made_of_the_records_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    makers = (
+        ("sum", "some", lambda records: str(sum(r["a"] for r in records))),
+        ("nothing to say", "some", lambda records: ""),
+        ("no file", "other", lambda records: "never"),
+    )
+    assert tables.from_records(tmp_path, makers) == {"sum": "3"}

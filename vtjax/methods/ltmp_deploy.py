@@ -176,7 +176,7 @@ class Deployed:
             jnp.where(counts, spec.tokens, ltmp.protected(spec)).astype(jnp.int32),
         )
         told: dict[str, list[Array]] = {"kept": [], "slots": [], "rows": []}
-        overflow = jnp.bool_(False)
+        checks: list[Array] = []  # of what is longer than its largest size; none where that is the dense one
         parts, most = groups_of(together, self.groups), spec.tokens
         for layer, block in enumerate(vit.blocks()):
             first, second = halves(block)
@@ -188,13 +188,15 @@ class Deployed:
                 some = state._replace(start=state.start[order[part]], live=state.live[order[part]])
                 attend = functools.partial(_attend, first, p, knobs, known[-1])
                 longest = some.live.max()
-                overflow |= longest > known[-1]
+                if known[-1] < spec.tokens:
+                    checks.append(longest > known[-1])
                 size, padded = _least(known, longest, attend, some)
                 done.append(padded)
                 slots.append(jnp.broadcast_to(size, padded.live.shape))
             state = _flat(done)
             known = self._rows(layer, together)
-            overflow |= state.live.sum() > known[-1]
+            if known[-1] < together * spec.tokens:
+                checks.append(state.live.sum() > known[-1])
             size, state = _least(known, state.live.sum(), functools.partial(_mlp, second, p, knobs, known[-1]), state)
             rows = jnp.broadcast_to(size / together, (together,))
             # In the order of the images again.
@@ -211,11 +213,8 @@ class Deployed:
             kept = jnp.round(ltmp.alive_fractions(made, spec.tokens).T * spec.tokens).astype(jnp.int32)
             return y, {**aux, "kept": kept}
 
-        layers = range(spec.depth)
-        possible = any(self._rows(layer, together)[-1] < together * spec.tokens for layer in layers) or any(
-            known[-1] < spec.tokens for layer in layers for known in self._slots(layer, len(parts))
-        )
-        if possible:
+        overflow = jnp.stack(checks).any() if checks else jnp.bool_(False)
+        if checks:
             y, aux = jax.lax.cond(overflow, slowly, lambda: (y, aux))
         return y, {**aux, "overflow": jnp.broadcast_to(overflow, (together,))}
 
@@ -299,7 +298,7 @@ def _mlp(block: Block | None, params: Any, knobs: Knobs, most: int, rows: int, *
     if block is not None:
         tokens, _ = call_module(block, params, Tokens(x[None]), knobs)
         x = tokens.x[0]
-    return Packed(_fit(x[None], most)[0], _fit(size[None], most, 1.0)[0], starts.astype(jnp.int32), given.live)
+    return Packed(_fit(x, most, axis=0), _fit(size, most, 1.0, axis=0), starts.astype(jnp.int32), given.live)
 
 
 def without_gradient(attention: str) -> Any:
@@ -426,9 +425,9 @@ def fixed(spec: ViTSpec, merged: Real[np.ndarray, "n L"], pruned: Real[np.ndarra
     return ltmp.install_fixed(spec.unreduced(), variant, rates, similarity=first.similarity)
 
 
-def _fit(x: Array, slots: int, fill: float = 0.0) -> Array:
-    """The second axis cut or filled up to `slots`."""
-    missing = slots - x.shape[1]
+def _fit(x: Array, length: int, fill: float = 0.0, axis: int = 1) -> Array:
+    """An axis cut or filled up to `length`."""
+    missing = length - x.shape[axis]
     if missing <= 0:
-        return x[:, :slots]
-    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=fill)

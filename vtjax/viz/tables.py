@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,26 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             found.append(value)
         elif number_ < len(lines):
             raise InputError(f"{os.fspath(path)} line {number_} must be a JSON object, found {line[:40]!r}")
+    return found
+
+
+def from_records(
+    folder: str | os.PathLike[str], makers: Iterable[tuple[str, str, Callable[[list[dict[str, Any]]], str]]]
+) -> dict[str, str]:
+    """Markdown by table name, each made from the records of a file; absent where there is no file, or nothing to say.
+
+    Args:
+      folder: of the `.jsonl` files.
+      makers: (table, file without its ending, function of the records).
+
+    Raises:
+      InputError: as `read_jsonl`.
+    """
+    found = {}
+    for name, file, make in makers:
+        path = Path(folder) / f"{file}.jsonl"
+        if path.exists() and (text := make(read_jsonl(path))):
+            found[name] = text
     return found
 
 
