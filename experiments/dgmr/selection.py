@@ -6,11 +6,11 @@
     python -m experiments.dgmr.selection layers                                             all MLPs of the ViT-Ti/16
 
 `times`: sides take turns on the same matrix, K = N, with as many threads as there are usable cores. `--sizes=MxN,...`
-takes other sizes than those of OpenCLIP-g, half of DINOv2-g, EVA-CLIP-E+ and EVA-CLIP-8B. Above `--all-below` entries
-only the blocked form runs, and dgeqp3 with --qr. dgeqp3 is scipy's, in float64; the released loop is
+takes other sizes than those of ViT-Ti, OpenCLIP-g, half of DINOv2-g, EVA-CLIP-E+ and EVA-CLIP-8B. Above `--all-below`
+entries only the blocked form runs, and dgeqp3 with --qr. dgeqp3 is scipy's, in float64; the released loop is
 `selection_worker.py`. Every record says, besides, how greedy the picks of each form are (the certificate, float64), and
-how many of dgeqp3's and of the released loop's picks they have in common, in place and at all; that, too, on a matrix
-whose columns decay.
+how many of dgeqp3's and of the released loop's picks they have in common, in place and at all; that, too, on matrices
+of the other `KINDS`.
 
 `growth`: the blocked form over M, N and K, one at a time. `layers`: the certificate and dgeqp3's order on real weights.
 
@@ -41,7 +41,12 @@ from vtjax.viz import tables
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "results" / "selection.jsonl"
-SIZES = "6144x1408,4096x1536,15360x1792,20480x4096"
+SIZES = "768x192,6144x1408,4096x1536,15360x1792,20480x4096"
+KINDS = {
+    "normal": "independent entries; the one that is timed",
+    "decaying": "columns that decay by a factor of 20",
+    "strong": "32 strong directions over a flat floor of 0.011, the hardest for a guard (spec section 4.2)",
+}
 ALL_BELOW = 10_000_000
 BASE = (4096, 1024, 1024)
 GROWTH: dict[str, Sequence[int]] = {
@@ -52,10 +57,14 @@ GROWTH: dict[str, Sequence[int]] = {
 
 
 def matrix(height: int, width: int, kind: str, seed: int) -> np.ndarray:
-    """float32 `[M, N]`: independent normal entries, or columns that decay by a factor of 20."""
-    rows = np.random.default_rng(seed).standard_normal((height, width), np.float32)
+    """float32 `[M, N]`, one of `KINDS`."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((height, width), np.float32)
     if kind == "decaying":
         rows *= (0.02 * np.exp(-3 * np.arange(width) / width)).astype(np.float32)
+    elif kind == "strong":
+        rotation = np.linalg.qr(rng.standard_normal((width, width), np.float32))[0]
+        rows = (rows * np.where(np.arange(width) < 32, 1, 0.011).astype(np.float32)) @ rotation
     return rows
 
 
@@ -101,9 +110,9 @@ def judged(weights: np.ndarray, picks: Mapping[str, np.ndarray]) -> dict[str, An
 
 
 def times(height: int, width: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The record of one size, then one of the same size with decaying columns, untimed."""
+    """The record of one size, then of the same size with the other kinds of matrix, untimed."""
     small = height * width <= options.all_below
-    for kind in ("normal", "decaying"):
+    for kind in KINDS:
         weights, picks = matrix(height, width, kind, options.seed), dict[str, np.ndarray]()
         with contextlib.ExitStack() as stack:
             measures: dict[str, timing.Measure] = {}

@@ -86,7 +86,7 @@ def agreement(records: Records) -> str:
         )
     if not rows:
         return ""
-    header = ("M x N", "columns", "shortfall, ours", "dgeqp3's", "released", "as dgeqp3 picks", "as the release picks")
+    header = ("M x N", "matrix", "shortfall, ours", "dgeqp3's", "released", "as dgeqp3 picks", "as the release picks")
     return tables.markdown(header, rows)
 
 

@@ -11,7 +11,8 @@ no data. Source: DGMR spec sections 1, 4 and 6.1.
 Three forms pick the same rows, up to rounding where two are equally far:
   deflated: every pick is projected out of every row (the released algorithm). M N a pick, thrice through memory;
   lazy: rows stay as they are, their squared distances are downdated by one product with the pick's direction;
-  blocked: dozens of picks among a few hundred candidates at a time, then one matrix product for all rows. The default.
+  blocked: a panel of picks among a few hundred candidates at a time; after some panels one matrix product for all rows.
+    The default.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ _EPS = float(np.finfo(np.float32).eps)
 _GUARD = 1e-2
 _REFRESH = 64  # picks after which the lazy form counts anew
 
-# Of the blocked form: candidates and picks at most per block, and the stages in which a round's matrix gets narrower.
-# Chosen for time on CPUs; every value gives the same picks.
-_CANDIDATES, _PICKS, _STAGES = 512, 32, 4
+# Of the blocked form: candidates and picks at most per panel, panels per update of the matrix, and stages in which the
+# matrix of a round gets narrower. Chosen for time on CPUs; every value gives the same picks.
+_CANDIDATES, _PICKS, _PANELS, _STAGES = 256, 16, 4, 4
 
 Matrix = Shaped[Array | np.ndarray, "..."]
 
@@ -312,7 +313,8 @@ def _blocked(picks: _Picks, start: _Round) -> _Picks:
     """Form C of the spec, with reflections in place of projections.
 
     After t picks of a round the rows are rotated such that the picks' span is the first t columns. What lies there is
-    gone for good: it is set to zero, and from stage to stage cut off, which halves the work where K = N.
+    gone for good: it is set to zero, and from stage to stage cut off, which halves the work where K = N. Some panels of
+    picks are rotated for at once; until then only candidates and distances are brought up to date.
     """
     begin, width = picks.count, start.rows.shape[1]
     stages = _STAGES if width >= 64 * _STAGES else 1
@@ -332,65 +334,122 @@ def _narrow(picks: _Picks, stage: _Round, begin: Array) -> tuple[_Picks, Array, 
     """One stage, whose first column belongs to pick number `begin`. Returns picks, rotated rows, squared distances."""
     height, width = stage.rows.shape
     size = min(_PICKS, height, width)
+    column = jnp.arange(width)
 
     def block(carry: tuple[_Picks, Array, Array]) -> tuple[_Picks, Array, Array]:
         picks, rows, squares = carry
-        order, count = _panel(rows, squares, jnp.minimum(stage.last - picks.count, size), stage.floor, size)
-        used = picks.count - begin
-        picked = jnp.where((jnp.arange(size) < count)[:, None], rows[order], 0)
-        vectors, factor, norms = _reflection(picked, used)
-        picks = stage.add(picks, order, norms, count)
-        rows = rows - _dot(_dot(rows, _dot(vectors.T, factor)), vectors)
-        rows = jnp.where(jnp.arange(width) < used + count, 0, rows)
+        exact = squares.max()
+
+        def more(carry: tuple[Array, _Picks, Array, _Rotation]) -> Array:
+            panel, picks, squares, _ = carry
+            return stage.goes_on(picks, squares) & (panel < _PANELS) & (squares.max() >= _GUARD * exact)
+
+        def panel(carry: tuple[Array, _Picks, Array, _Rotation]) -> tuple[Array, _Picks, Array, _Rotation]:
+            index, picks, squares, rotation = carry
+            used = picks.count - begin
+            most = jnp.minimum(stage.last - picks.count, size)
+            least = jnp.maximum(stage.floor, _GUARD * exact)
+            found = _panel(rows, rotation, squares, used, most, least, size)
+            rotation = rotation.then(rows, found.vectors, found.factor, index * size)
+            picks = stage.add(picks, found.rows, found.norms, found.count)
+            # What of the rows is in the picks' columns now leaves them. A slice does not reach over the end: a mask.
+            start = jnp.minimum(used, width - size)
+            there = jax.lax.dynamic_slice_in_dim(column, start, size)
+            gone = jax.lax.dynamic_slice_in_dim(rows, start, size, 1)
+            gone -= _dot(rotation.coefficients, jax.lax.dynamic_slice_in_dim(rotation.vectors, start, size, 1))
+            gone = jnp.where((there >= used) & (there < used + found.count), gone, 0)
+            squares = jnp.where(picks.taken, -1, jnp.maximum(squares - (gone * gone).sum(1), 0))
+            return index + 1, picks, squares, rotation
+
+        most = _PANELS * size
+        nothing = _Rotation(*(jnp.zeros(shape, jnp.float32) for shape in ((height, most), (most, width))))
+        _, picks, _, rotation = jax.lax.while_loop(more, panel, (jnp.int32(0), picks, squares, nothing))
+        rows = rows - _dot(rotation.coefficients, rotation.vectors)
+        rows = jnp.where(column < picks.count - begin, 0, rows)
         return picks, rows, _squares(rows, picks.taken)
 
     carry = (picks, stage.rows, stage.squares)
     return jax.lax.while_loop(lambda carry: stage.goes_on(carry[0], carry[2]), block, carry)
 
 
-def _panel(rows: Array, squares: Array, most: Array, floor: Array, size: int) -> tuple[Array, Array]:
-    """The next picks, 1 to `most` of them: rows `[size]`, and how many are valid.
+class _Rotation(NamedTuple):
+    """A product of reflections that has yet to be applied: rows `[M, N]` become rows - F V.
+
+    Attributes:
+      coefficients: F `[M, p]`.
+      vectors: V `[p, N]`, zero where no panel has been.
+    """
+
+    coefficients: Array
+    vectors: Array
+
+    def of(self, rows: Array, which: Array) -> Array:
+        """The rotated rows `which`."""
+        return rows[which] - _dot(self.coefficients[which], self.vectors)
+
+    def then(self, rows: Array, vectors: Array, factor: Array, place: Array) -> _Rotation:
+        """With the reflection x - x V' T V after it, at `place`: rows that are rotated already lose F' V."""
+        along = _dot(rows, vectors.T) - _dot(self.coefficients, _dot(self.vectors, vectors.T))
+        return _Rotation(
+            jax.lax.dynamic_update_slice_in_dim(self.coefficients, _dot(along, factor), place, 1),
+            jax.lax.dynamic_update_slice_in_dim(self.vectors, vectors, place, 0),
+        )
+
+
+class _Panel(NamedTuple):
+    """The first `count` entries of `rows [p]` and `norms [p]` are picks, whose span x - x V' T V takes to columns.
+
+    Attributes:
+      vectors: V `[p, N]`, Householder's, zero beyond `count`.
+      factor: T `[p, p]`, upper triangular, zero beyond `count`.
+    """
+
+    count: Array  # type: ignore[assignment]  # the tuple's own count is not needed
+    rows: Array
+    norms: Array
+    vectors: Array
+    factor: Array
+
+
+def _panel(
+    rows: Array, rotation: _Rotation, squares: Array, used: Array, most: Array, least: Array, size: int
+) -> _Panel:
+    """The next picks, 1 to `most` of them, which the reflection takes to the columns from `used` on.
 
     The lazy form among the candidates, which are the rows with the largest distances. Distances only fall, so as long
     as the best candidate is farther than the best row outside was at the start, it is the next pick.
+    LAPACK is not asked: after every call its threads would keep busy the cores that XLA's wait for.
     """
-    candidates = min(_CANDIDATES, len(rows))
+    height, width = rows.shape
+    candidates, column = min(_CANDIDATES, height), jnp.arange(width)
     # Without the barriers XLA fuses what is read of it, and sorts all rows.
-    top, which = map(jax.lax.optimization_barrier, jax.lax.top_k(squares, min(candidates + 1, len(rows))))
-    outside = top[candidates] if candidates < len(rows) else jnp.float32(-1)
+    top, which = map(jax.lax.optimization_barrier, jax.lax.top_k(squares, min(candidates + 1, height)))
+    outside = top[candidates] if candidates < height else jnp.float32(-1)
     which = jnp.sort(which[:candidates])  # among equals the first index is taken
-    near = rows[which]
+    near = jnp.where(column < used, 0, rotation.of(rows, which))
 
-    def more(carry: tuple[Array, Array, Array, Array]) -> Array:
-        count, _, left, _ = carry
+    def more(carry: tuple[_Panel, Array]) -> Array:
+        found, left = carry
         best = left.max()
-        return (count < most) & ((count == 0) | ((best > outside) & (best >= _GUARD * top[0]) & (best > floor)))
+        return (found.count < most) & ((found.count == 0) | ((best > outside) & (best > least)))
 
-    def pick(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        count, order, left, basis = carry
-        best = left.argmax()
-        unit, _ = _direction(near, best, basis)
+    def pick(carry: tuple[_Panel, Array]) -> tuple[_Panel, Array]:
+        (count, order, norms, vectors, factor), left = carry
+        best, here = left.argmax(), used + count
+        row = _row(near, best)
+        row -= _dot(_dot(_dot(vectors, row), factor), vectors)
+        row = jnp.where(column < here, 0, row)
+        norm = jnp.sqrt((row * row).sum())
+        vector = row + jnp.where(column == here, jnp.where(row[here] < 0, -norm, norm), 0)
+        scale = 2 / (vector * vector).sum()
+        last = jnp.where(jnp.arange(size) == count, scale, -scale * _dot(factor, _dot(vectors, vector)))
+        vectors, factor = vectors.at[count].set(vector), factor.at[:, count].set(last)
+        # Where the new column comes from, before any reflection.
+        unit = jnp.where(column == here, 1, 0) - _dot(_dot(factor, vectors[:, here]), vectors)
         left = (left - _dot(near, unit) ** 2).at[best].set(-1)
-        return count + 1, order.at[count].set(best), left, basis.at[count].set(unit)
+        return _Panel(count + 1, order.at[count].set(best), norms.at[count].set(norm), vectors, factor), left
 
-    carry = (jnp.int32(0), jnp.zeros(size, jnp.int32), squares[which], jnp.zeros((size, rows.shape[1]), jnp.float32))
-    count, order, _, _ = jax.lax.while_loop(more, pick, carry)
-    return which[order], count
-
-
-def _reflection(rows: Array, used: Array) -> tuple[Array, Array, Array]:
-    """The orthogonal map x -> x - x V' T V that takes the first t of `rows [b, N]` to columns used..used + t.
-
-    Rows are zero in the first `used` columns, and V is zero there; rows of zeros at the end leave no trace.
-
-    Returns:
-      V `[b, N]`, T `[b, b]`, and the distance of each row from the span of those before.
-    """
-    packed, tau = jnp.linalg.qr(jnp.roll(rows, -used, 1).T, mode="raw")  # LAPACK's Householder vectors, as rows
-    there = tau != 0
-    vectors = jnp.where(
-        there[:, None], jnp.triu(packed, 1) + jnp.eye(packed.shape[0], packed.shape[1], dtype=jnp.float32), 0
-    )
-    inverse = jnp.diag(jnp.where(there, 1 / jnp.where(there, tau, 1), 1)) + jnp.triu(_dot(vectors, vectors.T), 1)
-    factor = jax.scipy.linalg.solve_triangular(inverse, jnp.eye(len(tau), dtype=jnp.float32))
-    return jnp.roll(vectors, used, 1), factor, jnp.abs(jnp.diagonal(packed))
+    none = (jnp.zeros(shape, jnp.float32) for shape in ((size,), (size, width), (size, size)))
+    left = jnp.where(squares[which] < 0, -1, (near * near).sum(1))
+    found, _ = jax.lax.while_loop(more, pick, (_Panel(jnp.int32(0), jnp.zeros(size, jnp.int32), *none), left))
+    return found._replace(rows=which[found.rows])
