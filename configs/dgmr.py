@@ -39,6 +39,7 @@ def dgmr(**leaves: Any) -> ConfigDict:
             "limits": (0.5, 2.0),  # least and most that a block then keeps, times the even share
             "multiple": 1,  # of which per-block counts are
             "sensitivity_images": 32,  # training images that "sensitivity" looks at
+            "refit": 0,  # training images on which the output weights are fitted anew after pruning (ours); 0: none
             "teacher": "",  # of a model that was pruned before; "": found by its history
             "teacher_dtype": "float32",  # it is kept in
             "cache": False,  # ask the teacher once per training image

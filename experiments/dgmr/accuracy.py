@@ -4,6 +4,7 @@
     python -m experiments.dgmr.accuracy grid         r = 3, 2, 1 x three criteria x 3 seeds, and the dense models
     python -m experiments.dgmr.accuracy cost         the teacher in every step against remembered; 10 against 20 epochs
     python -m experiments.dgmr.accuracy allocation   counts allocated over the blocks, at the MACs of the grid
+    python -m experiments.dgmr.accuracy refit        output weights fitted anew before distillation, on the same images
     python -m experiments.dgmr.accuracy int8         models of the grid with 8-bit weights
 
 Every record in results/accuracy.jsonl holds which images were right, so that differences are paired; and the same of
@@ -73,6 +74,13 @@ def allocation(model: str) -> Iterator[Point]:
         yield f"{model} {how} {ratio} {seed}", f"{model},ratio={ratio}", {"dgmr.allocation": how, "seed": seed}
 
 
+def refit(model: str) -> Iterator[Point]:
+    """The grid, with output weights that were fitted on the training images before distillation."""
+    for seed, ratio, method in itertools.product(SEEDS, RATIOS, dgmr.METHODS[:-1]):
+        overrides = {"dgmr.method": method, "dgmr.refit": min(EXAMPLES[model], 500), "seed": seed}
+        yield f"{model} {method} {ratio} {seed} refit", f"{model},ratio={ratio}", overrides
+
+
 def int8(model: str) -> Iterator[Point]:
     """The models of the grid's first seed."""
     for ratio in RATIOS:
@@ -80,7 +88,7 @@ def int8(model: str) -> Iterator[Point]:
         yield name, variant, overrides
 
 
-POINTS = {"grid": grid, "cost": cost, "allocation": allocation, "int8": int8}
+POINTS = {"grid": grid, "cost": cost, "allocation": allocation, "refit": refit, "int8": int8}
 
 
 def folder(what: str, name: str) -> str:
@@ -110,6 +118,7 @@ def trained(what: str, point: Point, executables: Executables) -> dict[str, Any]
         "method": config.dgmr.method,
         "ratio": config.dgmr.ratio,
         "allocation": config.dgmr.allocation,
+        "refit": config.dgmr.refit,
         "seed": config.seed,
         "steps": config.steps,
         "batch_size": config.batch_size,

@@ -18,7 +18,7 @@ from experiments.ltmp.deploy import photographs
 from experiments.vit import main as vit
 from vtjax import weights
 from vtjax.errors import InputError, check_choice
-from vtjax.methods import dgmr, dgmr_budget
+from vtjax.methods import dgmr, dgmr_budget, dgmr_refit
 from vtjax.models.vit import ViT
 from vtjax.ops import gram_schmidt
 from vtjax.parallel import mesh as mesh_lib
@@ -56,11 +56,12 @@ def paired(config: ConfigDict) -> Pair:
         spec = described(config.model)
         if config.dgmr.teacher:
             raise InputError("config.dgmr.teacher needs config.init_from, a model that was pruned, found none")
-        if config.dgmr.allocation != "uniform" or config.dgmr.indices:
-            raise InputError(
-                "config.dgmr.allocation must be 'uniform', and indices empty, for random weights (config.init_from is "
-                f"empty), found {config.dgmr.allocation!r} and {config.dgmr.indices!r}"
-            )
+        for leaf, plain in (("allocation", "uniform"), ("indices", ""), ("refit", 0)):
+            if config.dgmr[leaf] != plain:
+                raise InputError(
+                    f"config.dgmr.{leaf} must be {plain!r} for random weights (config.init_from is empty), "
+                    f"found {config.dgmr[leaf]!r}"
+                )
         return Pair(_edited(config, spec, dgmr.counts(spec, **extent(config))), None, spec, None, "random weights")
     spec, params, fresh = vit.source(config)
     taken = [i for i, block in enumerate(spec.blocks) if block.reduce is not None]
@@ -80,7 +81,8 @@ def paired(config: ConfigDict) -> Pair:
         print(f"pruning the MLPs of {config.init_from} by {_method(config)} ...", file=sys.stderr)
         chosen = picks(config, spec, params)
         edited = _edited(config, spec, dgmr.widths(chosen), chosen, parent=params_sha256(params))
-        return Pair(edited, dgmr.take(spec, params, chosen), spec, params, config.init_from)
+        student = _refitted(config, edited, dgmr.take(spec, params, chosen), spec, params)
+        return Pair(*student, spec, params, config.init_from)
     _check_same(config, spec)
     return find_teacher(config, spec, params)
 
@@ -159,7 +161,7 @@ def allocated(
     if settings.allocation == "spectrum":
         curves = dgmr_budget.by_norms(everything)
     else:
-        images = photographs(config, spec, "train", settings.sensitivity_images)
+        images = _training_images(config, spec, "sensitivity_images")
         print(f"what pruning one block does to the features of {len(images)} images ...", file=sys.stderr)
         both = settings.w_class, settings.w_patch
         apply = ViT(spec, **{**vit.options(config), "constrain": lambda x: x}).apply
@@ -167,6 +169,29 @@ def allocated(
     even = sum(kept) / sum(k > 0 for k in kept)
     low, high = (round(limit * even) for limit in settings.limits)
     return dgmr_budget.allocate(curves, sum(kept), multiple=settings.multiple, limits=(max(low, 1), high))
+
+
+def _refitted(config: ConfigDict, spec: ViTSpec, params: Any, dense_spec: ViTSpec, dense: Any) -> tuple[ViTSpec, Any]:
+    """The student after `config.dgmr.refit`."""
+    if count := config.dgmr.refit:
+        images = _training_images(config, dense_spec, "refit")
+        if len(images) < count:
+            raise InputError(f"config.dgmr.refit must be at most {len(images)}, the training images, found {count}")
+
+        def tell(layer: int) -> None:
+            print(f"output weights of block {layer} on {count} images ...", file=sys.stderr)
+
+        spec, params = dgmr_refit.refit(spec, params, dense_spec, dense, images, progress=tell)
+    return spec, params
+
+
+def _training_images(config: ConfigDict, spec: ViTSpec, leaf: str) -> Any:
+    if jax.process_count() > 1:
+        raise InputError(
+            f"config.dgmr.{leaf} looks at images in one process, found {jax.process_count()}: prune in one, and start "
+            "from its workdir by config.init_from"
+        )
+    return photographs(config, spec, "train", config.dgmr[leaf])
 
 
 def _edited(config: ConfigDict, spec: ViTSpec, kept: Any, picks: Any = (), parent: str = "") -> ViTSpec:
@@ -224,6 +249,7 @@ def check(config: ConfigDict) -> None:
         ("cache_gib", 0.0),
         ("multiple", 1),
         ("sensitivity_images", 1),
+        ("refit", 0),
     ):
         if not least <= settings[name] < math.inf:
             raise InputError(f"config.dgmr.{name} must be at least {least}, found {settings[name]}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What selecting neurons costs: the three forms beside LAPACK's pivoted QR and the released loop, on the CPU.
+"""What selecting neurons costs: the three forms beside LAPACK's pivoted QR and the released loop.
 
     python -m experiments.dgmr.selection times --torch-python=PATH_TO_A_PYTHON_WITH_TORCH   half an hour on 2 cores
     python -m experiments.dgmr.selection growth                                             minutes
@@ -7,10 +7,10 @@
 
 `times`: sides take turns on the same matrix, K = N, with as many threads as there are usable cores. `--sizes=MxN,...`
 takes other sizes than those of ViT-Ti, OpenCLIP-g, half of DINOv2-g, EVA-CLIP-E+ and EVA-CLIP-8B. Above `--all-below`
-entries only the blocked form runs, and dgeqp3 with --qr. dgeqp3 is scipy's, in float64; the released loop is
-`selection_worker.py`. Every record says, besides, how greedy the picks of each form are (the certificate, float64), and
-how many of dgeqp3's and of the released loop's picks they have in common, in place and at all; that, too, on matrices
-of the other `KINDS`.
+entries only the blocked form runs, and dgeqp3 with --qr. dgeqp3 is scipy's, in float64, on the CPU; the released loop
+is `selection_worker.py`, on a GPU by --torch-device=cuda. Every record says, besides, how greedy the picks of each form
+are (the certificate, float64), and how many of dgeqp3's and of the released loop's picks they have in common, in place
+and at all; that, too, on matrices of the other `KINDS`.
 
 `growth`: the blocked form over M, N and K, one at a time. `layers`: the certificate and dgeqp3's order on real weights.
 
@@ -124,15 +124,15 @@ def times(height: int, width: int, options: argparse.Namespace) -> Iterator[dict
                 pivot = pivots(weights)
                 picks["dgeqp3"], measures["dgeqp3"] = pivot(), timing.timer(pivot)
             about: dict[str, Any] = {}
-            if small and options.torch_python:
-                torch = stack.enter_context(contextlib.closing(worker(options.torch_python, weights, width, stack)))
+            if (small or options.torch_device != "cpu") and options.torch_python:
+                torch = stack.enter_context(contextlib.closing(worker(options, weights, width, stack)))
 
                 def released(calls: int, torch: Any = torch) -> Any:
                     return torch.ask("select", calls=calls)["seconds"]
 
                 measures["released"] = released
                 picks["released"] = np.array(torch.ask("select", calls=1)["picks"])
-                about = torch.ask("about")
+                about = torch.ask("about") | {"torch_device": options.torch_device}
             fields: dict[str, Any] = {"kind": "times", "M": height, "N": width, "K": width, "matrix": kind}
             if kind == "normal":
                 pids = [about.pop("pid")] if about else []
@@ -148,12 +148,12 @@ def times(height: int, width: int, options: argparse.Namespace) -> Iterator[dict
         yield {**fields, **judged(weights, picks), **about}
 
 
-def worker(python: str, weights: np.ndarray, k: int, stack: contextlib.ExitStack) -> Torch:
+def worker(options: argparse.Namespace, weights: np.ndarray, k: int, stack: contextlib.ExitStack) -> Torch:
     """The process of the released loop, which has read the weights."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     np.save(Path(folder) / "weights.npy", weights)
-    torch = Torch(python, len(os.sched_getaffinity(0)), worker=HERE / "selection_worker.py")
-    torch.ask("load", path=str(Path(folder) / "weights.npy"), k=k)
+    torch = Torch(options.torch_python, len(os.sched_getaffinity(0)), worker=HERE / "selection_worker.py")
+    torch.ask("load", path=str(Path(folder) / "weights.npy"), k=k, device=options.torch_device)
     return torch
 
 
@@ -198,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", choices=("times", "growth", "layers"))
     parser.add_argument("--torch-python", help="a Python that has torch: the released loop runs, too")
+    parser.add_argument("--torch-device", default="cpu", help="where it runs (default: %(default)s)")
     parser.add_argument("--sizes", default=SIZES, help="(default: %(default)s)")
     parser.add_argument("--all-below", type=int, default=ALL_BELOW, help="entries (default: %(default)s)")
     parser.add_argument("--qr", action="store_true", help="dgeqp3 at every size")

@@ -23,27 +23,29 @@ from torch_worker import serve  # noqa: E402
 class Loop:
     """One matrix at a time."""
 
-    def load(self, path: str, k: int) -> dict[str, Any]:
+    def load(self, path: str, k: int, device: str) -> dict[str, Any]:
         """Reads `[M, N]` from a `.npy` file; at most N picks are one round."""
-        self.weights, self.k = torch.from_numpy(np.load(path)), k
+        self.weights, self.k = torch.from_numpy(np.load(path)).to(device), k
         return {}
 
     def select(self, calls: int) -> dict[str, Any]:
         """Seconds per selection, and the picks."""
         seconds: list[float] = []
-        picks: list[int] = []
+        found: list[int] = []
         with torch.inference_mode():
             for _ in range(calls):
                 start = time.perf_counter()
-                rows, picks = self.weights, []
-                for _ in range(self.k):
+                # Not a list of tensors: between the large ones these small ones would keep the memory from being freed.
+                rows, picks = self.weights, torch.empty(self.k, dtype=torch.int64, device=self.weights.device)
+                for index in range(self.k):
                     norms = torch.linalg.vector_norm(rows, dim=1)
                     norm, pick = torch.max(norms, 0)
                     unit = rows[pick] / norm
                     rows = rows - torch.outer(rows @ unit, unit)
-                    picks.append(int(pick))
+                    picks[index] = pick
+                found = picks.tolist()  # waits for the device
                 seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds, "picks": picks}
+        return {"seconds": seconds, "picks": found}
 
     def about(self) -> dict[str, Any]:
         """Version and settings."""

@@ -45,16 +45,22 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
 
 def selection(records: Records) -> str:
     """Seconds per layer, the latest record of every size."""
-    latest = {(r["M"], r["N"]): r for r in records if r["kind"] == "times" and r["matrix"] == "normal"}
+    latest = {(device(r), r["M"], r["N"]): r for r in records if r["kind"] == "times" and r["matrix"] == "normal"}
     rows = []
-    for (height, width), r in latest.items():
-        times = [f"{r[side]['median_s']:.2f}" if side in r else "" for side in SIDES]
-        rows.append((f"{height} x {width}", *times, _over(r, "dgeqp3"), _over(r, "released")))
+    for (where, height, width), r in latest.items():
+        times = [f"{r[side]['median_s']:.3g}" if side in r else "" for side in SIDES]
+        rows.append((where, f"{height} x {width}", *times, _over(r, "dgeqp3"), _over(r, "released")))
     if not rows:
         return ""
-    header = ("M x N", *(f"{name}, s" for name in SIDES.values()), "dgeqp3 over blocked", "released over blocked")
+    header = ("on", "M x N", *(f"{name}, s" for name in SIDES.values()), "dgeqp3 over blocked", "released over blocked")
     note = "K = N, median of the rounds; ratios with their range over the rounds. "
     return tables.markdown(header, rows) + "\n\n" + note + circumstances(latest.values())
+
+
+def device(r: Mapping[str, Any]) -> str:
+    """What a record was measured on, as "CPU" or "H100"."""
+    kind = next(iter(r["hardware"]["devices"]))
+    return kind.upper() if kind == "cpu" else kind.removeprefix("NVIDIA ").split()[0]
 
 
 def _over(r: Mapping[str, Any], side: str) -> str:
@@ -66,12 +72,13 @@ def _over(r: Mapping[str, Any], side: str) -> str:
 
 def agreement(records: Records) -> str:
     """How greedy the picks are, and what they have in common with others'."""
-    latest = {(r["M"], r["N"], r["matrix"]): r for r in records if r["kind"] == "times"}
+    latest = {(device(r), r["M"], r["N"], r["matrix"]): r for r in records if r["kind"] == "times"}
     rows = []
-    for (height, width, kind), r in latest.items():
+    for (where, height, width, kind), r in latest.items():
         common = {side: each["blocked"] for side, each in r["agreement"].items()}
         rows.append(
             (
+                where,
                 f"{height} x {width}",
                 kind,
                 f"{r['shortfall']['blocked']:.0e}",
@@ -86,7 +93,16 @@ def agreement(records: Records) -> str:
         )
     if not rows:
         return ""
-    header = ("M x N", "matrix", "shortfall, ours", "dgeqp3's", "released", "as dgeqp3 picks", "as the release picks")
+    header = (
+        "on",
+        "M x N",
+        "matrix",
+        "shortfall, ours",
+        "dgeqp3's",
+        "released",
+        "as dgeqp3 picks",
+        "as the release picks",
+    )
     return tables.markdown(header, rows)
 
 
@@ -260,10 +276,10 @@ def int8(records: Records) -> str:
 
 def speed(records: Records) -> str:
     """Times of pruned models beside dense ones."""
-    latest = {(r["model"], r["ratio"], r["batch"]): r for r in records}
+    latest = {(device(r), r["model"], r["dtype"], r["ratio"], r["batch"]): r for r in records}
     rows = [
         (
-            *(r["model"], f"{r['ratio']:.0f}", r["batch"]),
+            *(device(r), r["model"], r["dtype"], f"{r['ratio']:.0f}", r["batch"]),
             f"{1000 * r['dense']['median_s']:.1f}",
             f"{1000 * r['reduced']['median_s']:.1f}",
             f"{r['time_ratio']:.2f} ({r['time_ratio_p10']:.2f} to {r['time_ratio_p90']:.2f})",
@@ -275,7 +291,9 @@ def speed(records: Records) -> str:
         for r in latest.values()
     ]
     header: tuple[str, ...] = (
+        "on",
         "model",
+        "type",
         "r",
         "batch",
         "dense ms",

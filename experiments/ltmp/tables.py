@@ -276,7 +276,11 @@ def sweep(records: list[dict[str, Any]]) -> str:
 def circumstances(records: Iterable[Mapping[str, Any]]) -> str:
     """Hardware, versions, dates, in a line each."""
     lines = dict.fromkeys(
-        f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores; jax {r['versions']['jax']}; {r['date'][:10]}."
+        ", ".join(
+            [r["hardware"]["cpu"], f"{r['hardware']['cores']} cores"]
+            + [f"{count} x {kind}" for kind, count in r["hardware"]["devices"].items() if kind != "cpu"]
+        )
+        + f"; jax {r['versions']['jax']}; {r['date'][:10]}."
         for r in records
     )
     return " ".join(lines)

@@ -97,6 +97,19 @@ def test_the_teachers_head_stays_and_all_else_is_trained(run: Path, dense: Path)
     assert spec.lineage[0].parent == spec.lineage[1].parent == result_of(dense)["params_sha256"]
 
 
+def test_output_weights_may_be_fitted_before_distillation(dense: Path, tmp_path: Path, capsys: Any) -> None:
+    start = [f"--config.init_from={dense}"]
+    before = vtjax(capsys, "eval", *RUN, *start)
+    after = vtjax(capsys, "eval", *RUN, *start, "--config.dgmr.refit=64")
+    assert after["feature_mse"] < before["feature_mse"] / 2 and after["mac_ratio"] == before["mac_ratio"]
+    workdir = f"--workdir={tmp_path}/run"
+    vtjax(capsys, "run", f"--config={CONFIG},steps=2", *start, "--config.dgmr.refit=64", workdir)
+    spec, _ = checkpoint.load_params(tmp_path / "run")
+    assert [step.operation for step in spec.lineage] == ["init_from", "dgmr.prune", "dgmr.refit"]
+    assert main.main(["eval", *RUN, *start, "--config.dgmr.refit=10000"]) == 2
+    assert "config.dgmr.refit must be at most 256, the training images, found 10000" in capsys.readouterr().err
+
+
 def test_a_resumed_run_is_the_same_run(run: Path, tmp_path: Path, capsys: Any) -> None:
     """From the checkpoint in the middle: the teacher is loaded again, and checked."""
     copy = tmp_path / "run"
@@ -482,7 +495,9 @@ def test_the_distillation_step_compiles_for_tpus(variant: str) -> None:
         ({"dgmr__score": "x"}, "config.dgmr.score must be one of concat, gate, value"),
         ({"dgmr__form": "x"}, "config.dgmr.form must be one of"),
         ({"dgmr__allocation": "x"}, "config.dgmr.allocation must be one of uniform, spectrum, sensitivity"),
-        ({"dgmr__allocation": "spectrum"}, "config.dgmr.allocation must be 'uniform', .* for random weights"),
+        ({"dgmr__allocation": "spectrum"}, "config.dgmr.allocation must be 'uniform' for random weights"),
+        ({"dgmr__refit": 8}, "config.dgmr.refit must be 0 for random weights"),
+        ({"dgmr__refit": -1}, "config.dgmr.refit must be at least 0, found -1"),
         ({"dgmr__limits": "(1.5,2.0)"}, r"config.dgmr.limits must be \(low, high\) with 0 <= low <= 1 <= high"),
         ({"dgmr__multiple": 0}, "config.dgmr.multiple must be at least 1, found 0"),
         ({"dgmr__sensitivity_images": 0}, "config.dgmr.sensitivity_images must be at least 1, found 0"),
@@ -491,10 +506,7 @@ def test_the_distillation_step_compiles_for_tpus(variant: str) -> None:
         ({"dgmr__w_class": -1.0}, "config.dgmr.w_class must be at least 0.0, found -1"),
         ({"dgmr__w_class": 0.0, "dgmr__w_patch": 0.0}, "config.dgmr.w_class and w_patch must not both be 0"),
         ({"dgmr__teacher_dtype": "int8"}, "config.dgmr.teacher_dtype must be one of float32, bfloat16"),
-        (
-            {"dgmr__indices": "some.json"},
-            "config.dgmr.allocation must be 'uniform', and indices empty, for random weights",
-        ),
+        ({"dgmr__indices": "some.json"}, "config.dgmr.indices must be '' for random weights"),
         ({"model__classes": 0}, "config.dgmr.classifier must be false for a model without a head, found true"),
         ({"model__drop_path": 1.0}, r"config.model.drop_path must be in \[0, 1\), found 1.0"),
     ],
