@@ -75,7 +75,8 @@ def recovery(records: Iterable[Mapping[str, Any]], model: str) -> Any:
             continue
         for when, key in (("distilled", "top1"), ("pruned", "before_top1")):
             tops = [r[key] for r in found]
-            row = (found[0]["mac_ratio"], float(np.mean(tops)), min(tops), max(tops))
+            low, high = min(tops), max(tops)
+            row = (found[0]["mac_ratio"], float(np.clip(np.mean(tops), low, high)), low, high)
             lines.setdefault(f"{tables.METHODS[method]}, {when}", []).append(row)
     ordered = {name: lines[name] for name in sorted(lines, key=lambda n: n.endswith("pruned"))}
     whole = tables.dense(records)[model]

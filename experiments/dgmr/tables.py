@@ -34,6 +34,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("layers", "selection", layers),
         ("accuracy", "accuracy", accuracy),
         ("criteria", "accuracy", criteria),
+        ("refit", "accuracy", refit),
         ("allocation", "accuracy", allocation),
         ("cost", "accuracy", cost),
         ("int8", "accuracy", int8),
@@ -122,12 +123,14 @@ def layers(records: Records) -> str:
     return tables.markdown(header, rows) if rows else ""
 
 
-def grid(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, float, str], list[Mapping[str, Any]]]:
-    """Records of the grid by (model, ratio, method), one per seed."""
-    latest = {r["name"]: r for r in records if r["kind"] == "grid" and r["method"] != "dense"}
-    cells: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
-    for r in sorted(latest.values(), key=lambda r: r["seed"]):
-        cells.setdefault((r["model"], r["ratio"], r["method"]), []).append(r)
+def grid(records: Iterable[Mapping[str, Any]], kind: str = "grid") -> dict[tuple[str, float, str], Records]:
+    """Records by (model, ratio, method), one per seed; the weakest pruning first, then as in `METHODS`."""
+    latest = {r["name"]: r for r in records if r["kind"] == kind and r["method"] != "dense"}
+    cells: dict[tuple[str, float, str], Records] = {}
+    for r in sorted(
+        latest.values(), key=lambda r: (r["model"], -r["ratio"], list(METHODS).index(r["method"]), r["seed"])
+    ):
+        cells.setdefault((r["model"], r["ratio"], r["method"]), []).append(dict(r))
     return cells
 
 
@@ -141,7 +144,7 @@ def accuracy(records: Records) -> str:
     cells, whole = grid(records), dense(records)
     rows: list[tuple[Any, ...]] = []
     for model, r in whole.items():
-        rows.append((model, "dense", "", "1.000", f"{r['params'] / 1e6:.2f}", "", f"{100 * r['top1']:.1f}", "", "", ""))
+        rows.append((model, "dense", "", "1.000", f"{r['params'] / 1e6:.2f}", "", f"{100 * r['top1']:.1f}", "", ""))
         for (name, ratio, method), found in cells.items():
             if name != model:
                 continue
@@ -156,7 +159,6 @@ def accuracy(records: Records) -> str:
                     f"**{_spread([100 * r['top1'] for r in found])}**",
                     _spread([100 * r["agreement"] for r in found]),
                     len(found),
-                    f"{np.median([r['seconds'] for r in found]):.0f}",
                 )
             )
     if not rows:
@@ -170,9 +172,10 @@ def accuracy(records: Records) -> str:
         "top-1 pruned",
         "top-1 distilled",
     )
-    header += ("says what the dense model says, %", "seeds", "s per run")
+    header += ("says what the dense model says, %", "seeds")
     note = "In brackets: least and most over the seeds. "
-    return tables.markdown(header, rows) + "\n\n" + note + circumstances(whole.values())
+    runs = [r for found in cells.values() for r in found]
+    return tables.markdown(header, rows) + "\n\n" + note + circumstances([*whole.values(), *runs])
 
 
 def _spread(values: list[float]) -> str:
@@ -202,6 +205,28 @@ def criteria(records: Records) -> str:
         "Points of top-1 [95 %]; mean over seeds for every image, intervals by bootstrap over the images, 10,000 draws."
     )
     return tables.markdown(header, rows) + "\n\n" + note
+
+
+def refit(records: Records) -> str:
+    """Output weights fitted anew, beside copied ones."""
+    copied, rows = grid(records), []
+    for (model, ratio, method), found in grid(records, "refit").items():
+        seeds = {r["seed"] for r in found}
+        known = [r for r in copied.get((model, ratio, method), []) if r["seed"] in seeds]
+        same = bool(known) and len(known) == len(found)
+        rows.append(
+            (
+                *(model, METHODS[method], f"{ratio:.0f}", len(found)),
+                _spread([100 * r["before_top1"] for r in known]) if known else "not run",
+                f"**{_spread([100 * r['before_top1'] for r in found])}**",
+                _spread([100 * r["top1"] for r in known]) if known else "not run",
+                f"**{_spread([100 * r['top1'] for r in found])}**",
+                interval(bits(found) - bits(known)) if same else "",
+            )
+        )
+    header: tuple[str, ...] = ("model", "criterion", "r", "seeds", "pruned: copied", "fitted", "distilled: from copied", "from fitted")
+    header += ("fitted minus copied, distilled [95 %]",)
+    return tables.markdown(header, rows) if rows else ""
 
 
 def allocation(records: Records) -> str:
