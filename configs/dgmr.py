@@ -246,7 +246,8 @@ def dinov2_g(steps: int, batch_size: int, ratio: float) -> ConfigDict:
     TPU v5e-8 or larger, with imagenet2012 prepared. Time: not measured. Expected: 83.5 % ImageNet kNN, as before
     pruning, by the paper's README; an evaluation here reports the feature distance only. Not run here. The parameters
     are those at 518 pixels, from which positions are resampled. How the authors chose gated neurons is not published;
-    `config.dgmr.score` is our rule.
+    `config.dgmr.score` is our rule. Of the release's augmentation (spec section 2.3) crops, flips and jitter are here,
+    jitter of every image; grey, blur and solarisation are not.
     """
     config = _paper(batch_size or 512, steps, base_lr=7.5e-6, min_lr=1e-7, epochs=10, warmup=1)
     config.ema = 0.997

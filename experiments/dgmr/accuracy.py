@@ -7,9 +7,10 @@
     python -m experiments.dgmr.accuracy refit        output weights fitted anew before distillation, on the same images
     python -m experiments.dgmr.accuracy int8         models of the grid with 8-bit weights
 
-Every record in results/accuracy.jsonl holds which images were right, so that differences are paired; and the same of
-the pruned model before distillation. What was recorded is not run again; runs lie in runs/dgmr and resume.
-`--model=digits` needs the run of `make demo`; `--shard=i/n` takes every n-th point.
+`cost` counts the seconds of a whole run, compilation included. Every record in results/accuracy.jsonl holds which
+images were right, so that differences are paired; and the same of the pruned model before distillation. What was
+recorded is not run again; runs lie in runs/dgmr and resume. `--model=digits` needs the run of `make demo`;
+`--shard=i/n` takes every n-th point.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vtjax.account import flops, params, record
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
 from vtjax.cli.sweep import parse_shard
+from vtjax.errors import InputError
 from vtjax.methods import dgmr
 from vtjax.models.vit import ViT
 from vtjax.ops import losses, quantize
@@ -107,10 +109,14 @@ def trained(what: str, point: Point, executables: Executables) -> dict[str, Any]
     before = measured(task.spec, start, teacher, data, config.dgmr.point)
     workdir = folder(what, name)
     config_lib.override(config, "workdir", workdir)
-    if checkpoint.begun(workdir) is not None:
+    begun = checkpoint.begun(workdir) is not None
+    if begun and what == "cost":
+        raise InputError(f"a run that is timed must be whole, found {workdir} begun: remove it")
+    if begun:
         task, data = assemble.assemble(config)
     began = time.monotonic()
-    result = loop.train(task, data, config, workdir, executables)
+    # What is timed compiles for itself; elsewhere equal programs are compiled once.
+    result = loop.train(task, data, config, workdir, Executables() if what == "cost" else executables)
     seconds = time.monotonic() - began
     spec, values = checkpoint.load_params(workdir)
     found = {
@@ -125,7 +131,7 @@ def trained(what: str, point: Point, executables: Executables) -> dict[str, Any]
         "lr": config.optim.lr,
         "cache": config.dgmr.cache,
         "augment": config.data.augment,
-        "seconds": round(seconds, 1),
+        "seconds": None if begun else round(seconds, 1),
         "images_per_s": result.get("images_per_s"),
         "keep": task.summary["keep"],
         "params": task.summary["params"],

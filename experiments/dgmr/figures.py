@@ -87,7 +87,8 @@ def growth(records: list[dict[str, Any]]) -> Any:
     """Time of the blocked form over each size."""
     latest = {r["axis"]: r for r in records}
     series: dict[str, Any] = {
-        axis: (r["values"], [r[str(v)]["median_s"] for v in r["values"]]) for axis, r in latest.items()
+        "N = K" if axis == "N" else axis: (r["values"], [r[str(v)]["median_s"] for v in r["values"]])
+        for axis, r in latest.items()
     }
     base = {name: next(iter(latest.values()))[name] for name in "MNK"}
     return selection.growth(series, base, "Time of a selection (blocked)")

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 import vtjax
-from experiments.ltmp.deploy import photographs
+from experiments.dgmr import images as images_lib
 from experiments.vit import main as vit
 from vtjax import weights
 from vtjax.errors import InputError, check_choice
@@ -24,6 +25,7 @@ from vtjax.ops import gram_schmidt
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.spec import ViTSpec
 from vtjax.train.state import params_sha256
+from vtjax.train.task import closing
 
 ALLOCATIONS = ("uniform", "spectrum", "sensitivity")
 
@@ -103,7 +105,7 @@ def find_teacher(config: ConfigDict, spec: ViTSpec, params: Any) -> Pair:
         try:
             loaded = vtjax.load(place)
             _check_teacher(place, loaded, parents)
-            return Pair(spec, params, *_fitted(place, loaded, spec), _short(place))
+            return Pair(spec, params, *_resized(place, loaded, spec), _short(place))
         except InputError:
             if named:
                 raise
@@ -122,7 +124,7 @@ def _check_teacher(place: str, loaded: vtjax.Model, parents: set[str]) -> None:
         )
 
 
-def _fitted(place: str, loaded: vtjax.Model, spec: ViTSpec) -> tuple[ViTSpec, Any]:
+def _resized(place: str, loaded: vtjax.Model, spec: ViTSpec) -> tuple[ViTSpec, Any]:
     """The teacher for images of the student's size."""
     before = dgmr.original(spec)
     assert before is not None
@@ -181,21 +183,32 @@ def _refitted(config: ConfigDict, spec: ViTSpec, params: Any, dense_spec: ViTSpe
         def tell(layer: int) -> None:
             print(f"output weights of block {layer} on {count} images ...", file=sys.stderr)
 
-        spec, params = dgmr_refit.refit(spec, params, dense_spec, dense, images, progress=tell)
+        spec, params = dgmr_refit.refit(
+            spec, params, dense_spec, dense, images, progress=tell, parent=params_sha256(params)
+        )
     return spec, params
 
 
-def _training_images(config: ConfigDict, spec: ViTSpec, leaf: str) -> Any:
+def _training_images(config: ConfigDict, spec: ViTSpec, leaf: str) -> np.ndarray:
+    """The first of the training images, those of `config.dgmr.images` among them, normalised, without augmentation."""
     if jax.process_count() > 1:
         raise InputError(
             f"config.dgmr.{leaf} looks at images in one process, found {jax.process_count()}: prune in one, and start "
             "from its workdir by config.init_from"
         )
-    return photographs(config, spec, "train", config.dgmr[leaf])
+    found: list[Any] = []
+    batches = images_lib.opened(config, spec).eval("train")
+    with closing(batches):
+        for batch in batches:
+            found.extend(batch["image"][batch["valid"]])
+            if len(found) >= config.dgmr[leaf]:
+                break
+    return np.stack(found[: config.dgmr[leaf]])
 
 
 def _edited(config: ConfigDict, spec: ViTSpec, kept: Any, picks: Any = (), parent: str = "") -> ViTSpec:
-    how = {"method": _method(config), "score": config.dgmr.score, "seed": config.seed, "parent": parent}
+    how = {"method": _method(config), "score": config.dgmr.score, "allocation": config.dgmr.allocation}
+    how |= {"seed": config.seed, "parent": parent}
     return dgmr.edit(spec, kept, picks, **how)
 
 
@@ -221,11 +234,25 @@ def _check_same(config: ConfigDict, spec: ViTSpec) -> None:
             f"config.dgmr.method must be {made['method']!r}, by which the neurons {where} were selected, "
             f"found {_method(config)!r}"
         )
+    made = {"allocation": "uniform"} | made
+    for leaf in ("score", "allocation"):
+        if leaf in made and made[leaf] != config.dgmr[leaf]:
+            raise InputError(
+                f"config.dgmr.{leaf} must be {made[leaf]!r}, with which the neurons {where} were selected, "
+                f"found {config.dgmr[leaf]!r}"
+            )
+    refits = [json.loads(step.arguments)["images"] for step in spec.lineage if step.operation == dgmr_refit.REFIT]
+    if config.dgmr.refit and config.dgmr.refit not in refits:
+        raise InputError(
+            f"config.dgmr.refit must be 0 or as when the model {where} was pruned, {refits or 0}, "
+            f"found {config.dgmr.refit}"
+        )
     if config.dgmr.indices:
+        if dgmr.digest(_read(config.dgmr.indices)) != made["indices_sha256"]:
+            raise InputError(f"config.dgmr.indices must name the neurons {where}, found others")
         return
     wanted = dgmr.counts(before, **extent(config))
-    same = tuple(made["keep"]) == wanted if config.dgmr.allocation == "uniform" else sum(made["keep"]) == sum(wanted)
-    if not same:
+    if sum(made["keep"]) != sum(wanted) or (config.dgmr.allocation == "uniform" and tuple(made["keep"]) != wanted):
         raise InputError(
             f"config.dgmr.ratio (or keep) must give the neurons {where}, {made['keep']}, found {list(wanted)}"
         )

@@ -189,18 +189,27 @@ def criteria(records: Records) -> str:
     cells = grid(records)
     rows = []
     for model, ratio in dict.fromkeys((m, r) for m, r, _ in cells):
-        ours = cells.get((model, ratio, "gram_schmidt"))
-        others = [cells.get((model, ratio, other)) for other in ("l2", "random")]
-        if ours is None or None in others:
+        three = [cells.get((model, ratio, method), []) for method in METHODS]
+        seeds = set.intersection(*({r["seed"] for r in found} for found in three))
+        if not seeds:
             continue
+        ours, *others = ([r for r in found if r["seed"] in seeds] for found in three)
         texts = []
         for correct in ("before_correct", "correct"):
             mine = bits({"correct": r[correct]} for r in ours)
-            texts += [interval(mine - bits({"correct": r[correct]} for r in other or [])) for other in others]
-        rows.append((model, f"{ratio:.0f}", *texts))
+            texts += [interval(mine - bits({"correct": r[correct]} for r in other)) for other in others]
+        rows.append((model, f"{ratio:.0f}", len(seeds), *texts))
     if not rows:
         return ""
-    header = ("model", "r", "pruned: minus magnitude", "minus random", "distilled: minus magnitude", "minus random ")
+    header = (
+        "model",
+        "r",
+        "seeds",
+        "pruned: minus magnitude",
+        "minus random",
+        "distilled: minus magnitude",
+        "minus random ",
+    )
     note = (
         "Points of top-1 [95 %]; mean over seeds for every image, intervals by bootstrap over the images, 10,000 draws."
     )
@@ -224,7 +233,16 @@ def refit(records: Records) -> str:
                 interval(bits(found) - bits(known)) if same else "",
             )
         )
-    header: tuple[str, ...] = ("model", "criterion", "r", "seeds", "pruned: copied", "fitted", "distilled: from copied", "from fitted")
+    header: tuple[str, ...] = (
+        "model",
+        "criterion",
+        "r",
+        "seeds",
+        "pruned: copied",
+        "fitted",
+        "distilled: from copied",
+        "from fitted",
+    )
     header += ("fitted minus copied, distilled [95 %]",)
     return tables.markdown(header, rows) if rows else ""
 
@@ -233,8 +251,8 @@ def allocation(records: Records) -> str:
     """Counts per block, at the MACs of one count for all."""
     cells = grid(records)
     found: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
-    for r in records:
-        if r["kind"] == "allocation":
+    for r in {r["name"]: r for r in records if r["kind"] == "allocation"}.values():
+        if r["allocation"] != "uniform":
             found.setdefault((r["model"], r["ratio"], r["allocation"]), []).append(r)
     rows = []
     for (model, ratio, how), each in found.items():
@@ -276,7 +294,7 @@ def cost(records: Records) -> str:
         (
             *(r["model"], "remembered" if r["cache"] else "in every step"),
             "none" if r["augment"] == "none" else "crops, flips" if r["augment"] == "crop" else "shifts",
-            *(r["steps"], f"{r['seconds']:.0f}", f"{r['images_per_s']:.1f}"),
+            *(r["steps"], "" if r["seconds"] is None else f"{r['seconds']:.0f}", f"{r['images_per_s']:.1f}"),
             *(f"{100 * r['before_top1']:.1f}", f"{100 * r['top1']:.1f}", f"{r['class_mse'] + r['patch_mse']:.3f}"),
         )
         for r in {r["name"]: r for r in records if r["kind"] == "cost"}.values()

@@ -178,6 +178,8 @@ def test_the_teacher_must_be_the_one(run: Path, dense: Path, tmp_path: Path) -> 
             r"config.dgmr.ratio \(or keep\) must give the neurons of .*, \[32, 32\], found \[64, 64\]",
         ),
         ({"dgmr__method": "l2"}, "config.dgmr.method must be 'gram_schmidt', by which the neurons of"),
+        ({"dgmr__allocation": "spectrum"}, "config.dgmr.allocation must be 'uniform', with which the neurons of"),
+        ({"dgmr__refit": 64}, "config.dgmr.refit must be 0 or as when the model of .* was pruned, 0, found 64"),
     ],
 )
 def test_a_pruned_model_is_not_pruned_otherwise(run: Path, overrides: dict[str, Any], message: str) -> None:
@@ -522,7 +524,7 @@ def test_indices_are_read_from_a_file(dense: Path, tmp_path: Path) -> None:
     file.write_text("[[3, 1], [0]]")
     task = assemble.task(config(init_from=dense, dgmr__indices=file))
     assert task.summary["keep"] == [2, 1]
-    for text in ("{", "[[0]]", '[["a"], [0]]', "[[0.5], [0]]", "[[128], [0]]"):
+    for text in ("{", "5", "[[1, [2]], [0]]", "[[0]]", '[["a"], [0]]', "[[0.5], [0]]", "[[128], [0]]"):
         file.write_text(text)
         with pytest.raises(InputError, match="indices"):
             assemble.task(config(init_from=dense, dgmr__indices=file))

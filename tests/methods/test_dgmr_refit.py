@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.methods.test_dgmr import DENSE, SPECS, changed, every_spec, forward, images, parameters, prune
 from vtjax.errors import InputError
 from vtjax.methods import dgmr, dgmr_refit
+from vtjax.models.layers import Attention, Norm
+from vtjax.models.segments import call_module
+from vtjax.models.vit import ViT
+from vtjax.ops.linear import gelu
 
 KEPT = 20
 
@@ -57,6 +65,85 @@ def test_others_are_missed_less_and_the_rest_stays() -> None:
     assert dgmr.original(spec) == DENSE and dgmr.settings(spec)["keep"] == [30, 40, 20]
 
 
+TWO = DENSE.edit(blocks=DENSE.blocks[:2])
+VARIANTS = {
+    "layer_scale": TWO.edit(layer_scale=0.1),
+    "post": TWO.edit(norm_position="post", layer_scale=0.1),
+    "registers": TWO.edit(registers=2, pos_prefix=3, mlp_bias=False),
+    "gated": TWO.edit(class_token=False, pos_prefix=0, pooling="mean", activation="swiglu", mlp_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_fit_is_the_minimum_of_what_the_module_says(name: str) -> None:
+    """The gradient of the sum, written from what blocks return, is gone at the fit, block by block."""
+    spec, seen = VARIANTS[name], jnp.asarray(images(24))
+    values = parameters(spec)
+    small, pruned = prune(spec, values, keep=12)
+    _, fitted = dgmr_refit.refit(small, pruned, spec, values, np.asarray(seen), batch=7)
+    student, teacher = ViT(small), ViT(spec)
+    values, pruned, fitted = (jax.tree.map(jnp.asarray, each) for each in (values, pruned, fitted))
+    here, there = student.embed(fitted, seen), teacher.embed(values, seen)
+    for layer, (block, whole) in enumerate(zip(student.blocks(), teacher.blocks(), strict=True)):
+        mine, copied, known = (each[f"block_{layer:02d}"] for each in (fitted, pruned, values))
+        dense = said(spec, known, there)[1]
+        there = whole.apply({"params": known}, there)[0]
+        cost = objective(spec, block, mine, copied, here, there.x, dense)
+        sizes = [
+            max(float(abs(leaf).max()) for leaf in jax.tree.leaves(jax.grad(cost)(each["mlp"]["down"])))
+            for each in (mine, copied)
+        ]
+        assert sizes[0] < 1e-3 * sizes[1]
+        here = block.apply({"params": mine}, here)[0]
+
+
+def objective(spec: Any, block: Any, mine: Any, copied: Any, here: Any, wanted: Any, dense: Any) -> Any:
+    """The sum of the module's text as a function of a block's `down`; `wanted` is what the block is to leave."""
+    hidden = said(spec, mine, here)[0]
+    patches = spec.grid[0] * spec.grid[1]
+    weight = jnp.where(jnp.arange(spec.tokens) < int(spec.class_token), patches**0.5, 1.0)[:, None]
+    pull = dgmr_refit.RIDGE * (weight * hidden**2).sum() / hidden.shape[-1]
+    scale = 1.0 if spec.layer_scale is None else mine["layer_scale2"]
+
+    def cost(down: Any) -> Any:
+        if spec.norm_position == "pre":
+            changed = {**mine, "mlp": {**mine["mlp"], "down": down}}
+            error = (block.apply({"params": changed}, here)[0].x - wanted) / scale
+        else:
+            error = linear(down, hidden) - dense
+        return (weight * error**2).sum() + pull * ((down["kernel"] - copied["mlp"]["down"]["kernel"]) ** 2).sum()
+
+    return cost
+
+
+def said(spec: Any, params: Any, tokens: Any) -> tuple[Any, Any]:
+    """What enters the `down` of a block's MLP, and what leaves it."""
+    norm = functools.partial(call_module, Norm(spec.norm, spec.eps))
+    post, x = spec.norm_position == "post", tokens.x
+    inner = x if post else norm(params["norm1"], x)
+    y = call_module(Attention(spec, spec.blocks[0]), params["attn"], tokens.replace(x=inner))[0]
+    y = norm(params["norm1"], y) if post else y
+    x = x + (y if spec.layer_scale is None else y * params["layer_scale1"])
+    inner, mlp = x if post else norm(params["norm2"], x), params["mlp"]
+    hidden = linear(mlp["up"], inner)
+    hidden = jax.nn.silu(linear(mlp["gate"], inner)) * hidden if "gate" in mlp else gelu(hidden)
+    hidden = norm(mlp["norm"], hidden) if "norm" in mlp else hidden
+    return hidden, linear(mlp["down"], hidden)
+
+
+def linear(leaves: Any, x: Any) -> Any:
+    return x @ leaves["kernel"] + leaves.get("bias", 0.0)
+
+
+def test_silent_neurons_do_not_stop_it() -> None:
+    values = parameters()
+    for name in ("kernel", "bias"):
+        values = changed(values, f"block_00/mlp/up/{name}", np.zeros_like)
+    small, pruned = prune(DENSE, values, keep=20)
+    _, fitted = dgmr_refit.refit(small, pruned, DENSE, values, np.asarray(images(2)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(fitted))
+
+
 def test_a_strong_ridge_keeps_the_copied_weights() -> None:
     values = parameters()
     small, pruned = prune(DENSE, values, keep=20)
@@ -70,6 +157,10 @@ def test_a_strong_ridge_keeps_the_copied_weights() -> None:
     ("count", "change", "message"),
     [
         (0, {}, "a refit needs at least one image, found none"),
+        (2, {"batch": 0}, "batch must be 1 or more, found 0"),
+        (2, {"images": np.full((2, 12, 12, 3), np.nan)}, "images must be finite, found NaN"),
+        (2, {"images": np.zeros((2, 8, 8, 3))}, r"images must be \[B, 12, 12, 3\], found \[2, 8, 8, 3\]"),
+        (2, {"dense_spec": DENSE.edit(blocks=lambda _, b: dataclasses.replace(b, mlp=20))}, "MLPs must be narrower"),
         (2, {"ridge": -1.0}, "ridge must be 0 or more, found -1.0"),
         (2, {"dense_spec": DENSE.edit(activation="quick_gelu")}, "differ in MLP widths only, found another activation"),
     ],
@@ -77,6 +168,6 @@ def test_a_strong_ridge_keeps_the_copied_weights() -> None:
 def test_bad_input_is_refused(count: int, change: Any, message: str) -> None:
     values = parameters()
     small, pruned = prune(DENSE, values, keep=20)
-    arguments = {"spec": small, "params": pruned, "dense_spec": DENSE, "dense": values} | change
+    arguments = {"spec": small, "params": pruned, "dense_spec": DENSE, "dense": values}
     with pytest.raises(InputError, match=message):
-        dgmr_refit.refit(images=np.asarray(images(2))[:count], **arguments)
+        dgmr_refit.refit(**{**arguments, "images": np.asarray(images(2))[:count], **change})

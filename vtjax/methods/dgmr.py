@@ -88,6 +88,8 @@ def prune(
         shapes; an unknown method, score or form.
     """
     found = [name for name, value in (("ratio", ratio), ("keep", keep), ("indices", indices)) if value is not None]
+    if seed < 0:
+        raise InputError(f"seed must be 0 or more, found {seed}")
     if len(found) != 1:
         raise InputError(f"prune needs one of ratio, keep and indices, found {' and '.join(found) or 'none'}")
     if indices is not None:
@@ -102,10 +104,10 @@ def prune(
 def counts(spec: ViTSpec, *, ratio: float | None = None, keep: Any = None) -> tuple[int, ...]:
     """Kept neurons of every block, `[L]`; 0 for a block without MLP. Arguments and errors as of `prune`."""
     if ratio is not None:
-        if not 0 < ratio < np.inf:
-            raise InputError(f"ratio must be above 0 and finite, found {ratio}")
+        if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 0 < ratio < np.inf:
+            raise InputError(f"ratio must be above 0 and finite, found {ratio!r}")
         keep = int(spec.width * ratio)
-    if isinstance(keep, list | tuple | np.ndarray):
+    if isinstance(keep, list | tuple) or np.ndim(keep):
         each = list(keep)
         if len(each) != spec.depth:
             raise InputError(f"keep must be one number, or one for each of {spec.depth} blocks, found {len(each)}")
@@ -194,18 +196,22 @@ def choose(
 def given(spec: ViTSpec, params: Params, indices: Sequence[Any]) -> list[Selection | None]:
     """Neurons that are named by hand, as `choose` returns them; arguments and errors as of `prune`."""
     check(spec, params)
-    if len(indices) != spec.depth:
-        raise InputError(f"indices must hold one list for each of {spec.depth} blocks, found {len(indices)}")
+    if not isinstance(indices, list | tuple) or len(indices) != spec.depth:
+        there = len(indices) if isinstance(indices, list | tuple) else type(indices).__name__
+        raise InputError(f"indices must hold one list for each of {spec.depth} blocks, found {there}")
     picks: list[Selection | None] = []
     for layer, (block, named) in enumerate(zip(spec.blocks, indices, strict=True)):
-        found = np.asarray([] if named is None else named)
+        try:
+            found = np.asarray([] if named is None else named)
+        except ValueError:  # lists of different lengths
+            found = np.asarray(["ragged"])
         if not block.ffn and not found.size:
             picks.append(None)
             continue
         whole = found.ndim == 1 and found.size and np.issubdtype(found.dtype, np.integer)
         if not whole or not block.ffn or found.min() < 0 or found.max() >= block.mlp:
             limits = f"whole numbers in 0..{block.mlp - 1}" if block.ffn else "empty, as the block has no MLP"
-            raise InputError(f"indices[{layer}] must be {limits}, found {named!r}")
+            raise InputError(f"indices[{layer}] must be {limits}, found {str(named):.60}")
         if len(np.unique(found)) != len(found):
             raise InputError(f"indices[{layer}] must be distinct, found {len(found) - len(np.unique(found))} twice")
         lengths = _lengths(rows(spec, params, layer))
@@ -230,24 +236,32 @@ def edit(
     *,
     method: str,
     score: str = "concat",
+    allocation: str = "uniform",
     seed: int = 0,
     parent: str = "",
 ) -> ViTSpec:
     """The spec of the pruned model. Its lineage holds the widths before and after (one number where all blocks have the
-    same), how the neurons were selected, and, where `picks` are given, the SHA-256 of their indices (int32, block after
-    block)."""
+    same), how the neurons were selected and their number was allocated, and, where `picks` are given, the `digest` of
+    their indices."""
     arguments: dict[str, Any] = {"method": method, "keep": compact(keep), "mlp": compact(hidden(spec))}
+    if allocation != "uniform":
+        arguments["allocation"] = allocation
     if spec.activation == "swiglu" and method in ("gram_schmidt", "l2"):
         arguments["score"] = score
     if picks:
-        order = b"".join(np.asarray(pick.indices, np.int32).tobytes() for pick in picks if pick is not None)
-        arguments["indices_sha256"] = hashlib.sha256(order).hexdigest()
+        arguments["indices_sha256"] = digest([None if pick is None else pick.indices for pick in picks])
 
     def narrow(layer: int, block: BlockSpec) -> BlockSpec:
         return dataclasses.replace(block, mlp=keep[layer]) if block.ffn else block
 
     step = Lineage(parent, PRUNE, json.dumps(arguments), seed=seed if method == "random" else None)
     return spec.edit(blocks=narrow, lineage=(*spec.lineage, step))
+
+
+def digest(indices: Sequence[Any]) -> str:
+    """SHA-256 of the neurons of all blocks: int32, block after block, none of a block without MLP."""
+    order = b"".join(np.asarray([] if each is None else each, np.int32).tobytes() for each in indices)
+    return hashlib.sha256(order).hexdigest()
 
 
 def take(spec: ViTSpec, params: Params, picks: Picks) -> Params:

@@ -2,16 +2,21 @@
 """The output weights of a pruned MLP, fitted anew: what the kept neurons can say of what the whole MLP said.
 
 DGMR copies the output weights of the kept neurons and leaves the rest to distillation. But what a dropped neuron added
-is, for a large part, a linear function of what the others say, and least squares on some images finds it in seconds.
-Not in the paper; without it (`config.dgmr.refit = 0`) a run is the paper's.
+is, for a large part, a linear function of what the others say, which least squares on some images find. Not in the
+paper; without it (`config.dgmr.refit = 0`) a run is the paper's.
 
 Block after block the pruned model runs up to the hidden activations h of its MLP, the dense model runs beside it, and
 
-    minimise over W, b:  sum_t |h_t W + b - y_t|^2 + ridge trace(H'H) / K |W - W_0|^2
+    minimise over W, b:  sum_t c_t |h_t W + b - y_t|^2 + ridge m |W - W_0|^2
 
-where t goes over the tokens of all images, y is what the dense model's MLP said there before any scale or norm of the
-branch, and W_0 are the copied weights. Later blocks see the fitted ones. Letters: T tokens of all images, K kept
-neurons, D width.
+where t goes over the tokens of all images. y = y_dense + (x_dense - x) / s is what `down` must say for the block to
+leave the dense model's tokens: y_dense is what the dense model's `down` said, x the tokens to which the branch is
+added, s the layer scale (1 without). So it also makes good what earlier blocks left. Where the branch ends in a norm
+(`norm_position="post"`), in which that is not linear, y = y_dense. W_0 are the copied weights, m is the mean diagonal
+entry of sum_t c_t h_t' h_t. Class and distillation tokens have c = sqrt(patch tokens), halfway between all tokens
+alike and the distillation loss, in which the class token counts like all patch tokens together; others have c = 1.
+
+Letters: T tokens of all images, K kept neurons, J = K + 1 with a hidden activation of 1 for the bias, D width.
 """
 
 from __future__ import annotations
@@ -38,8 +43,8 @@ from vtjax.spec import Lineage, ViTSpec
 REFIT = f"{dgmr.NAME}.refit"
 """The operation in a spec's lineage."""
 
-RIDGE = 1e-3
-"""Pull towards the copied weights, over the mean square of a hidden activation."""
+RIDGE = 1e-2
+"""Pull towards the copied weights; see the module's text."""
 
 
 def refit(
@@ -52,32 +57,48 @@ def refit(
     ridge: float = RIDGE,
     batch: int = 20,
     progress: Callable[[int], None] = lambda layer: None,
+    parent: str = "",
 ) -> tuple[ViTSpec, Params]:
     """Fits `mlp/down` of every block that lost neurons.
 
     Args:
       spec, params: the pruned model.
       dense_spec, dense: the one that it was.
-      images: normalised; no labels are needed. Tokens of two or three hundred are plenty for a ViT-Ti.
+      images: float, normalised; no labels are needed.
       ridge: see the module's text; 0 = none.
       batch: images at a time. The tokens of all images of both models are held on the device.
       progress: called with the layer, before its work.
+      parent: SHA-256 of `params` (`train.state.params_sha256`), for the lineage.
 
     Returns:
-      The spec with a step more in its lineage, and the parameters, of which `mlp/down` are new; the others are the
-      same arrays. Least squares are float64, on the host.
+      The spec with a step more in its lineage, and the parameters, of which `mlp/down` are new. Least squares are
+      float64, on the host.
 
     Raises:
-      InputError: no images, a negative ridge, or models that are not the same but for their widths.
+      InputError: no images, images of another shape or that are not finite, a negative ridge, a batch below 1, or
+        models that are not the same but for MLPs of which at least one is narrower; parameters as of `dgmr.check`.
     """
     if not len(images):
         raise InputError("a refit needs at least one image, found none")
+    if not np.isfinite(images).all():
+        raise InputError("images must be finite, found NaN or infinite pixels")
     if not 0 <= ridge < np.inf:
         raise InputError(f"ridge must be 0 or more, found {ridge}")
+    if batch < 1:
+        raise InputError(f"batch must be 1 or more, found {batch}")
     differ = [name for name in spec.diff(dense_spec) if not name.startswith("lineage") and not name.endswith(".mlp")]
     if differ:
         raise InputError(f"the dense model must differ in MLP widths only, found another {differ[0]}")
+    narrower = [m - n for n, m in zip(dgmr.hidden(spec), dgmr.hidden(dense_spec), strict=True)]
+    if min(narrower) < 0 or not any(narrower):
+        raise InputError(
+            f"MLPs must be narrower than the dense model's {dgmr.compact(dgmr.hidden(dense_spec))}, "
+            f"found {dgmr.compact(dgmr.hidden(spec))}"
+        )
+    dgmr.check(spec, params)
+    dgmr.check(dense_spec, dense)
     student, teacher = ViT(spec), ViT(dense_spec)
+    student.check_images(images)
     batches = [jnp.asarray(part, jnp.float32) for part in np.array_split(images, -(-len(images) // batch))]
     params, dense = dict(jax.tree.map(jnp.asarray, params)), jax.tree.map(jnp.asarray, dense)
     embed = jax.jit(lambda model, params, images: model.embed(params, images), static_argnums=0)
@@ -85,7 +106,7 @@ def refit(
     there = [embed(teacher, dense, part) for part in batches]
     for layer, (block, whole) in enumerate(zip(student.blocks(), teacher.blocks(), strict=True)):
         name = block_name(layer)
-        if spec.blocks[layer].mlp < dense_spec.blocks[layer].mlp and spec.blocks[layer].ffn:
+        if narrower[layer]:
             progress(layer)
             pairs = zip(here, there, strict=True)
             found = [_normal(spec, block, whole, params[name], dense[name], *pair) for pair in pairs]
@@ -95,7 +116,7 @@ def refit(
             params[name] = {**params[name], "mlp": {**mlp, "down": down}}
         here = [_run(block, params[name], tokens) for tokens in here]
         there = [_run(whole, dense[name], tokens) for tokens in there]
-    step = Lineage("", REFIT, json.dumps({"images": len(images), "ridge": ridge}))
+    step = Lineage(parent, REFIT, json.dumps({"images": len(images), "ridge": ridge}))
     return spec.edit(lineage=(*spec.lineage, step)), params
 
 
@@ -109,8 +130,8 @@ def _normal(
     if spec.norm_position == "pre":
         scale = jnp.ones(()) if spec.layer_scale is None else params["layer_scale2"]
         y += (known - before) / jnp.where(scale == 0, jnp.inf, scale)
-    patches = spec.tokens - spec.prefix
-    weight = jnp.where(jnp.arange(spec.tokens) < spec.prefix, patches**0.25, 1.0)[:, None]
+    compared = int(spec.class_token) + int(spec.distill_token)
+    weight = jnp.where(jnp.arange(spec.tokens) < compared, (spec.tokens - spec.prefix) ** 0.25, 1.0)[:, None]
     hidden = weight * jnp.pad(hidden, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
     hidden, y = (x.reshape(-1, x.shape[-1]) for x in (hidden, weight * y))
     return tuple(jnp.matmul(hidden.T, x, precision=jax.lax.Precision.HIGHEST) for x in (hidden, y))  # type: ignore
@@ -126,7 +147,8 @@ def _solve(
     gram, moment = gram[: k + bias, : k + bias].copy(), moment[: k + bias].copy()
     gram[np.arange(k), np.arange(k)] += pull
     moment[:k] += pull * kernel
-    found = np.linalg.lstsq(gram, moment, rcond=None)[0] if ridge == 0 else np.linalg.solve(gram, moment)
+    # Not `solve`: without a pull, or with neurons that are silent, the products may be singular.
+    found = np.linalg.lstsq(gram, moment, rcond=None)[0]
     fitted = {"kernel": found[:k], **({"bias": found[k]} if bias else {})}
     return {leaf: value.astype(np.asarray(down[leaf]).dtype) for leaf, value in fitted.items()}
 

@@ -71,7 +71,7 @@ def attention(
         return kernels[implementation](q, k, v, size, alive)
     fast = {}
     # cuDNN is looked for while tracing, so a machine without it must not trace that branch.
-    if jax.default_backend() == "gpu" and _cudnn_takes(q):
+    if jax.default_backend() == "gpu" and _cudnn_takes(q, k):
         fast["cuda"] = kernels["cudnn"]
     if k.shape[1] >= _SPLASH_FROM:
         fast["tpu"] = kernels["splash"]
@@ -248,25 +248,17 @@ def _zero_empty_rows(y, alive):
     return jnp.where((alive > 0.5).any(-1)[:, None, None, None], y, 0)
 
 
-def _cudnn_takes(q):
-    """Whether cuDNN has a kernel, forwards and backwards, on every GPU it supports: half precision, and a head width in
-    eights up to 128."""
+def _cudnn_takes(q, k):
+    """Whether cuDNN has a kernel, forwards and backwards, on every GPU it supports: half precision, a head width in
+    eights up to 128, and even numbers of tokens (odd ones were refused in training on an H100 with JAX 0.11)."""
     half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
-    return half and width % 8 == 0 and width <= 128
+    return half and width % 8 == 0 and width <= 128 and q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
 
 
 def _cudnn(q, k, v, size, alive, scale):
     bias = None if size is None else jnp.log(size)[:, None, None, :].astype(q.dtype)
     mask = None if alive is None else (alive > 0.5)[:, None, None, :]
-    (batch, queries, *_), keys = q.shape, k.shape[1]
-    lengths = {}
-    if queries % 2 or keys % 2:
-        # Odd numbers of tokens have no backward kernel in some versions (seen with JAX 0.11 on an H100).
-        lengths["key_value_seq_lengths"] = jnp.full(batch, keys, jnp.int32)
-        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-        bias, mask = (x if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, keys % 2))) for x in (bias, mask))
-    options = {"bias": bias, "mask": mask, "scale": scale, **lengths}
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **options)[:, :queries]
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation="cudnn")
 
 
 def _splash(q, k, v, size, alive, scale, interpret=False):

@@ -11,8 +11,8 @@ no data. Source: DGMR spec sections 1, 4 and 6.1.
 Three forms pick the same rows, up to rounding where two are equally far:
   deflated: every pick is projected out of every row (the released algorithm). M N a pick, thrice through memory;
   lazy: rows stay as they are, their squared distances are downdated by one product with the pick's direction;
-  blocked: a panel of picks among a few hundred candidates at a time; after some panels one matrix product for all rows.
-    The default.
+  blocked: a panel of picks among a few hundred candidates at a time, after it a product with all rows for their
+    distances, after some panels another that rotates them. The default.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _GUARD = 1e-2
 _REFRESH = 64  # picks after which the lazy form counts anew
 
 # Of the blocked form: candidates and picks at most per panel, panels per update of the matrix, and stages in which the
-# matrix of a round gets narrower. Chosen for time on CPUs; every value gives the same picks.
+# matrix of a round gets narrower. Chosen for time on CPUs; every value gives the same picks, up to rounding.
 _CANDIDATES, _PICKS, _PANELS, _STAGES = 256, 16, 4, 4
 
 Matrix = Shaped[Array | np.ndarray, "..."]
@@ -54,7 +54,8 @@ class Selection(NamedTuple):
     Attributes:
       indices: int32 `[K]`, always distinct.
       norms: float32 `[K]`, distance of each row from the span of the earlier picks of its round, in units of the
-        weights. They fall within a round, and may rise where the next one starts. 0 for rows that are zero.
+        weights. They fall within a round, and may rise where the next one starts. 0 for rows that are zero, or below
+        float32's normal numbers, which CPUs flush; infinite where a length exceeds float32.
     """
 
     indices: Int[Array, "*L K"]
@@ -115,9 +116,11 @@ def scores(w12: Float[Array | np.ndarray, "H2 N"], mode: str = "concat") -> Floa
       mode: of `MODES`. S is 2 N for "concat", so its rounds have 2 N picks, else N.
 
     Raises:
-      InputError: an unknown mode, or an odd number of rows.
+      InputError: an unknown mode, no matrix, or an odd number of rows.
     """
     check_choice("mode", mode, MODES)
+    if np.ndim(w12) != 2:
+        raise InputError(f"w12 must be [2 H, N], found {list(np.shape(w12))}")
     if len(w12) % 2:
         raise InputError(f"w12 must have as many gate as value rows, found {len(w12)} rows")
     gate, value = jnp.split(jnp.asarray(w12), 2)
@@ -134,11 +137,15 @@ def shortfall(weights: Matrix, indices: Int[Array | np.ndarray, " K"]) -> float:
       rounds: 0 where every pick was the best one, about 1e-7 for float32. No more than 1e-5 is asked for.
 
     Raises:
-      InputError: indices that are no distinct rows.
+      InputError: weights that are not finite, or indices that are no distinct rows.
     """
     rows, picks = np.asarray(weights).astype(np.float64), np.asarray(indices)
+    if rows.ndim != 2 or not np.isfinite(rows).all():
+        raise InputError(f"weights must be finite [M, N], found {list(rows.shape)}, or NaN or infinite ones")
+    if picks.ndim != 1 or not picks.size or not np.issubdtype(picks.dtype, np.integer):
+        raise InputError(f"indices must be whole numbers [K], found {picks.dtype} {list(picks.shape)}")
     if len(set(picks.tolist())) < len(picks) or picks.min() < 0 or picks.max() >= len(rows):
-        raise InputError(f"indices must be distinct rows in 0..{len(rows) - 1}, found {picks.tolist()}")
+        raise InputError(f"indices must be distinct rows in 0..{len(rows) - 1}, found {picks[:8].tolist()} ...")
     total, taken, worst, done = (rows * rows).sum(1), np.zeros(len(rows), bool), 0.0, 0
     while done < len(picks):
         ahead = picks[done : done + rows.shape[1]]
@@ -164,7 +171,7 @@ def _check(weights: Array, k: Any, form: str, shape: str) -> None:
     floating = jnp.issubdtype(weights.dtype, jnp.floating)
     if weights.ndim != shape.count(",") + 1 or not floating or 0 in weights.shape:
         raise InputError(f"weights must be floating {shape}, found {weights.dtype} {list(weights.shape)}")
-    if not isinstance(k, numbers.Integral) or not 1 <= int(k) <= weights.shape[-2]:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or not 1 <= int(k) <= weights.shape[-2]:
         raise InputError(f"K must be a whole number in 1..M = {weights.shape[-2]}, found {k!r}")
     if not isinstance(weights, jax.core.Tracer) and not bool(jnp.isfinite(weights.astype(jnp.float32)).all()):
         raise InputError("weights must be finite in float32, found NaN or infinite ones")
@@ -314,7 +321,8 @@ def _blocked(picks: _Picks, start: _Round) -> _Picks:
 
     After t picks of a round the rows are rotated such that the picks' span is the first t columns. What lies there is
     gone for good: it is set to zero, and from stage to stage cut off, which halves the work where K = N. Some panels of
-    picks are rotated for at once; until then only candidates and distances are brought up to date.
+    picks are rotated for at once; until then all rows only give up what the new columns hold of them, for their
+    distances, and the candidates are rotated by themselves.
     """
     begin, width = picks.count, start.rows.shape[1]
     stages = _STAGES if width >= 64 * _STAGES else 1
@@ -400,6 +408,7 @@ class _Panel(NamedTuple):
     """The first `count` entries of `rows [p]` and `norms [p]` are picks, whose span x - x V' T V takes to columns.
 
     Attributes:
+      rows: of the matrix; while the panel is being made, of the candidates.
       vectors: V `[p, N]`, Householder's, zero beyond `count`.
       factor: T `[p, p]`, upper triangular, zero beyond `count`.
     """
@@ -435,7 +444,7 @@ def _panel(
 
     def pick(carry: tuple[_Panel, Array]) -> tuple[_Panel, Array]:
         (count, order, norms, vectors, factor), left = carry
-        best, here = left.argmax(), used + count
+        best, here = left.argmax().astype(jnp.int32), used + count
         row = _row(near, best)
         row -= _dot(_dot(_dot(vectors, row), factor), vectors)
         row = jnp.where(column < here, 0, row)

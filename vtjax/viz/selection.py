@@ -110,7 +110,7 @@ def growth(
     """Seconds of a selection over each size, both logarithmic, with the slope of its last two points.
 
     Args:
-      series: (sizes, seconds) by the size's letter, M, N or K.
+      series: (sizes, seconds) by the size's letter, M, N or K, or what moves together, "N = K".
       base: what the other sizes are.
 
     Returns:
@@ -128,7 +128,7 @@ def growth(
         slope = np.log(y[-1] / y[-2]) / np.log(x[-1] / x[-2])
         axes.plot(x, y, color=COLORS[number % len(COLORS)], marker="os^"[number % 3], markersize=5, label=name)
         axes.annotate(
-            f"{name}: grows like {name}^{slope:.1f}",
+            f"{name}: grows like {name.split()[0]}^{slope:.1f}",
             (x[-1], y[-1]),
             xytext=(6, 0),
             textcoords="offset points",
