@@ -315,6 +315,10 @@ def test_the_certificate_finds_what_is_not_greedy():
         assert ops.shortfall(weights, swapped) > 1e-3
     with pytest.raises(InputError, match="indices must be distinct rows in 0..39"):
         ops.shortfall(weights, np.array([1, 2, 1]))
+    with pytest.raises(InputError, match=r"indices must be whole numbers \[K\], found"):
+        ops.shortfall(weights, np.array([], int))
+    with pytest.raises(InputError, match="weights must be finite"):
+        ops.shortfall(weights * np.nan, np.array([0, 1]))
     exhausted = random(height, width, 0, "low rank")
     assert ops.shortfall(exhausted, ops.select(exhausted, height)) < 1e-6
 
@@ -369,3 +373,22 @@ def test_layers_split_over_eight_devices_give_the_same_picks_and_exchange_nothin
     np.testing.assert_array_equal(child["layers"]["indices"], expected.indices)
     np.testing.assert_allclose(child["layers"]["norms"], expected.norms, rtol=1e-6)
     assert child["layers"]["exchanged"] == 16 * 30
+
+
+@pytest.mark.parametrize("form", ops.FORMS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 1), (5, 1, 5), (300, 257, 290), (520, 270, 300)])
+def test_odd_shapes(form, shape):
+    """One row, one column, widths beside the stages' and panels' multiples, more candidates than rows."""
+    height, width, k = shape
+    weights = random(height, width)
+    found = ops.select_with_norms(weights, k, form=form)
+    assert len(set(found.indices.tolist())) == k and np.isfinite(found.norms).all()
+    assert ops.shortfall(weights, found.indices) < 1e-6
+
+
+def test_among_equals_the_first_is_picked_whatever_their_order_among_the_candidates():
+    """Candidates come sorted by distance; of two that are equally far after the first pick the lower index is next."""
+    weights = np.zeros((6, 4), np.float32)
+    weights[5, 0], weights[4, :2], weights[1, 2], weights[2, 3] = 4, (2, 1), 1, 1
+    for form in ops.FORMS:
+        assert ops.select(weights, 6, form=form).tolist() == [5, 1, 2, 4, 0, 3], form
