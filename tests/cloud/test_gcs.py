@@ -65,6 +65,7 @@ def bucket(tmp_path: Path) -> Iterator[Bucket]:
     made.server.shutdown()
 
 
+@pytest.mark.slow  # test_kill.py does the same on a local disk in every run
 def test_a_run_is_killed_resumed_and_evaluated_on_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
     argv = ["run", f"{TINY},steps=40", "--config.log_every=1", "--config.checkpoint.every=10"]
     straight, _ = bucket.vtjax(*argv, f"--workdir={tmp_path / 'local'}")

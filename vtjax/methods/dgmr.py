@@ -193,7 +193,7 @@ def choose(
     return picks
 
 
-def given(spec: ViTSpec, params: Params, indices: Sequence[Any]) -> list[Selection | None]:
+def given(spec: ViTSpec, params: Params, indices: Any) -> list[Selection | None]:
     """Neurons that are named by hand, as `choose` returns them; arguments and errors as of `prune`."""
     check(spec, params)
     if not isinstance(indices, list | tuple) or len(indices) != spec.depth:
