@@ -304,11 +304,19 @@ def _short(place: str) -> str:
 
 
 def _read(path: str) -> Any:
-    """Indices per block, of a JSON file."""
+    """Indices per block, of a JSON file; whether they fit a model is not looked at."""
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"config.dgmr.indices must be a JSON file with a list of neurons per block: {error}") from None
+    if not isinstance(found, list) or not all(each is None or isinstance(each, list) for each in found):
+        raise InputError(
+            f"config.dgmr.indices must be a JSON file with a list of neurons per block, found {str(found):.60}"
+        )
+    for layer, each in enumerate(found):
+        if not all(isinstance(neuron, int) for neuron in each or []):
+            raise InputError(f"config.dgmr.indices must hold whole numbers, found {str(each):.60} for block {layer}")
+    return found
 
 
 def no_teacher(spec: ViTSpec) -> str:

@@ -530,6 +530,20 @@ def test_indices_are_read_from_a_file(dense: Path, tmp_path: Path) -> None:
             assemble.task(config(init_from=dense, dgmr__indices=file))
 
 
+def test_indices_of_a_pruned_start_must_be_those_that_it_has(dense: Path, tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    file.write_text("[[3, 1], [0]]")
+    start = config(init_from=dense, dgmr__indices=file)
+    task = assemble.task(start)
+    package.weights.save(tmp_path / "pruned.safetensors", task.spec, task.init(jax.random.key(0))[0])
+    again = {"init_from": tmp_path / "pruned.safetensors", "dgmr__indices": file, "dgmr__teacher": dense}
+    assert assemble.task(config(**again)).summary["keep"] == [2, 1]
+    for text in ("[[1, 3], [0]]", "5", "[[1, [2]], [0]]", '[["a"], [0]]', "[[0.5], [0]]"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="config.dgmr.indices must"):
+            assemble.task(config(**again))
+
+
 def test_another_head_is_refused(dense: Path) -> None:
     with pytest.raises(InputError, match="config.model.classes must be those of the teacher's head, found 7"):
         assemble.task(config(init_from=dense, model__classes=7))
