@@ -25,7 +25,7 @@ from vtjax.ops import gram_schmidt
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.spec import ViTSpec
 from vtjax.train.state import params_sha256
-from vtjax.train.task import closing
+from vtjax.train.task import first_examples
 
 ALLOCATIONS = ("uniform", "spectrum", "sensitivity")
 
@@ -196,14 +196,7 @@ def _training_images(config: ConfigDict, spec: ViTSpec, leaf: str) -> np.ndarray
             f"config.dgmr.{leaf} looks at images in one process, found {jax.process_count()}: prune in one, and start "
             "from its workdir by config.init_from"
         )
-    found: list[Any] = []
-    batches = images_lib.opened(config, spec).eval("train")
-    with closing(batches):
-        for batch in batches:
-            found.extend(batch["image"][batch["valid"]])
-            if len(found) >= config.dgmr[leaf]:
-                break
-    return np.stack(found[: config.dgmr[leaf]])
+    return first_examples(images_lib.opened(config, spec), "train", config.dgmr[leaf])["image"]
 
 
 def _edited(config: ConfigDict, spec: ViTSpec, kept: Any, picks: Any = (), parent: str = "") -> ViTSpec:

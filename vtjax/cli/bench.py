@@ -108,6 +108,7 @@ def _forward(
     from vtjax.cli.assemble import say
     from vtjax.parallel import mesh as mesh_lib
     from vtjax.parallel import rules
+    from vtjax.train.task import first_examples
 
     count = max(args.images, *sizes)
     count += count % 2  # mixup, of which nothing is seen here, pairs rows
@@ -122,7 +123,7 @@ def _forward(
         except InputError:
             _check_data(config)
             raise
-        rows = _real(data, count)
+        rows = first_examples(data, "eval", count)
     baseline = _load(args.dense, config) if args.dense else None
     make = getattr(assemble.experiment(config.experiment), "deploy", _as_it_is)
     results = []
@@ -272,24 +273,6 @@ def _check_data(config: Config) -> None:
         assemble.image_data(config, spec)
     except InputError as error:
         raise InputError(f"{error} (or measure on noise: --noise)") from None
-
-
-def _real(data: Any, count: int) -> dict[str, Any]:
-    """The first `count` examples of the evaluation split, fewer where it has not as many."""
-    import numpy as np
-
-    from vtjax.train.task import closing
-
-    parts: list[Any] = []
-    found = 0
-    batches = data.eval("eval")
-    with closing(batches):
-        for batch in batches:
-            parts.append({name: value[batch["valid"]] for name, value in batch.items()})
-            found += len(parts[-1]["valid"])
-            if found >= count:
-                break
-    return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
 
 def _noise(spec: Any, count: int) -> dict[str, Any]:

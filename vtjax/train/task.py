@@ -97,3 +97,17 @@ def closing(batches: Iterator[Batch]) -> Iterator[None]:
     finally:
         if hasattr(batches, "close"):
             batches.close()
+
+
+def first_examples(data: Data, split: str, count: int) -> dict[str, np.ndarray]:
+    """The first `count` valid examples of a split of `data.eval`, fewer where it has not as many."""
+    parts: list[Batch] = []
+    found = 0
+    batches = data.eval(split)
+    with closing(batches):
+        for batch in batches:
+            parts.append({name: value[batch["valid"]] for name, value in batch.items()})
+            found += len(parts[-1]["valid"])
+            if found >= count:
+                break
+    return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
