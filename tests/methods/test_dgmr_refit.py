@@ -61,7 +61,8 @@ def test_others_are_missed_less_and_the_rest_stays() -> None:
                 same = np.array_equal(value, pruned[f"block_{layer:02d}"]["mlp"][name][leaf])
                 assert same != (moved and name == "down"), (layer, name, leaf)
     assert spec.lineage[:-1] == small.lineage and spec.lineage[-1].operation == dgmr_refit.REFIT
-    assert json.loads(spec.lineage[-1].arguments) == {"images": 32, "ridge": dgmr_refit.RIDGE}
+    arguments = {"images": 32, "ridge": dgmr_refit.RIDGE, "class_weight": (DENSE.tokens - DENSE.prefix) ** 0.5}
+    assert json.loads(spec.lineage[-1].arguments) == arguments
     assert dgmr.original(spec) == DENSE and dgmr.settings(spec)["keep"] == [30, 40, 20]
 
 

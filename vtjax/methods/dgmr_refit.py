@@ -55,6 +55,7 @@ def refit(
     images: Float[np.ndarray, "n H W C"],
     *,
     ridge: float = RIDGE,
+    class_weight: float | None = None,
     batch: int = 20,
     progress: Callable[[int], None] = lambda layer: None,
     parent: str = "",
@@ -66,6 +67,7 @@ def refit(
       dense_spec, dense: the one that it was.
       images: float, normalised; no labels are needed.
       ridge: see the module's text; 0 = none.
+      class_weight: c of the class and distillation tokens; None = the square root of the number of patch tokens.
       batch: images at a time. The tokens of all images of both models are held on the device.
       progress: called with the layer, before its work.
       parent: SHA-256 of `params` (`train.state.params_sha256`), for the lineage.
@@ -75,8 +77,9 @@ def refit(
       float64, on the host.
 
     Raises:
-      InputError: no images, images of another shape or that are not finite, a negative ridge, a batch below 1, or
-        models that are not the same but for MLPs of which at least one is narrower; parameters as of `dgmr.check`.
+      InputError: no images, images of another shape or that are not finite, a negative ridge, a class_weight of 0
+        or less, a batch below 1, or models that are not the same but for MLPs of which at least one is narrower;
+        parameters as of `dgmr.check`.
     """
     if not len(images):
         raise InputError("a refit needs at least one image, found none")
@@ -84,6 +87,8 @@ def refit(
         raise InputError("images must be finite, found NaN or infinite pixels")
     if not 0 <= ridge < np.inf:
         raise InputError(f"ridge must be 0 or more, found {ridge}")
+    if class_weight is not None and not 0 < class_weight < np.inf:
+        raise InputError(f"class_weight must be above 0, found {class_weight}")
     if batch < 1:
         raise InputError(f"batch must be 1 or more, found {batch}")
     differ = [name for name in spec.diff(dense_spec) if not name.startswith("lineage") and not name.endswith(".mlp")]
@@ -104,25 +109,26 @@ def refit(
     embed = jax.jit(lambda model, params, images: model.embed(params, images), static_argnums=0)
     here = [embed(student, params, part) for part in batches]
     there = [embed(teacher, dense, part) for part in batches]
+    heavy = (spec.tokens - spec.prefix) ** 0.5 if class_weight is None else class_weight
     for layer, (block, whole) in enumerate(zip(student.blocks(), teacher.blocks(), strict=True)):
         name = block_name(layer)
         if narrower[layer]:
             progress(layer)
             pairs = zip(here, there, strict=True)
-            found = [_normal(spec, block, whole, params[name], dense[name], *pair) for pair in pairs]
+            found = [_normal(spec, block, whole, heavy, params[name], dense[name], *pair) for pair in pairs]
             gram, moment = (np.sum([np.float64(each) for each in parts], 0) for parts in zip(*found, strict=True))
             mlp = params[name]["mlp"]
             down = {leaf: jnp.asarray(value) for leaf, value in _solve(gram, moment, mlp["down"], ridge).items()}
             params[name] = {**params[name], "mlp": {**mlp, "down": down}}
         here = [_run(block, params[name], tokens) for tokens in here]
         there = [_run(whole, dense[name], tokens) for tokens in there]
-    step = Lineage(parent, REFIT, json.dumps({"images": len(images), "ridge": ridge}))
+    step = Lineage(parent, REFIT, json.dumps({"images": len(images), "ridge": ridge, "class_weight": heavy}))
     return spec.edit(lineage=(*spec.lineage, step)), params
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _normal(
-    spec: ViTSpec, block: Block, whole: Block, params: Any, dense: Any, here: Tokens, there: Tokens
+    spec: ViTSpec, block: Block, whole: Block, heavy: Any, params: Any, dense: Any, here: Tokens, there: Tokens
 ) -> tuple[Float[Array, "J J"], Float[Array, "J D"]]:
     """Of one batch, float32: sum_t c_t h_t' h_t and sum_t c_t h_t' y_t."""
     hidden, _, before = _tapped(block, params, here)
@@ -131,7 +137,7 @@ def _normal(
         scale = jnp.ones(()) if spec.layer_scale is None else params["layer_scale2"]
         y += (known - before) / jnp.where(scale == 0, jnp.inf, scale)
     compared = int(spec.class_token) + int(spec.distill_token)
-    weight = jnp.where(jnp.arange(spec.tokens) < compared, (spec.tokens - spec.prefix) ** 0.25, 1.0)[:, None]
+    weight = jnp.where(jnp.arange(spec.tokens) < compared, jnp.sqrt(heavy), 1.0)[:, None]
     hidden = weight * jnp.pad(hidden, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
     hidden, y = (x.reshape(-1, x.shape[-1]) for x in (hidden, weight * y))
     return tuple(jnp.matmul(hidden.T, x, precision=jax.lax.Precision.HIGHEST) for x in (hidden, y))  # type: ignore
