@@ -26,7 +26,7 @@ from vtjax.train.task import first_examples
 from vtjax.viz import tables
 
 RECORDS = Path(__file__).resolve().parent / "results" / "refit_constants.jsonl"
-RIDGES, WEIGHTS = (1e-3, 1e-2, 1e-1), (1.0, 14.0, 196.0)
+RIDGES, WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0), (1.0, 14.0, 196.0)
 RATIO, FIT, COMPARED = 2.0, 200, 100
 
 
