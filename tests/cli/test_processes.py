@@ -212,6 +212,7 @@ def test_the_loss_of_a_process_ends_the_other_and_names_it(tmp_path, lost):
     assert "resumed from" in again.stderr and "(step 10 of 12)" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_the_same_step_on_both(tmp_path):
     workdir = tmp_path / "w"
     argv = ["run", TINY, f"--workdir={workdir}", "--config.checkpoint.every=1000", "--config.log_every=10"]

@@ -53,7 +53,7 @@ def test_traced_values_share_one_compilation_and_change_nothing(vtjax, tmp_path,
 def test_shapes_compile_anew_failures_are_recorded_and_filled_later(vtjax, tmp_path):
     argv = [
         *("sweep", TINY, f"--workdir={tmp_path}", "--grid=config.model.mlp=32,64", "--grid=config.optim.lr=1e-3,1e38"),
-        *("--config.optim.warmup=0", "--config.optim.clip=0"),
+        *("--config.model.depth=1", "--config.optim.warmup=0", "--config.optim.clip=0"),
     ]
     done = vtjax(*argv)
     assert done.code == 1
@@ -81,6 +81,7 @@ def test_an_evaluation_of_every_point(vtjax, tmp_path, finished):
     assert len(records(tmp_path)) == 5  # those of the first grid, too
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_in_the_middle_of_a_point(tmp_path, vtjax):
     argv = [
         *("sweep", TINY.replace("steps=4", "steps=40"), f"--workdir={tmp_path}", "--grid=config.seed=0,1,2"),

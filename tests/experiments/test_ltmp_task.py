@@ -128,6 +128,7 @@ def test_drift_is_found_and_guarded(run: Path, tmp_path: Path, capsys: Any) -> N
         (run / decisions.FILE).write_text(json.dumps(saved))
 
 
+@pytest.mark.slow
 def test_a_sweep_over_thresholds_compiles_once(tmp_path: Path, run: Path, capsys: Any) -> None:
     dense = tmp_path / "dense"
     vtjax(capsys, "run", "--config=configs/vit.py:tiny,steps=1", f"--workdir={dense}", "--config.optim.warmup=0")
@@ -200,6 +201,7 @@ def test_thresholds_learned_otherwise_are_refused(run: Path, overrides: dict[str
         assemble.task(config_lib.load_config(CONFIG, overrides={"init_from": str(run), **overrides}))
 
 
+@pytest.mark.slow
 def test_the_relative_form_trains(tmp_path: Path, capsys: Any) -> None:
     result = vtjax(
         capsys, "run", f"--config={CONFIG},steps=2", f"--workdir={tmp_path}/run", "--config.ltmp.relative=true"
@@ -303,7 +305,7 @@ def test_rates_spend_the_target() -> None:
     assert with_slope[0] == pytest.approx(3 * with_slope[-1])
 
 
-@pytest.mark.parametrize("variant", ["ltmp", "ltpm"])
+@pytest.mark.parametrize("variant", ["ltmp", pytest.param("ltpm", marks=pytest.mark.slow)])
 def test_even_thresholds_remove_what_the_rates_say(variant: str) -> None:
     dense = ViTSpec.uniform(depth=3, width=16, heads=2, mlp=32, image_size=24, patch=4, classes=4)
     spec, _ = ltmp.install(dense, variant=variant)
