@@ -20,6 +20,7 @@ from vtjax.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"--config={ROOT / 'configs' / 'vit.py'}:tiny,batch_size=8"
+ONE_BLOCK = "--config.model.depth=1"  # half the time to compile
 VTJAX = [sys.executable, "-m", "vtjax"]
 
 
@@ -51,6 +52,7 @@ def test_a_signal_saves_and_the_next_start_finishes(tmp_path, number, code, outp
     argv = [
         "run",
         TINY,
+        ONE_BLOCK,
         f"--workdir={workdir}",
         "--config.log_every=1",
         "--config.checkpoint.every=1000",
@@ -136,7 +138,7 @@ SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2
 
 def test_one_device_eight_and_two_processes_compute_the_same(tmp_path, monkeypatch):
     """Ten steps alone; on eight devices, whose checkpoint of step 9 two processes go on from, and theirs one device."""
-    argv = ["run", f"{TINY},steps=10", "--config.log_every=1", "--config.ema=0.9", "--config.accumulate=2"]
+    argv = ["run", f"{TINY},steps=10", ONE_BLOCK, "--config.log_every=1", "--config.ema=0.9", "--config.accumulate=2"]
     assert vtjax(*argv, f"--workdir={tmp_path / 'one'}").returncode == 0
     moving = [
         *argv,
@@ -197,7 +199,7 @@ def test_thresholds_start_and_settle_alike_on_two_processes(tmp_path):
 @pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_loss_of_a_process_ends_the_other_and_names_it(tmp_path, lost):
     workdir = tmp_path / "w"
-    argv = ["run", TINY, f"--workdir={workdir}", "--config.log_every=1", "--config.checkpoint.every=5"]
+    argv = ["run", TINY, ONE_BLOCK, f"--workdir={workdir}", "--config.log_every=1", "--config.checkpoint.every=5"]
     pair = Pair(*argv, "--config.steps=100000")
     pair.wait_for("step 12/")
     pair.children[lost].kill()
