@@ -35,6 +35,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("accuracy", "accuracy", accuracy),
         ("criteria", "accuracy", criteria),
         ("refit", "accuracy", refit),
+        ("constants", "refit_constants", constants),
         ("allocation", "accuracy", allocation),
         ("cost", "accuracy", cost),
         ("int8", "accuracy", int8),
@@ -245,6 +246,21 @@ def refit(records: Records) -> str:
     )
     header += ("fitted minus copied, distilled [95 %]",)
     return tables.markdown(header, rows) if rows else ""
+
+
+def constants(records: Records) -> str:
+    """The distillation loss on images that the fit has not seen, pull by weight of the class token."""
+    found = {(r["ridge"], r["class_weight"]): r["loss"] for r in records}
+    ridges, weights = (sorted({pair[i] for pair in found}) for i in (0, 1))
+    best = min(found.values())
+    rows = []
+    for ridge in ridges:
+        losses = (found[ridge, weight] for weight in weights)
+        rows.append((f"{ridge:g}", *(f"**{x:.1f}**" if x == best else f"{x:.1f}" for x in losses)))
+    header = ("pull", *(f"class token {weight:g}" for weight in weights))
+    one = records[-1]
+    note = f"Fitted on {one['fit']} training photographs, compared on {one['compared']} others. "
+    return tables.markdown(header, rows) + "\n\n" + note + circumstances(records)
 
 
 def allocation(records: Records) -> str:
