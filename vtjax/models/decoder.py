@@ -7,14 +7,12 @@ float32; `dtype` is the compute dtype.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
@@ -43,17 +41,6 @@ class LayerCache(NamedTuple):
     slot: Int[Array, ""]
 
 
-@functools.cache
-def frequencies(family: LMSpec, head_dim: int) -> Float[np.ndarray, " half"]:
-    """Rotary frequencies of the family's heads, float64 `[head_dim / 2]`, scaling included."""
-    plain, scaling = rope.frequencies(head_dim, family.rope_base), family.rope_scaling
-    if scaling is None:
-        return plain
-    if scaling.kind == "linear":
-        return plain / scaling.factor
-    return rope.llama3(plain, scaling.factor, scaling.low, scaling.high, scaling.context)
-
-
 class DecoderAttention(nn.Module):
     """Causal grouped-query self-attention of one block on the normed tokens.
 
@@ -72,7 +59,7 @@ class DecoderAttention(nn.Module):
     ) -> tuple[Float[Array, "B N D"], dict[str, Any]]:
         family, spec, x = self.family, self.spec, tokens.x
         position = jnp.arange(x.shape[1])[None] if tokens.position is None else tokens.position
-        frequency = frequencies(family, spec.head_dim)
+        frequencies = family.frequencies(spec.head_dim)
 
         def project(name: str, heads: int) -> Array:
             y = Dense(heads * spec.head_dim, family.qkv_bias, self.dtype, name=name)(x)
@@ -81,7 +68,7 @@ class DecoderAttention(nn.Module):
         def turned(name: str, y: Array) -> Array:
             if family.qk_norm == "head":
                 y = Norm("rmsnorm", family.eps, name=f"{name}_norm")(y)
-            return rope.rotate(y, jnp.broadcast_to(position, y.shape[:2]), frequency)
+            return rope.rotate(y, jnp.broadcast_to(position, y.shape[:2]), frequencies)
 
         q, k = turned("query", project("query", spec.heads)), turned("key", project("key", spec.kv_heads))
         v = project("value", spec.kv_heads)

@@ -66,6 +66,14 @@ class RopeScaling:
                 f"RopeScaling needs 0 < low < high and a context above 0, found {self.low}, {self.high}, {self.context}"
             )
 
+    def scaled(self, frequency: float) -> float:
+        """A rotary frequency, in radians per position, stretched."""
+        if self.kind == "linear":
+            return frequency / self.factor
+        turns = frequency * self.context / (2 * math.pi)
+        kept = min(max((turns - self.low) / (self.high - self.low), 0.0), 1.0)
+        return frequency * (kept + (1.0 - kept) / self.factor)
+
 
 @dataclasses.dataclass(frozen=True)
 class LMSpec(ModelSpec):
@@ -147,3 +155,8 @@ class LMSpec(ModelSpec):
             raise InputError(f"LMSpec.rope_base must be positive, found {self.rope_base}")
         if not all(0 <= token < self.vocab for token in self.eos):
             raise InputError(f"LMSpec.eos must hold token ids below vocab={self.vocab}, found {self.eos}")
+
+    def frequencies(self, head_dim: int) -> tuple[float, ...]:
+        """Rotary frequency of each of the `head_dim / 2` pairs, in radians per position, scaling included."""
+        plain = [self.rope_base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+        return tuple(plain if self.rope_scaling is None else map(self.rope_scaling.scaled, plain))

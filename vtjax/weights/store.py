@@ -17,7 +17,7 @@ import numpy as np
 
 from vtjax.errors import InputError
 from vtjax.spec import LMSpec, Spec, from_json
-from vtjax.weights import hf, hf_lm, io, names, registry, timm
+from vtjax.weights import gguf, hf, hf_lm, io, names, registry, timm
 from vtjax.weights.names import Params
 from vtjax.weights.tables import TABLES
 
@@ -30,9 +30,9 @@ def load(source: str | Path, spec: Spec | None = None) -> tuple[Spec, Params]:
     """Spec and parameters of a file, a folder or a named model.
 
     Args:
-      source: a safetensors file; a Hugging Face or timm-hub folder (`config.json` beside one or several safetensors
-        files); a name of `weights.registry`; or a hub id (`timm/vit_small_patch16_224.augreg_in21k_ft_in1k`), which is
-        looked for along `VTJAX_DATA` and then on the hub.
+      source: a safetensors or GGUF file; a Hugging Face or timm-hub folder (`config.json` beside one or several
+        safetensors files); a name of `weights.registry`; or a hub id (`facebook/dinov2-small`), which is looked for
+        along `VTJAX_DATA` and then on the hub.
       spec: for a bare file with timm or Hugging Face names; elsewhere it replaces what the source says.
 
     Returns:
@@ -90,6 +90,11 @@ def save(path: str | Path, spec: Spec, params: Params, layout: str = "vtjax", *,
 def _load_file(path: Path, spec: Spec | None, usual: Spec | None) -> tuple[Spec, Params]:
     """A file; `usual` is the spec of the name it was found by, for a file that does not say."""
     io.refuse_pickle(path)
+    if path.suffix == ".gguf":
+        quantised = gguf.File(path)
+        spec = spec or gguf.spec_from_file(quantised)
+        where = f"the weights of {path}"
+        return spec, names.to_ours(spec, gguf.Unpermuted(quantised, spec), TABLES[gguf.TABLE], "", where)
     file = io.File(path)
     if file.metadata.get("format") == FORMAT:
         stored = from_json(file.metadata.get("spec", ""))
