@@ -82,6 +82,20 @@ def test_embeddings_and_positions_take_the_place_of_ids():
     assert np.abs(np.asarray(logits(MODEL, PARAMS, IDS, positions=spread)) - whole).max() > 1e-2
 
 
+def test_packed_texts_are_read_as_if_alone():
+    prefix, first, second = IDS[:1, :2], IDS[:1, 2:6], IDS[1:, :3]
+    row = np.concatenate([prefix, first, second, [[5]]], 1)
+    segments = np.array([[0] * 2 + [1] * 4 + [2] * 3 + [-1]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 4, 5, 2, 3, 4, 0]], np.int32)
+    y = logits(MODEL, PARAMS, row, positions=positions, segments=segments)
+    for text, at in ((first, slice(2, 6)), (second, slice(6, 9))):
+        alone = logits(MODEL, PARAMS, np.concatenate([prefix, text], 1))
+        np.testing.assert_allclose(y[:, at], alone[:, 2:], atol=2e-5)
+    assert np.isfinite(y).all()
+    with pytest.raises(InputError, match="segments need positions"):
+        MODEL.apply(PARAMS, row, segments=segments)
+
+
 @pytest.mark.parametrize("remat,scan", [("full", True), ("names", False)])
 def test_scan_and_remat_change_nothing_but_memory(remat, scan):
 

@@ -73,7 +73,9 @@ class DecoderAttention(nn.Module):
         q, k = turned("query", project("query", spec.heads)), turned("key", project("key", spec.kv_heads))
         v = project("value", spec.kv_heads)
         if cache is None:
-            y = decoder_attention.causal(q, k, v, alive=tokens.alive, implementation=self.implementation)
+            y = decoder_attention.causal(
+                q, k, v, alive=tokens.alive, segment=tokens.segment, implementation=self.implementation
+            )
             aux: dict[str, Any] = {name: a for name, a in (("keys", k), ("values", v)) if name in want}
         else:
             keys, values = (

@@ -106,6 +106,7 @@ class LM:
         *,
         embeddings: Float[Array | np.ndarray, "B N D"] | None = None,
         positions: Ids | None = None,
+        segments: Ids | None = None,
         knobs: Knobs | None = None,
         want: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B M V"], dict[str, Any]]:
@@ -117,6 +118,8 @@ class LM:
           attention_mask: 1 for tokens, 0 for padding, which may lie on either side; None = no padding.
           embeddings: what enters the first block, in place of the embedding of ids (as `embed` gives it).
           positions: of every slot; None counts the tokens of `attention_mask` from 0.
+          segments: packed texts: 0 = prefix of all of them, 1, 2, ... = one each, -1 = padding. A token sees the prefix
+            and its own text before it; needs `positions`, which begin behind the prefix in every text.
           knobs: traced arrays by name, `[L, ...]` or one scalar for all layers; they override method parameters of the
             same name.
           want: per-block outputs to return in `aux["blocks"][l]`: "tokens", and from blocks with attention "keys",
@@ -133,7 +136,7 @@ class LM:
             the values are known, which they are not inside `jit`), shapes that do not fit, both or neither of ids and
             embeddings, an unknown name in `want`, a block whose `reduce` names a reducer that the model was not given.
         """
-        tokens = self._enter(params, input_ids, attention_mask, embeddings, positions)
+        tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, packed=segments)
         tokens, blocks = self._run(params, tokens, knobs, want)
         x = self._norm(params, tokens.x)
         return self._logits(params, x), {"features": x, "tokens": tokens, "blocks": blocks}
@@ -204,7 +207,9 @@ class LM:
         """Embedding of token ids, in the compute dtype."""
         return jnp.asarray(params["embed"]["tokens"])[jnp.asarray(input_ids)].astype(self.dtype)
 
-    def _enter(self, params: Params, input_ids: Any, attention_mask: Any, embeddings: Any, positions: Any) -> Tokens:
+    def _enter(
+        self, params: Params, input_ids: Any, attention_mask: Any, embeddings: Any, positions: Any, packed: Any = None
+    ) -> Tokens:
         """The tokens that enter the first block, checked."""
         if (input_ids is None) == (embeddings is None):
             raise InputError("a language model takes input_ids or embeddings, found both or neither")
@@ -215,16 +220,19 @@ class LM:
             x = jnp.asarray(embeddings).astype(self.dtype)
             if x.ndim != 3 or x.shape[2] != self.spec.width:
                 raise InputError(f"embeddings must be [B, N, {self.spec.width}], found {list(x.shape)}")
-        for name, value in (("attention_mask", attention_mask), ("positions", positions)):
+        for name, value in (("attention_mask", attention_mask), ("positions", positions), ("segments", packed)):
             if value is not None and value.shape != x.shape[:2]:
                 raise InputError(f"{name} must be {list(x.shape[:2])} as the tokens are, found {list(value.shape)}")
-        alive = None
+        if packed is not None and (positions is None or attention_mask is not None):
+            raise InputError("segments need positions and take the place of attention_mask, found none or both")
+        alive = None if packed is None else (jnp.asarray(packed) >= 0).astype(jnp.float32)
         if attention_mask is not None:
             check_mask(attention_mask)
             alive = jnp.asarray(attention_mask).astype(jnp.float32)
             if positions is None:
                 positions = jnp.maximum(jnp.cumsum(alive, axis=1) - 1, 0).astype(jnp.int32)
-        return Tokens(self.constrain(x), alive=alive, position=None if positions is None else jnp.asarray(positions))
+        position, segment = (None if a is None else jnp.asarray(a) for a in (positions, packed))
+        return Tokens(self.constrain(x), alive=alive, position=position, segment=segment)
 
     def _run(
         self, params: Params, tokens: Tokens, knobs: Knobs | None, want: tuple[str, ...]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vtjax.ops import linear
 
@@ -28,6 +28,7 @@ def causal(
     v: Float[Array, "B N K D"],
     *,
     alive: Float[Array, "B N"] | None = None,
+    segment: Int[Array, "B N"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B N H D"]:
     """Causal softmax attention, scaled by D ** -0.5.
@@ -35,6 +36,7 @@ def causal(
     Args:
       q, k, v: float32 or bfloat16; query heads h K / H .. share key head floor(h K / H).
       alive: 1 for live slots, 0 for dead ones (padding, removed tokens); None = all live. It carries no gradient.
+      segment: packed texts: a token sees those of segment 0 (the shared prefix) and of its own; None = one text.
       implementation: "square" computes all N x N scores; "blocks" goes by blocks of `BLOCK` rows over the keys up to
         the block's end, which leaves out the upper triangle; "auto" takes blocks where there are two or more.
 
@@ -54,7 +56,7 @@ def causal(
     parts = []
     for start in range(0, n, block):
         stop = min(start + block, n)
-        seen = _seen(start, stop, live)
+        seen = _seen(start, stop, live, segment)
         parts.append(_attend(q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop], seen))
     y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 3)
     return _ungrouped(y)
@@ -82,12 +84,18 @@ def _ungrouped(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(b, n, kv_heads * group, d)
 
 
-def _seen(start: int, stop: int, live: Array | None) -> Array:
+def _seen(start: int, stop: int, live: Array | None, segment: Array | None) -> Array:
     """`[1 or B, rows, stop]`: which keys below `stop` the rows `start .. stop` see."""
     rows, keys = jnp.arange(start, stop)[:, None], jnp.arange(stop)
-    if live is None:
+    if live is None and segment is None:
         return (keys <= rows)[None]
-    return ((keys < rows) & live[:, None, :stop]) | (keys == rows)
+    seen = (keys < rows)[None]
+    if live is not None:
+        seen = seen & live[:, None, :stop]
+    if segment is not None:
+        own, other = segment[:, start:stop, None], segment[:, None, :stop]
+        seen = seen & ((other == 0) | (other == own))
+    return seen | (keys == rows)
 
 
 def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
