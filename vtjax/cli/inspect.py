@@ -27,8 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """One model: model, params, macs_per_image (a language model: macs_per_prompt, prompt_tokens), kinds, spec. Two: pairs
-    of these, and spec_diff."""
+    """One model: model, params, macs_per_image (a language model: macs_per_prompt, prompt_tokens), kinds, spec. Two:
+    pairs of these, and spec_diff."""
     from vtjax.cli.assemble import say
 
     if args.tokens is not None and args.tokens < 1:
