@@ -82,8 +82,8 @@ class Scene(NamedTuple):
 
     centres: np.ndarray
     large: int
-    shapes: Int[np.ndarray, "6"]
-    marks: Int[np.ndarray, "6"]
+    shapes: Int[np.ndarray, " objects"]
+    marks: Int[np.ndarray, " objects"]
     ground: int
 
 
@@ -124,9 +124,7 @@ def scene(split: str, index: int, seed: int) -> Scene:
         ends = _nearest(distance[wanted["nearest"][0]]), _farthest(distance[wanted["farthest"][0]])
         if ends[0] is None or ends[1] is None:
             continue
-        fits = (_EVERY[:, large] == wanted["shape"][1]) & (
-            (_EVERY == _EVERY[:, [wanted["count"][0]]]).sum(1) == wanted["count"][1] + 1
-        )
+        fits = (_EVERY[:, large] == wanted["shape"][1]) & (_alike(wanted["count"][0]) == wanted["count"][1] + 1)
         # A few wishes contradict each other: an object cannot be alone in its shape and have its like nearest to it.
         if tries < PATIENCE:
             fits &= (_EVERY[:, ends[0]] == wanted["nearest"][1]) & (_EVERY[:, ends[1]] == wanted["farthest"][1])
@@ -165,13 +163,9 @@ def draw(made: Scene, size: int) -> UInt8[np.ndarray, "S S 3"]:
     rows, columns = (np.indices((size, size)) + 0.5) / size
     for number, colour in enumerate(COLOURS.values()):
         centre, radius = made.centres[number], _radius(number, made.large)
-        down, across = rows - centre[0], columns - centre[1]
-        inside = (
-            lambda: down**2 + across**2 <= radius**2,
-            lambda: np.maximum(np.abs(down), np.abs(across)) <= 0.89 * radius,  # of the circle's area, about
-            lambda: (down <= 0.75 * radius) & (down + radius >= 1.75 * np.abs(across)),
-        )[made.shapes[number]]()
-        image[inside] = colour
+        image[_inside(SHAPES[made.shapes[number]], (rows - centre[0]) / radius, (columns - centre[1]) / radius)] = (
+            colour
+        )
         top, left = (int(round(c * size)) - 1 for c in centre)
         mark = np.array(tuple(MARKS.values())[made.marks[number]], bool)
         image[top : top + 3, left : left + 3][mark] = 0
@@ -182,6 +176,20 @@ def draw(made: Scene, size: int) -> UInt8[np.ndarray, "S S 3"]:
 _EVERY = np.array(list(itertools.product(range(len(SHAPES)), repeat=OBJECTS)))
 _LARGE, _SMALL = 0.17, 0.085  # radii
 _GAP, _MARGIN = 0.02, 0.04  # between objects; between the nearest and the next one, the farthest and the next one
+
+
+def _alike(colour: int) -> np.ndarray:
+    """How many objects have the shape of that object, in each of the 729 ways."""
+    return (_EVERY[:, [colour]] == _EVERY).sum(1)
+
+
+def _inside(shape: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """Where a shape covers the plane; its centre is the origin, and 1 the radius of a circle of about its area."""
+    if shape == "circle":
+        return down**2 + across**2 <= 1
+    if shape == "square":
+        return np.maximum(np.abs(down), np.abs(across)) <= 0.89
+    return (down <= 0.75) & (down + 1 >= 1.75 * np.abs(across))
 
 
 def _radius(number: int, large: int) -> float:
