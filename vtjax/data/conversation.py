@@ -98,7 +98,7 @@ def encode(
 
     Raises:
       InputError: turns in another order; a number of placeholders other than `images`; control tokens in a text; an
-        empty answer; a token outside the vocabulary; nothing learned, or a prompt, that fits into `length`.
+        answer that is empty or holds unknown words; a template that does; a token outside the vocabulary; nothing learned, or a prompt, that fits into `length`.
     """
     _check_turns(turns)
     asked = sum(turn.text.count(IMAGE) for turn in turns)
@@ -159,18 +159,21 @@ def _check_turns(turns: Sequence[Turn]) -> None:
 
 def _steering(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of what the template says; control tokens count as such."""
-    return _known(tokenizer.encode(text), tokenizer) if text else []
+    ids = _known(text, tokenizer)
+    if tokenizer.unknown in ids:
+        raise InputError(f"the tokenizer must know what the template says, found unknown tokens in {text!r}")
+    return ids
 
 
 def _said(text: str, role: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of what a person says, who must not steer."""
-    ids = _steering(text, tokenizer)
+    ids = _known(text, tokenizer)
     steering = {number: token for token, number in tokenizer.control.items()}
     found = next((steering[number] for number in ids if number in steering), None)
     if found is not None:
         raise InputError(f"the text of a turn must not hold control tokens, found {found!r} in that of the {role}")
-    if role == "assistant" and not ids:
-        raise InputError("the assistant must say something, found a turn without tokens")
+    if role == "assistant" and (not ids or tokenizer.unknown in ids):
+        raise InputError(f"an answer must be made of tokens that the tokenizer knows, at least one, found {text!r}")
     return ids
 
 
@@ -181,7 +184,8 @@ def _end(template: Template, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _known(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+def _known(text: str, tokenizer: Tokenizer) -> list[int]:
+    ids = tokenizer.encode(text) if text else []
     outside = next((number for number in ids if not 0 <= number < tokenizer.vocabulary), None)
     if outside is not None:
         raise InputError(f"token must be in the vocabulary, 0..{tokenizer.vocabulary - 1}, found {outside}")

@@ -2,7 +2,7 @@
 """What the data need of a tokenizer, and the one of words for small decoders trained from scratch.
 
 Unknown words become the id `unknown` in what a user or a question says: a model must read on. In an answer that is to
-be learned they are refused (`question_loader`), because it could never be said.
+be learned they are refused (`conversation.encode`), because it could never be said.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ class WordTokenizer:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"tokenizer {os.fspath(path)} cannot be read: {reason}") from None
-        found = (content.get("format"), content.get("kind")) if isinstance(content, dict) else (None, None)
-        if found != (FORMAT, "words"):
+        form, kind = (content.get("format"), content.get("kind")) if isinstance(content, dict) else (None, None)
+        if (form, kind) != (FORMAT, "words"):
             raise InputError(
-                f"tokenizer {os.fspath(path)} must have format {FORMAT} and kind 'words', found {found[0]} and {found[1]}"
+                f"tokenizer {os.fspath(path)} must have format {FORMAT} and kind 'words', found {form!r} and {kind!r}"
             )
         control, words = content.get("control"), content.get("words")
         texts = [control, words]
