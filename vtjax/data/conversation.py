@@ -98,7 +98,8 @@ def encode(
 
     Raises:
       InputError: turns in another order; a number of placeholders other than `images`; control tokens in a text; an
-        answer that is empty or holds unknown words; a template that does; a token outside the vocabulary; nothing learned, or a prompt, that fits into `length`.
+        answer that is empty or holds unknown words; a template that does; a token outside the vocabulary; nothing
+        learned, or a prompt, that fits into `length`.
     """
     _check_turns(turns)
     asked = sum(turn.text.count(IMAGE) for turn in turns)

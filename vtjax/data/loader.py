@@ -249,7 +249,7 @@ def from_config(
     Raises:
       InputError: as `sources.open_source`, `Augment` and `ImageData`.
     """
-    augment = _augment_of(config)
+    augment = augment_of(config)
     name, path = config["name"], config["path"]
     options: dict[str, Any] = {"path": path} if path else {}
     if name == "procedural":
@@ -298,12 +298,17 @@ def batch_shapes(
         "valid": (rows, np.dtype(bool)),
         "index": (rows, ints),
     }
-    if training and _augment_of(config).mixes:
+    if training and augment_of(config).mixes:
         shapes |= {"label2": (rows, ints), "lam": (rows, floats)}
     return shapes
 
 
-def _augment_of(config: Any) -> Augment:
+def augment_of(config: Any) -> Augment:
+    """The augmentation that `config.data` describes.
+
+    Raises:
+      InputError: as `Augment`.
+    """
     return Augment(
         geometry=config["augment"],
         flip=config["flip"],

@@ -71,7 +71,9 @@ class WordTokenizer:
         self.vocabulary = len(tokens)
         self._tokens = tokens
         self._ids = {token: number for number, token in enumerate(tokens)}
-        self.control = {token: self._ids[token] for token in (*CONTROL, *self.extra) if token != UNKNOWN}
+        self.control: Mapping[str, int] = {
+            token: self._ids[token] for token in (*CONTROL, *self.extra) if token != UNKNOWN
+        }
         self.pad, self.unknown, self.image = self._ids[PAD], self._ids[UNKNOWN], self._ids[IMAGE]
         self._control = re.compile("(" + "|".join(map(re.escape, self.control)) + ")")
 
