@@ -229,7 +229,7 @@ class _Rows:
         return packing.row([self._written[i] for i in self.parts[index]], self.prefix, length, pad)
 
     def image(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        image = self._images[self.questions.image[self.parts[index].start]]
+        image = self._images[int(self.questions.image[self.parts[index].start])]
         return transforms.evaluate(image, size, 1.0, squash=True)
 
 
@@ -271,9 +271,9 @@ def from_config(
         )
     if config["workers"]:
         raise InputError(f"config.data.workers must be 0 with questions, which threads read, found {config['workers']}")
-    options = {"n": config["n"], "size": config["size"]}
-    if config["name"] != "marked_shapes":
-        options = {"path": config["path"]} if config["path"] else {}
+    own: dict[str, Any] = {"n": config["n"], "size": config["size"]}
+    elsewhere = {"path": config["path"]} if config["path"] else {}
+    options = {**own, **elsewhere} if config["name"] == "marked_shapes" else elsewhere
     evaluation = questions.open_questions(config["name"], config["eval_split"], **options)
     train = None
     if config["train_split"]:

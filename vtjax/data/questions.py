@@ -13,7 +13,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -23,6 +23,7 @@ from vtjax.data.sources import choices
 from vtjax.errors import InputError
 
 
+@runtime_checkable
 class Images(Protocol):
     """Random access to images, uint8 `[H, W, 3]`; safe to read from several threads."""
 
