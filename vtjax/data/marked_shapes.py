@@ -103,7 +103,7 @@ def example(split: str, index: int, size: int, seed: int) -> tuple[UInt8[np.ndar
       size: S, the side in pixels, at least `SMALLEST`.
 
     Raises:
-      InputError: a size that cannot hold the marks, or a negative seed.
+      InputError: a size that cannot hold the marks.
     """
     made = scene(split, index, seed)
     return draw(made, size), [ask(made, form, colour) for form, colour in _asked(split, index, seed)]
@@ -175,7 +175,8 @@ def draw(made: Scene, size: int) -> UInt8[np.ndarray, "S S 3"]:
 # All ways to give six objects three shapes, [729, 6].
 _EVERY = np.array(list(itertools.product(range(len(SHAPES)), repeat=OBJECTS)))
 _LARGE, _SMALL = 0.17, 0.085  # radii
-_GAP, _MARGIN = 0.02, 0.04  # between objects; between the nearest and the next one, the farthest and the next one
+_CORNER = 1.27  # how far the corners of squares and triangles reach, in radii: no two objects touch
+_MARGIN = 0.04  # between the nearest and the next one, the farthest and the next one
 
 
 def _alike(colour: int) -> np.ndarray:
@@ -205,14 +206,14 @@ def _place(rng: np.random.Generator, large: int, side: int) -> np.ndarray:
         centres[large] = rng.uniform(_LARGE, 1 - _LARGE), rng.uniform(low, high)
         # Free places out of thirty: the first that touches nothing placed before.
         drawn = rng.uniform(1.2 * _SMALL, 1 - 1.2 * _SMALL, (30, 2))
-        free = np.linalg.norm(drawn - centres[large], axis=-1) >= _LARGE + _SMALL + _GAP
+        free = np.linalg.norm(drawn - centres[large], axis=-1) >= _CORNER * (_LARGE + _SMALL)
         for number in small:
             if not free.any():
                 break
             centres[number] = drawn[free.argmax()]
-            free &= np.linalg.norm(drawn - centres[number], axis=-1) >= 2 * _SMALL + _GAP
+            free &= np.linalg.norm(drawn - centres[number], axis=-1) >= _CORNER * 2 * _SMALL
         else:
-            return centres.copy()
+            return centres
 
 
 def _nearest(distance: np.ndarray) -> int | None:

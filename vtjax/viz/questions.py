@@ -48,5 +48,5 @@ def sheet(samples: Mapping[str, Sequence[tuple[np.ndarray, str, str]]], title: s
             axes.text(0.5, -0.04, "\n".join(lines), fontsize=8, color=INK, **below)
             axes.text(0.5, -0.06 - 0.1 * len(lines), answer, fontsize=8.5, color=INK, fontweight="bold", **below)
     if title:
-        figure.suptitle(title, x=0.125, y=0.95, ha="left", fontsize=12, fontweight="bold", color=INK)
+        figure.suptitle(title, x=0.125, y=0.92, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
