@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of experiments/vlm/README.md, rebuilt from results/*.jsonl.
+
+python -m experiments.vlm.tables           writes them between their markers
+python -m experiments.vlm.tables --check   exits 1 where the README differs
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.ltmp.tables import circumstances
+from vtjax.viz import tables
+
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+
+Records = list[dict[str, Any]]
+
+
+def build(results: Path = HERE / "results") -> dict[str, str]:
+    """Markdown by table name; a table whose records do not exist is absent."""
+    return tables.from_records(results, (("baselines", "data", baselines), ("batches", "data", batches)))
+
+
+def baselines(records: Records) -> str:
+    """What answering blindly reaches, the latest record of every set, whole and type by type."""
+    latest = {r["set"]: r for r in records if r["kind"] == "baselines"}
+    rows = []
+    for name, r in latest.items():
+        for kind, found in (("all", r), *r["types"].items()):
+            shares = (f"{100 * found[m]:.1f} %" for m in ("majority", "per_text"))
+            rows.append((name, kind, f"{found['questions']:,}", *shares, found["majority_answer"]))
+    if not rows:
+        return ""
+    header = ("set", "type", "test questions", "majority answer", "best answer per text", "the majority answer")
+    return tables.markdown(header, rows) + "\n\n" + circumstances(latest.values())
+
+
+def batches(records: Records) -> str:
+    """Padding and time of batches, the latest record of every form."""
+    latest = {(r["set"], r["pack"], r["buckets"]): r for r in records if r["kind"] == "batches"}
+    rows = [
+        (
+            name,
+            pack,
+            ", ".join(map(str, r["lengths"])),
+            f"{r['questions_per_batch']:.0f}",
+            f"{r['slots_per_question']:.1f}",
+            f"{100 * r['padding']:.1f} %",
+            f"{1e3 * r['batch_s']['median']:.1f} ms",
+            f"{1e3 * r['batch_s']['p10']:.1f} to {1e3 * r['batch_s']['p90']:.1f}",
+        )
+        for (name, pack, _), r in latest.items()
+    ]
+    if not rows:
+        return ""
+    header = (
+        "set",
+        "pack",
+        "row lengths",
+        "questions per batch",
+        "slots per question",
+        "padding",
+        "a batch",
+        "p10 to p90",
+    )
+    one = next(iter(latest.values()))
+    note = f"{one['batch_size']} rows, {one['visual_tokens']} visual tokens, one thread, images decoded before. "
+    return tables.markdown(header, rows) + "\n\n" + note + circumstances(latest.values())
+
+
+if __name__ == "__main__":
+    sys.exit(tables.command(README, build, __doc__))
