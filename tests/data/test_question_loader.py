@@ -183,7 +183,8 @@ def test_draws_are_fresh_and_repeatable() -> None:
         ({"limit": 12}, "a question must have at most 12 tokens with its image, found 1"),
         ({"visual_tokens": 0}, "visual_tokens must be at least 1, found 0"),
         ({"rows": [1, 0]}, "rows must ascend within 0..3"),
-        ({"train": shapes("train", 1).about(range(1)), "seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"train": TRAIN.about(range(0))}, "a split must hold at least one question, found none"),
     ],
 )
 def test_bad_settings(options: dict, message: str) -> None:

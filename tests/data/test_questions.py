@@ -229,8 +229,7 @@ def test_bad_names_splits_and_options(name: str, split: str, options: dict, mess
 
 
 def test_a_set_without_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    info = SimpleNamespace(features={"image": None, "label": None})
-    monkeypatch.setattr(prepared, "info_of", lambda folder: info)
+    monkeypatch.setattr(prepared, "info_of", lambda folder: SimpleNamespace(features={"image": None, "label": None}))
     with pytest.raises(
         InputError, match=r"set x must have image and questions \(text, answer, type\), found image, label"
     ):

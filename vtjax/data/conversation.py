@@ -88,7 +88,8 @@ def encode(
     nothing is learned from it.
 
     What is longer than `length` is cut at the end: to the last learned token that fits, so that neither an image nor a
-    question is left that leads to nothing. An image that does not fit whole goes, with all that follows it.
+    question is left that leads to nothing. An image that does not fit whole goes, with all that follows it; the
+    result's `images` tell how many are left.
 
     Args:
       turns: an optional system turn, then user and assistant in turn.

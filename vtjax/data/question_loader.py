@@ -96,6 +96,9 @@ class QuestionData:
             raise InputError(f"rows must ascend within 0..{batch_size - 1}, found {mine[:8]}")
         if train is not None and (train.answers, train.types) != (eval.answers, eval.types):
             raise InputError("both splits must have the same answers and types, found those of two sets")
+        for split in (train, eval):
+            if split is not None and not len(split):
+                raise InputError("a split must hold at least one question, found none")
         write = _Writer(tokenizer, template, visual_tokens)
         self._splits = {"eval": _Rows(eval, write, pack, limit)}
         if train is not None:

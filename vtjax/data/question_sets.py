@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from vtjax.data import marked_shapes, prepared
-from vtjax.data.questions import Questions, Splits, read_prepared
+from vtjax.data.questions import Splits, read_prepared
 from vtjax.errors import InputError, MissingExtraError
 
 EASY_VQA_TYPES = ("color", "shape", "exists", "absent")
@@ -61,14 +61,12 @@ def splits(folder: str) -> Splits:
     """
     info = prepared.info_of(folder)
     questions = dict(info.features).get("questions", {})
-    if "image" not in info.features or any(name not in questions for name in ("text", "answer", "type")):
+    labels = (questions[name] for name in ("answer", "type") if name in questions)
+    named = [label for label in labels if hasattr(label, "names")]
+    if "image" not in info.features or "text" not in questions or len(named) != 2:
         found = ", ".join(info.features)
         raise InputError(f"prepared set {folder} must have image and questions (text, answer, type), found {found}")
-    return {split: functools.partial(_read, folder, split) for split in info.splits}
-
-
-def _read(folder: str, split: str) -> Questions:
-    return read_prepared(folder, split)
+    return {split: functools.partial(read_prepared, folder, split) for split in info.splits}
 
 
 def easy_vqa_type(text: str) -> str:
