@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import itertools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -51,8 +51,11 @@ class Reference:
         return -log[np.arange(len(log)), row.labels] * row.weights
 
 
+MASK = jax.jit(ops.attention_mask)
+
+
 def mask_of(row: packing.Row) -> np.ndarray:
-    return np.asarray(ops.attention_mask(jnp.asarray(row.segments[None])))[0]
+    return np.asarray(MASK(row.segments[None]))[0]
 
 
 def test_packed_equals_unpacked() -> None:
@@ -61,15 +64,15 @@ def test_packed_equals_unpacked() -> None:
     together = packing.row(asked, prefix, 48, WORDS.pad)
     packed = model.losses(together, mask_of(together), WORDS.image)
     for number, one in enumerate(asked, 1):
-        alone = packing.row([one], prefix, 24, WORDS.pad)
+        alone = packing.row([one], prefix, 48, WORDS.pad)
         expected = model.losses(alone, mask_of(alone), WORDS.image)
         here = packed[together.segments == number]
         np.testing.assert_allclose(here, expected[alone.segments == 1], rtol=1e-12)
         assert expected.sum() > 1 and together.weights[together.segments == number].sum() == one.learned.sum()
         # The same tokens in the same order as the conversation itself, under plain causal attention.
-        plain = packing.row([one], 0, len(one.ids), WORDS.pad)
-        np.testing.assert_array_equal(plain.input_ids, one.ids)
-        np.testing.assert_array_equal(mask_of(plain), np.tril(np.ones((len(one.ids),) * 2, bool)))
+        plain, size = packing.row([one], 0, 48, WORDS.pad), len(one.ids)
+        np.testing.assert_array_equal(plain.input_ids[:size], one.ids)
+        np.testing.assert_array_equal(mask_of(plain)[:size, :size], np.tril(np.ones((size, size), bool)))
         np.testing.assert_allclose(model.losses(plain, mask_of(plain), WORDS.image).sum(), here.sum(), rtol=1e-12)
 
 

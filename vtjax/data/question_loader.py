@@ -112,8 +112,9 @@ class QuestionData:
         self._bucket = {name: np.searchsorted(self.lengths, split.sizes) for name, split in self._splits.items()}
         self._seed, self._batch_size, self._rows, self._size = seed, batch_size, mine, image_size
         self._pack, self._pad, self._mean, self._std, self._prefetch = pack, tokenizer.pad, mean, std, prefetch
-        # The stretches that threads are at; a split smaller than a stretch would come more than once in it.
+        # A split smaller than a stretch would come more than once in it.
         self._group = min(GROUP, max(1, self.train_examples // batch_size)) if len(self.lengths) > 1 else 1
+        # Threads are at neighbouring steps, so at one stretch or two.
         self._stretch = functools.lru_cache(maxsize=4)(self._sorted_stretch)
 
     def train(self, start_step: int) -> Iterator[Batch]:
