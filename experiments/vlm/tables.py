@@ -41,7 +41,7 @@ def baselines(records: Records) -> str:
 
 def batches(records: Records) -> str:
     """Padding and time of batches, the latest record of every form."""
-    latest = {(r["set"], r["pack"], r["buckets"]): r for r in records if r["kind"] == "batches"}
+    latest = {(r["set"], r["pack"], tuple(r["lengths"])): r for r in records if r["kind"] == "batches"}
     rows = [
         (
             name,
@@ -67,8 +67,11 @@ def batches(records: Records) -> str:
         "a batch",
         "p10 to p90",
     )
-    one = next(iter(latest.values()))
-    note = f"{one['batch_size']} rows, {one['visual_tokens']} visual tokens, one thread, images decoded before. "
+    one, loads = next(iter(latest.values())), [r["load"][0] for r in latest.values()]
+    note = (
+        f"{one['batch_size']} rows, {one['visual_tokens']} visual tokens, one thread, images decoded before; "
+        f"load of the machine {min(loads):.1f} to {max(loads):.1f}. "
+    )
     return tables.markdown(header, rows) + "\n\n" + note + circumstances(latest.values())
 
 

@@ -49,7 +49,10 @@ def decoder(config: Any, vocabulary: int, image: int) -> Task:
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         asked = batch["question"] >= 0
         lost, wrong = per_question(params, batch)
-        return {"loss": (lost * asked).sum(), "top1": ((wrong == 0) & asked).sum(), "count": asked.sum()}
+        right = ((wrong == 0) & asked).astype(jnp.float32)
+        shares = packing.per_type(asked.astype(jnp.float32), batch["type"], len(TEST.types))
+        kinds = {f"share_{name}": share for name, share in zip(TEST.types, shares, strict=True)}
+        return {"loss": (lost * asked).sum(), "top1": right.sum(), "count": asked.sum(), **kinds}
 
     return Task(toy.SPEC, init, loss, evaluate, optim.group_of(config.optim))
 
@@ -61,3 +64,5 @@ def test_a_run_over_two_row_lengths_counts_every_question(tmp_path: Path) -> Non
     result = loop.train(decoder(config, WORDS.vocabulary, WORDS.image), data, config, tmp_path)
     assert result["count"] == len(TEST) and result["step"] == 6
     assert 0 <= result["top1"] <= 1 and result["loss"] > 0
+    for number, name in enumerate(TEST.types):
+        assert abs(result[f"share_{name}"] - (TEST.type == number).mean()) < 1e-6

@@ -26,3 +26,12 @@ def test_sums_per_question() -> None:
     expected = np.stack([np.where(q == SEGMENTS, values, 0).sum(-1) for q in (1, 2, 3)], -1)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert (found[:, 2] == 0).all()  # a question that no row has
+
+
+def test_sums_per_type() -> None:
+    values, kind = (
+        np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], np.float32),
+        np.array([[0, 2, -1], [2, 2, 0]], np.int32),
+    )
+    found = jax.jit(packing.per_type, static_argnums=2)(values, kind, 4)
+    np.testing.assert_array_equal(found, [33.0, 0.0, 26.0, 0.0])

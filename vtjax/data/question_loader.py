@@ -53,7 +53,8 @@ class QuestionData:
 
     Attributes:
       lengths: the row lengths, ascending.
-      classes: number of answers of the set.
+      answers, types: of the set, in the order of their numbers.
+      classes: number of answers.
       train_examples, eval_examples: rows of each split.
 
     Raises:
@@ -103,7 +104,7 @@ class QuestionData:
         self._splits = {"eval": _Rows(eval, write, pack, limit)}
         if train is not None:
             self._splits["train"] = _Rows(train, write, pack, limit)
-        self.classes = len(eval.answers)
+        self.answers, self.types, self.classes = eval.answers, eval.types, len(eval.answers)
         self.train_examples = 0 if train is None else len(self._splits["train"])
         self.eval_examples = len(self._splits["eval"])
         most = packing.buckets(self._splits["eval" if train is None else "train"].sizes.tolist(), buckets)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows in which several questions share a prefix (the image): who attends to whom, and sums per question.
 
-Letters: B rows, S tokens, Q questions of a row. `segments` int `[B, S]`: 0 = prefix, 1..Q = question, -1 = padding.
+Letters: B rows, S tokens, Q questions of a row, T types. `segments` int `[B, S]`: 0 = prefix, 1..Q = question, -1 =
+padding.
 """
 
 from __future__ import annotations
@@ -32,3 +33,12 @@ def per_question(values: Float[Array, "B S"], segments: Int[Array, "B S"], quest
     """
     member = jax.nn.one_hot(segments - 1, questions, dtype=jnp.float32)
     return jnp.einsum("bs,bsq->bq", values.astype(jnp.float32), member, precision=jax.lax.Precision.HIGHEST)
+
+
+def per_type(values: Float[Array, "B Q"], type: Int[Array, "B Q"], types: int) -> Float[Array, " T"]:
+    """Sums of `values` over the questions of each type, float32; T = `types`, and -1 marks no question.
+
+    Of ones it is the number of questions of each type, by which a sum becomes a mean.
+    """
+    member = jax.nn.one_hot(type, types, dtype=jnp.float32)
+    return jnp.einsum("bq,bqt->t", values.astype(jnp.float32), member, precision=jax.lax.Precision.HIGHEST)
