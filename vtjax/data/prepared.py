@@ -9,7 +9,6 @@ import io
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -140,7 +139,6 @@ def prepare(builder_class: Any) -> str:
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
     except OSError as error:
         raise InputError(f"cache {root} must be writable (VTJAX_CACHE moves it): {error.strerror}") from None
-    print(f"preparing {builder_class.name} in {final}", file=sys.stderr, flush=True)
     try:
         builder = builder_class(data_dir=str(partial), file_format="array_record")
         # Standard output belongs to the command's result.

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,10 @@ def _easy_vqa_folder() -> Path:
     return Path(spec.origin).parent / "data"
 
 
+def _say(name: str, images: int) -> None:
+    print(f"preparing {name}, {images} images (once) ...", file=sys.stderr, flush=True)
+
+
 def _features(answers: tuple[str, ...], types: tuple[str, ...], size: int) -> Any:
     import tensorflow_datasets as tfds
 
@@ -152,6 +157,7 @@ def _easy_vqa_builder() -> Any:
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            _say(self.name, sum(EASY_VQA_IMAGES.values()))
             return {split: self._generate_examples(split) for split in EASY_VQA_IMAGES}
 
         def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -181,6 +187,7 @@ def _marked_shapes_builder(n: int, size: int, seed: int) -> Any:
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             counts = {"train": n, "val": max(1, n // 4), "test": max(1, n // 4)}
+            _say(self.name, sum(counts.values()))
             return {split: self._generate_examples(split, count) for split, count in counts.items()}
 
         def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
