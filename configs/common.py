@@ -123,6 +123,22 @@ def data(**leaves: Any) -> ConfigDict:
     return with_leaves(config, leaves)
 
 
+def questions(**leaves: Any) -> ConfigDict:
+    """The leaves of the data where it is questions about images (`vtjax.data.question_loader`): those of `data`, and
+    how questions share rows. Augmentation stays off."""
+    config = data(name="marked_shapes")
+    config.update(
+        {
+            "n": 4000,  # images in the training split of "marked_shapes"
+            "size": 64,  # their side, pixels
+            "pack": 1,  # most questions of a row; 1: each has its own
+            "buckets": 1,  # most row lengths, each of which is compiled once
+            "limit": 0,  # most tokens of a row; 0: what the longest needs
+        }
+    )
+    return with_leaves(config, leaves)
+
+
 def parse_arg(arg: str, variants: Iterable[str], **options: Any) -> tuple[str, ConfigDict]:
     """Splits `digits,steps=50` into the variant and its options.
 

@@ -4,11 +4,16 @@
 import vtjax
 m = vtjax.load("vit_ti16_augreg")     # a name, a workdir, a weights file, a timm or Hugging Face folder
 y, aux = m.apply(m.params, images)    # images [B,H,W,3] float32, normalised as m.spec.preprocess says
+
+m = vtjax.load("smollm2_135m")        # a language model: a name, a GGUF file, a Hugging Face folder, ...
+logits, aux = m.apply(m.params, input_ids, attention_mask)
+tokens, count = m.generate(m.params, input_ids, attention_mask, new_tokens=20)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,20 +32,26 @@ class Model:
     Attributes:
       spec: the architecture.
       params: nested dict of float32 arrays.
-      apply: `apply(params, images, knobs=None, want=()) -> (y, aux)`, see `vtjax.models.vit.ViT.apply`. Not jitted.
+      apply: not jitted. Of a ViT: `apply(params, images, knobs=None, want=()) -> (y, aux)`, see
+        `vtjax.models.vit.ViT.apply`. Of a language model: `apply(params, input_ids, attention_mask=None) -> (logits,
+        aux)`, see `vtjax.models.lm.LM.apply`.
+      generate: of a language model: `generate(params, input_ids, attention_mask=None, new_tokens=...) -> (tokens,
+        count)`, see `vtjax.models.generate.generate`. Jitted. None for others.
     """
 
     spec: Spec
     params: dict[str, Any]
     apply: Callable[..., tuple[Any, dict[str, Any]]]
+    generate: Callable[..., tuple[Any, Any]] | None = None
 
 
 def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "last", **options: Any) -> Model:
     """Loads a model with its weights.
 
     Args:
-      path_or_name: a workdir of `vtjax run`, a safetensors file, a timm or Hugging Face folder, or a registered name
-        (looked for along `VTJAX_DATA`, then on the hub where the `[hub]` extra is installed).
+      path_or_name: a workdir of `vtjax run`, a safetensors or GGUF file, a timm or Hugging Face folder, or a registered
+        name (looked for along `VTJAX_DATA`, in the installed package that holds it, then on the hub where the `[hub]`
+        extra is installed).
       spec: needed for a bare file of timm or Hugging Face names only.
       which: "last" or "best" checkpoint of a workdir.
       **options: passed to the model, e.g. `dtype=jnp.bfloat16`, `attention="xla"`.
@@ -50,6 +61,8 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
     """
     from vtjax import paths
     from vtjax.methods import build
+    from vtjax.models.generate import generate
+    from vtjax.models.lm import LM
 
     if paths.is_workdir(path_or_name):
         from vtjax.train import checkpoint
@@ -59,4 +72,6 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
         from vtjax import weights
 
         spec, params = weights.load(path_or_name, spec=spec)
-    return Model(spec=spec, params=params, apply=build(spec, **options).apply)
+    model = build(spec, **options)
+    writes = functools.partial(generate, model) if isinstance(model, LM) else None
+    return Model(spec=spec, params=params, apply=model.apply, generate=writes)

@@ -169,8 +169,8 @@ def case(kind: str, model: str, batch: int, torch: Torch, options: argparse.Name
         fields["losses_max_abs_diff"] = drift
     waiting = {"vtjax": 0.0, "torch": 0.0}
     measures = {
-        "vtjax": _watched(timing.timer(ours.train if kind == "train" else apply), torch.process.pid, "torch", waiting),
-        "torch": _watched(lambda n: torch.ask(kind, calls=n)["seconds"], os.getpid(), "vtjax", waiting),
+        "vtjax": watched(timing.timer(ours.train if kind == "train" else apply), torch.process.pid, "torch", waiting),
+        "torch": watched(lambda n: torch.ask(kind, calls=n)["seconds"], os.getpid(), "vtjax", waiting),
     }
     result = timing.compare(
         measures,
@@ -191,16 +191,16 @@ def case(kind: str, model: str, batch: int, torch: Torch, options: argparse.Name
     }
 
 
-def _watched(measure: timing.Measure, waiter: int, name: str, waiting: dict[str, float]) -> timing.Measure:
+def watched(measure: timing.Measure, waiter: int, name: str, waiting: dict[str, float]) -> timing.Measure:
     """The measure, adding to `waiting[name]` the CPU time that the other process used meanwhile."""
 
-    def watched(calls: int) -> Any:
+    def measured(calls: int) -> Any:
         before = timing.cpu_seconds(waiter)
         seconds = measure(calls)
         waiting[name] += timing.cpu_seconds(waiter) - before
         return seconds
 
-    return watched
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", default=str(HERE / "results" / "beside_torch.jsonl"))
     options = parser.parse_args(arguments)
     try:
-        _restrict(options.threads)
+        restrict(options.threads)
         records = run(options)
     except InputError as error:
         print(f"beside_torch: {error}", file=sys.stderr)
@@ -262,7 +262,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def _restrict(threads: int) -> None:
+def restrict(threads: int) -> None:
     """Keeps both processes on as many cores as threads; XLA sizes its pool by them. Before JAX makes its backend."""
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= threads <= len(cores):

@@ -11,6 +11,8 @@ import torch
 
 try:
     import torchvision  # noqa: F401
+except ModuleNotFoundError:  # only timm needs it
+    pass
 except RuntimeError:
     _library = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):

@@ -12,10 +12,11 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from vtjax.errors import InputError
+from vtjax.models.lm import LM
 from vtjax.models.vit import ViT
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.parallel import rules
-from vtjax.spec import ViTSpec
+from vtjax.spec import LMSpec, ViTSpec
 
 
 def abstract_mesh(data: int = 2, fsdp: int = 2, tensor: int = 2) -> Any:
@@ -61,6 +62,24 @@ def test_every_kernel_of_a_rich_vit_is_split() -> None:
     for path, spec in specs(params, abstract_mesh()).items():
         if path.endswith("kernel"):
             assert any(entry is not None for entry in spec), path
+
+
+def test_a_decoder_is_split_like_a_vit_and_its_vocabulary_by_rows() -> None:
+    spec = LMSpec.uniform(
+        depth=1, width=16, heads=4, kv_heads=2, mlp=24, vocab=32, qk_norm="head", qkv_bias=True, tied=False
+    )
+    got = specs(jax.eval_shape(LM(spec).init, jax.random.key(0)), abstract_mesh())
+    expected = {
+        "embed/tokens": P("tensor", "fsdp"),
+        "block_00/attn/key/kernel": P("fsdp", "tensor"),
+        "block_00/attn/key/bias": P("tensor"),
+        "block_00/attn/key_norm/scale": P(),
+        "block_00/attn/out/kernel": P("tensor", "fsdp"),
+        "block_00/mlp/gate/kernel": P("fsdp", "tensor"),
+        "block_00/mlp/down/kernel": P("tensor", "fsdp"),
+        "head/kernel": P("fsdp", "tensor"),
+    }
+    assert {path: got[path] for path in expected} == expected
 
 
 def test_optimiser_state_is_laid_out_like_its_parameters() -> None:

@@ -301,7 +301,7 @@ def test_bare_files_need_a_spec(folder, tmp_path):
     # The file inside a folder is as good as the folder.
     assert weights.load(folder / "model.safetensors")[0] == spec
     save_file({"conv1.weight": np.zeros((1, 1), np.float32)}, tmp_path / "resnet.safetensors")
-    with pytest.raises(InputError, match="neither vtjax's, timm's nor Hugging Face's.*conv1.weight"):
+    with pytest.raises(InputError, match="neither vtjax's, timm's, Hugging Face's nor GGUF's.*conv1.weight"):
         weights.load(tmp_path / "resnet.safetensors", spec)
 
 

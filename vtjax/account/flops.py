@@ -2,7 +2,11 @@
 """Parameters and multiply-accumulates (MACs), counted from a spec; `walk` counts them from a traced function.
 
 1 MAC = 2 FLOPs. A MAC is a multiply-accumulate of a matrix product or convolution; softmax, norms, activations, biases,
-position embeddings and sums are not counted. The two counts are equal integers for every `ViTSpec` (tests/account).
+position embeddings and sums are not counted. The two counts are equal integers for every spec (tests/account).
+
+A language model's work is that of one prompt up to the logits of its last token (`LM.prefill`), causal attention
+counted as the full square, as papers do (DPN's and PyramidDrop's counts, which leave out the head); what is not
+computed of its upper triangle is the clock's gain.
 
 Published figures follow other conventions; three that matter: LTMP counts as here (patch embedding and head included),
 DGMR's "FLOPs" are 2 x parameters x tokens (no attention scores), and fvcore's "GFLOPs" are GMACs.
@@ -15,15 +19,18 @@ from typing import NamedTuple
 
 from vtjax.account.walk import Counts, walk
 from vtjax.errors import InputError
-from vtjax.spec import BlockSpec, ViTSpec
+from vtjax.spec import BlockSpec, DecoderBlockSpec, LMSpec, Spec, ViTSpec
 
 __all__ = ["KINDS", "Counts", "Row", "by_kind", "layers", "macs", "walk"]
+
+PROMPT = 512
+"""Tokens of a language model's prompt where none are told."""
 
 KINDS = ("embed", "attention", "mlp", "norm", "pool", "head", "adapter")
 
 
 class Row(NamedTuple):
-    """One layer: its path in the parameter tree, its kind (of `KINDS`), parameters, and MACs per image."""
+    """One layer: its path in the parameter tree, its kind (of `KINDS`), parameters, and MACs per image or prompt."""
 
     name: str
     kind: str
@@ -31,18 +38,21 @@ class Row(NamedTuple):
     macs: int
 
 
-def layers(spec: ViTSpec, tokens: Sequence[int] | None = None) -> list[Row]:
-    """Parameters and MACs per image of every layer, in the order of execution.
+def layers(spec: Spec, tokens: Sequence[int] | int | None = None) -> list[Row]:
+    """Parameters and MACs per image, or per prompt of a language model, of every layer, in the order of execution.
 
     Args:
       spec: the model. A layer's row holds all parameters below its path: `block_00/attn` includes the qk-norm,
         `block_00/mlp` its inner norm. The layer scales count with their branch.
       tokens: tokens present after 0, 1, ..., L blocks' reducers, `[L + 1]`: block l attends over `tokens[l]` and its
-        MLP sees `tokens[l + 1]`. None = `spec.tokens` everywhere. Parameters do not depend on it.
+        MLP sees `tokens[l + 1]`, but a language model's, whose reducers act between blocks, `tokens[l]`. One number =
+        everywhere; None = `spec.tokens`, of a language model `PROMPT`. Parameters do not depend on it.
 
     Raises:
       InputError: `tokens` of the wrong length or below 1, or a removed block that changes the count.
     """
+    if isinstance(spec, LMSpec):
+        return _lm(spec, tokens)
     n = _token_counts(spec, tokens)
     d, patches = spec.width, spec.grid[0] * spec.grid[1]
     pixels = spec.patch**2 * spec.channels
@@ -69,8 +79,8 @@ def layers(spec: ViTSpec, tokens: Sequence[int] | None = None) -> list[Row]:
     return rows
 
 
-def macs(spec: ViTSpec, tokens: Sequence[int] | None = None) -> int:
-    """MACs of one forward pass over one image; `tokens` as in `layers`."""
+def macs(spec: Spec, tokens: Sequence[int] | int | None = None) -> int:
+    """MACs of one forward pass over one image or prompt; `tokens` as in `layers`."""
     return sum(row.macs for row in layers(spec, tokens))
 
 
@@ -81,21 +91,54 @@ def by_kind(rows: Iterable[Row]) -> list[Row]:
     return [Row(k, k, sum(r.params for r in g), sum(r.macs for r in g)) for k, g in groups.items() if g]
 
 
-def _token_counts(spec: ViTSpec, tokens: Sequence[int] | None) -> list[int]:
-    if tokens is None:
-        return [spec.tokens] * (spec.depth + 1)
-    counts = list(tokens)
-    if len(counts) != spec.depth + 1:
-        raise InputError(f"tokens must hold {spec.depth + 1} counts (before block 0, after each), found {len(counts)}")
-    if any(isinstance(c, bool) or c != int(c) or c < 1 for c in counts):
-        raise InputError(f"tokens must be whole numbers above 0, found {counts}")
+def _token_counts(spec: ViTSpec, tokens: Sequence[int] | int | None) -> list[int]:
+    counts = _checked(spec.tokens if tokens is None else tokens, spec.depth)
     for index, block in enumerate(spec.blocks):
         if not block.attn and counts[index] != counts[index + 1]:
             raise InputError(
                 f"block {index} has no attention, so no reducer: tokens[{index + 1}] must be {counts[index]}, "
                 f"found {counts[index + 1]}"
             )
+    return counts
+
+
+def _checked(tokens: Sequence[int] | int, depth: int) -> list[int]:
+    counts = [tokens] * (depth + 1) if isinstance(tokens, int) else list(tokens)
+    if len(counts) != depth + 1:
+        raise InputError(f"tokens must hold {depth + 1} counts (before block 0, after each), found {len(counts)}")
+    if any(isinstance(c, bool) or c != int(c) or c < 1 for c in counts):
+        raise InputError(f"tokens must be whole numbers above 0, found {counts}")
     return [int(c) for c in counts]
+
+
+def _lm(spec: LMSpec, tokens: Sequence[int] | int | None) -> list[Row]:
+    d, n = spec.width, _checked(PROMPT if tokens is None else tokens, spec.depth)
+    rows = [Row("embed", "embed", spec.vocab * d, 0)]
+    for index, block in enumerate(spec.blocks):
+        rows.extend(_decoder_block(spec, block, f"block_{index:02d}", n[index]))
+    return [*rows, Row("norm", "norm", d, 0), Row("head", "head", 0 if spec.tied else d * spec.vocab, d * spec.vocab)]
+
+
+def _decoder_block(spec: LMSpec, block: DecoderBlockSpec, name: str, n: int) -> list[Row]:
+    d, rows = spec.width, []
+    if block.attn:
+        inner, shared = block.heads * block.head_dim, block.kv_heads * block.head_dim
+        params = _linear(d, inner, spec.qkv_bias) + 2 * _linear(d, shared, spec.qkv_bias)
+        params += _linear(inner, d, spec.out_bias) + (2 * block.head_dim if spec.qk_norm == "head" else 0)
+        work = 2 * n * d * (inner + shared) + 2 * n**2 * inner
+        rows += [Row(f"{name}/norm1", "norm", d, 0), Row(f"{name}/attn", "attention", params, work)]
+    if block.ffn:
+        params = 2 * _linear(d, block.mlp, spec.mlp_bias) + _linear(block.mlp, d, spec.mlp_bias)
+        rows += [Row(f"{name}/norm2", "norm", d, 0), Row(f"{name}/mlp", "mlp", params, 3 * n * d * block.mlp)]
+    return rows + _adapter(spec, block, name, n)
+
+
+def _adapter(spec: Spec, block: BlockSpec | DecoderBlockSpec, name: str, n: int) -> list[Row]:
+    """What stands in for a removed block."""
+    d, h = spec.width, block.adapter
+    if not h or block.attn or block.ffn:
+        return []
+    return [Row(f"{name}/adapter", "adapter", _linear(d, h) + _linear(h, d), 2 * n * d * h)]
 
 
 def _block(spec: ViTSpec, block: BlockSpec, name: str, entering: int, leaving: int) -> list[Row]:
@@ -115,10 +158,7 @@ def _block(spec: ViTSpec, block: BlockSpec, name: str, entering: int, leaving: i
             params += _norm(spec, block.mlp)
         work = leaving * _mlp(spec, block.mlp, bias=False)
         rows += [Row(f"{name}/norm2", "norm", _norm(spec, d), 0), Row(f"{name}/mlp", "mlp", params, work)]
-    if block.adapter and not block.attn and not block.ffn:
-        h = block.adapter
-        rows.append(Row(f"{name}/adapter", "adapter", _linear(d, h) + _linear(h, d), 2 * entering * d * h))
-    return rows
+    return rows + _adapter(spec, block, name, entering)
 
 
 def _pool(spec: ViTSpec, n: int) -> Row:

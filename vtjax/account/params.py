@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from vtjax.account import flops
-from vtjax.spec import ViTSpec
+from vtjax.spec import ModelSpec
 
 
 class Group(NamedTuple):
@@ -27,8 +27,8 @@ class Group(NamedTuple):
 
 
 def count(model: Any) -> int:
-    """Number of parameters of a `ViTSpec` (from its formulas) or of a tree of arrays or `ShapeDtypeStruct`s."""
-    if isinstance(model, ViTSpec):
+    """Number of parameters of a spec (from its formulas) or of a tree of arrays or `ShapeDtypeStruct`s."""
+    if isinstance(model, ModelSpec):
         return sum(row.params for row in flops.layers(model))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
 

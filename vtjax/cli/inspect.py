@@ -23,17 +23,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="FILE.py:VARIANT (with --config.LEAF=VALUE), a workdir, a spec.json, a weights file or folder, or a name",
     )
     parser.add_argument("other", metavar="OTHER", nargs="?", help="a second model: show the difference")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of a language model's prompt, for its MACs (512)")
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """One model: model, params, macs_per_image, kinds, spec. Two: pairs of these, and spec_diff."""
+    """One model: model, params, macs_per_image (a language model: macs_per_prompt, prompt_tokens), kinds, spec. Two:
+    pairs of these, and spec_diff."""
     from vtjax.cli.assemble import say
 
-    first = open_model(args.model, args.overrides)
+    if args.tokens is not None and args.tokens < 1:
+        raise InputError(f"--tokens must be 1 or more, found {args.tokens}")
+    first = open_model(args.model, args.overrides, args.tokens)
+    if args.tokens is not None and not first.prompt_tokens:
+        raise InputError(f"--tokens is the length of a language model's prompt, and {args.model} is none")
     if args.other is None:
         say(_describe(first))
         return 0, {**first.facts(), "spec": first.spec.to_dict()}
-    second = open_model(args.other, args.overrides)
+    second = open_model(args.other, args.overrides, args.tokens)
     say(_compare(first, second))
     facts = first.facts(), second.facts()
     pairs = {name: [each.get(name) for each in facts] for name in dict.fromkeys([*facts[0], *facts[1]])}
@@ -47,29 +53,47 @@ class Inspected:
     name: str
     spec: Spec
     params: Any
+    tokens: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt that MACs are counted for; 0 for what is no language model."""
+        from vtjax.account import flops
+        from vtjax.spec import LMSpec
+
+        return (self.tokens or flops.PROMPT) if isinstance(self.spec, LMSpec) else 0
+
+    @property
+    def work(self) -> str:
+        """Name of the figure that `facts` has for the MACs."""
+        return "macs_per_prompt" if self.prompt_tokens else "macs_per_image"
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able: model, params, macs_per_image, and per kind of layer params, macs and their shares. Where MLPs
-        were pruned, `unpruned` has the same of the model before."""
+        """JSON-able: model, params, MACs by the name `work`, and per kind of layer params, macs and their shares. Where
+        MLPs were pruned, `unpruned` has the same of the model before."""
         from vtjax.account import flops, params
         from vtjax.methods import dgmr
 
+        tokens = self.prompt_tokens or None
         out = {
             "model": self.name,
             "params": params.count(self.params),
-            "macs_per_image": flops.macs(self.spec),
-            "kinds": _kinds(self.spec),
+            self.work: flops.macs(self.spec, tokens),
+            **({"prompt_tokens": tokens} if tokens else {}),
+            "kinds": _kinds(self.spec, tokens),
         }
+        if tokens:
+            return out
         if (before := dgmr.original(self.spec)) is not None:
             count = params.count(before)
             out["unpruned"] = {"params": count, "macs_per_image": flops.macs(before), "kinds": _kinds(before)}
         return out
 
 
-def _kinds(spec: Spec) -> dict[str, dict[str, Any]]:
+def _kinds(spec: Spec, tokens: int | None = None) -> dict[str, dict[str, Any]]:
     from vtjax.account import flops
 
-    rows = flops.by_kind(flops.layers(spec))
+    rows = flops.by_kind(flops.layers(spec, tokens))
     params, macs = (max(sum(getattr(row, name) for row in rows), 1) for name in ("params", "macs"))
     return {
         row.kind: {
@@ -80,8 +104,11 @@ def _kinds(spec: Spec) -> dict[str, dict[str, Any]]:
     }
 
 
-def open_model(target: str, overrides: Mapping[str, Any]) -> Inspected:
+def open_model(target: str, overrides: Mapping[str, Any], tokens: int | None = None) -> Inspected:
     """A config's model (by its spec alone where the weights are not here), a workdir, a spec, or weights.
+
+    Args:
+      tokens: of a language model's prompt; None = `flops.PROMPT`.
 
     Raises:
       InputError: none of these.
@@ -106,14 +133,14 @@ def open_model(target: str, overrides: Mapping[str, Any]) -> Inspected:
     if target.endswith(".json"):
         if not Path(target).is_file():
             raise InputError(f"spec file {target} does not exist")
-        return _abstract(target, spec_lib.from_json(Path(target).read_text()))
+        return _abstract(target, spec_lib.from_json(Path(target).read_text()), tokens=tokens)
     if (spec := registry.absent_spec(target)) is not None:
         return _abstract(target, spec, target)
     model = vtjax.load(target)
-    return Inspected(target, model.spec, model.params)
+    return Inspected(target, model.spec, model.params, tokens)
 
 
-def _abstract(target: str, spec: Any, absent: str = "") -> Inspected:
+def _abstract(target: str, spec: Any, absent: str = "", tokens: int | None = None) -> Inspected:
     """A model by its spec alone; `absent` names weights that were not found."""
     import jax
 
@@ -122,14 +149,15 @@ def _abstract(target: str, spec: Any, absent: str = "") -> Inspected:
 
     if absent:
         say(f"the weights {absent!r} were not found along VTJAX_DATA; this is the spec that the registry has for them")
-    return Inspected(target, spec, jax.eval_shape(build(spec).init, jax.random.key(0)))
+    return Inspected(target, spec, jax.eval_shape(build(spec).init, jax.random.key(0)), tokens)
 
 
 def _describe(model: Inspected) -> str:
     from vtjax.account import params
 
     facts = model.facts()
-    head = f"{model.name}: {facts['params']:,} parameters, {facts['macs_per_image']:,} MACs per image (1 MAC = 2 FLOPs)"
+    per = f"prompt of {model.prompt_tokens} tokens" if model.prompt_tokens else "image"
+    head = f"{model.name}: {facts['params']:,} parameters, {facts[model.work]:,} MACs per {per} (1 MAC = 2 FLOPs)"
     arrays = [(*row[:4], f"{row.share:.1%}", f"{row.mbytes:.2f}") for row in params.table(model.params)]
     kinds = [
         (kind, k["params"], f"{k['params_share']:.1%}", k["macs"], f"{k['macs_share']:.1%}")
@@ -175,8 +203,11 @@ def _line(value: Any) -> Any:
 def _compare(first: Inspected, second: Inspected) -> str:
     a, b = first.facts(), second.facts()
     rows: list[tuple[Any, ...]] = []
-    for label, name in (("parameters", "params"), ("MACs per image", "macs_per_image")):
-        rows.append((label, a[name], b[name], f"{b[name] / max(a[name], 1):.3f}"))
+    work = [first.work, second.work]
+    per = " or ".join(dict.fromkeys(name.removeprefix("macs_per_") for name in work))
+    for label, names in (("parameters", ["params"] * 2), (f"MACs per {per}", work)):
+        x, y = a[names[0]], b[names[1]]
+        rows.append((label, x, y, f"{y / max(x, 1):.3f}"))
     for share in ("params_share", "macs_share"):
         mlps = [facts["kinds"].get("mlp", {share: 0.0})[share] for facts in (a, b)]
         told = "parameters" if share == "params_share" else "MACs"

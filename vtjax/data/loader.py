@@ -16,29 +16,19 @@ that an epoch has r * n examples; within a batch the copies stand apart, so that
 
 from __future__ import annotations
 
-import atexit
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import grain
 import numpy as np
 
-from vtjax.data import sources, transforms
+from vtjax.data import sources, stream, transforms
 from vtjax.data.augment import Augment
 from vtjax.data.sources import Example, Source, choices
+from vtjax.data.stream import Batch
 from vtjax.errors import InputError
 
-Batch = dict[str, np.ndarray]
 SPLITS = ("train", "eval")
-ENDLESS = 2**62
-# Domains of randomness: streams with different ones are independent.
-ORDER, EXAMPLE, MIX, DRAW = range(4)  # DRAW + number of the split
 
 
 @runtime_checkable
@@ -150,7 +140,7 @@ class ImageData:
           InputError: there is no training split, or (while iterating) an image that cannot be decoded.
         """
         self._source("train")
-        return self._stream(self._train_batch, start_step, ENDLESS)
+        return self._stream(self._train_batch, start_step, stream.ENDLESS)
 
     def eval(self, split: str = "eval") -> Iterator[Batch]:
         """The split once, in order, without augmentation; each example is valid in one row of the global batches, and
@@ -166,7 +156,7 @@ class ImageData:
         size = len(self._source(split))
         epoch, number = divmod(index, max(1, size // self._batch_size))
         rows = self._row_numbers(number)
-        order = _order(self._seed, DRAW + SPLITS.index(split), epoch, size)
+        order = stream.order(self._seed, stream.DRAW + SPLITS.index(split), epoch, size)
         return self._eval_batch(split, [int(order[r]) if r < size else -1 for r in rows])
 
     def _source(self, split: str) -> Source:
@@ -182,15 +172,15 @@ class ImageData:
         source = self._sources["train"]
         size = len(source)
         rows = self._row_numbers(step)
-        stream = [
+        counts = [
             (step * self._batch_size + int(self._places[row % self._batch_size])) // self._repeats for row in rows
         ]
-        index = [int(_order(self._seed, ORDER, c // size, size)[c % size]) for c in stream]
+        index = [int(stream.order(self._seed, stream.ORDER, c // size, size)[c % size]) for c in counts]
         examples = [source[i] for i in index]
         images = [self._augmented(e, row) for e, row in zip(examples, rows, strict=True)]
         batch = self._batch(images, [e["label"] for e in examples], index)
         if self._augment.mixes:
-            rng = _rng(self._seed, MIX, step)
+            rng = stream.rng(self._seed, stream.MIX, step)
             image, label2, lam = transforms.mix(
                 batch["image"], batch["label"], rng, self._augment.mixup, self._augment.cutmix
             )
@@ -200,7 +190,7 @@ class ImageData:
     def _augmented(self, example: Example, row: int) -> np.ndarray:
         if not self._augment.random:
             return self._plain("train", example)
-        rng = _rng(self._seed, EXAMPLE, row)
+        rng = stream.rng(self._seed, stream.EXAMPLE, row)
         form = self._crop_of("train"), self._interpolation, self._squash
         return self._augment.apply(example["image"], rng, self._size, *form)
 
@@ -232,67 +222,7 @@ class ImageData:
         return {"image": image, "label": label, "valid": position >= 0, "index": position}
 
     def _stream(self, make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
-        steps = grain.MapDataset.range(start, stop).map(make)
-        reading = grain.ReadOptions(num_threads=self._prefetch, prefetch_buffer_size=self._prefetch)
-        batches = steps.to_iter_dataset(reading)
-        if self._workers:
-            from absl import flags
-
-            # grain reads its flags, which nobody has parsed where absl's app.run is not used.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=max(1, self._prefetch))
-            batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
-        return _Stream(iter(batches), copy=self._workers > 0)
-
-
-class _Stream(Iterator[Batch]):
-    """A grain iterator whose threads and processes end when it is closed or dropped, or when the interpreter exits."""
-
-    def __init__(self, batches: Any, copy: bool):
-        self._batches, self._copy = batches, copy
-        _streams.add(self)
-
-    def __next__(self) -> Batch:
-        if self._batches is None:
-            raise StopIteration
-        batch = next(self._batches)
-        # Arrays of workers live in shared memory that is freed with them, whoever still looks at it.
-        return {k: np.array(v) for k, v in batch.items()} if self._copy else batch
-
-    def close(self) -> None:
-        """Ends the stream; a second time does nothing."""
-        batches, self._batches = self._batches, None
-        if batches is not None:
-            batches.close()
-
-    __del__ = close
-
-
-_streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
-
-
-# Registered after multiprocessing's own hook (grain imports it), so it runs before: that hook waits for workers to obey
-# SIGTERM, and grain's __del__ comes when the modules that it needs are gone.
-@atexit.register
-def _close_streams() -> None:
-    for stream in list(_streams):
-        stream.close()
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Ties a worker to its parent: signals to the whole group are the parent's affair (it saves, then closes the
-    stream), and a worker whose parent was killed must not stay behind."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+        return stream.batches(make, start, stop, prefetch=self._prefetch, workers=self._workers)
 
 
 def from_config(
@@ -319,7 +249,7 @@ def from_config(
     Raises:
       InputError: as `sources.open_source`, `Augment` and `ImageData`.
     """
-    augment = _augment_of(config)
+    augment = augment_of(config)
     name, path = config["name"], config["path"]
     options: dict[str, Any] = {"path": path} if path else {}
     if name == "procedural":
@@ -368,12 +298,17 @@ def batch_shapes(
         "valid": (rows, np.dtype(bool)),
         "index": (rows, ints),
     }
-    if training and _augment_of(config).mixes:
+    if training and augment_of(config).mixes:
         shapes |= {"label2": (rows, ints), "lam": (rows, floats)}
     return shapes
 
 
-def _augment_of(config: Any) -> Augment:
+def augment_of(config: Any) -> Augment:
+    """The augmentation that `config.data` describes.
+
+    Raises:
+      InputError: as `Augment`.
+    """
     return Augment(
         geometry=config["augment"],
         flip=config["flip"],
@@ -385,13 +320,3 @@ def _augment_of(config: Any) -> Augment:
         mixup=config["mixup"],
         cutmix=config["cutmix"],
     )
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, domain: int, epoch: int, size: int) -> np.ndarray:
-    """The order of one epoch: a permutation of 0..size-1, int64."""
-    return _rng(seed, domain, epoch).permutation(size)
-
-
-def _rng(seed: int, domain: int, number: int) -> np.random.Generator:
-    return np.random.default_rng((seed, domain, number))

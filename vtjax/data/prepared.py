@@ -77,7 +77,12 @@ def open_digits() -> Splits:
 
 
 def open_tfds(name: str, path: str, own: tuple[str, ...]) -> Splits:
-    """A set that `tfds build NAME --file_format=array_record` has prepared.
+    """A set that `tfds build NAME --file_format=array_record` has prepared; see `folder_of`."""
+    return _splits(folder_of(name, path, own))
+
+
+def folder_of(name: str, path: str, own: tuple[str, ...]) -> str:
+    """The folder of the prepared set of that name.
 
     Args:
       name: `NAME[/CONFIG][:VERSION]`; the newest version without one.
@@ -108,7 +113,7 @@ def open_tfds(name: str, path: str, own: tuple[str, ...]) -> Splits:
         if version and versions and version not in versions:
             raise InputError(f"data {bare!r} in {folder} has no version {version}, found {', '.join(versions)}")
         if versions:
-            return _splits(os.fspath(folder / (version or versions[-1])))
+            return os.fspath(folder / (version or versions[-1]))
     raise InputError(_how_to_prepare(name, roots, own))
 
 
@@ -122,7 +127,8 @@ def prepare(builder_class: Any) -> str:
       InputError: the cache cannot be written.
     """
     root = paths.cache_dir() / "tfds"
-    final = root / builder_class.name / str(builder_class.VERSION)
+    config = [config.name for config in builder_class.BUILDER_CONFIGS]  # none, or one
+    final = root.joinpath(builder_class.name, *config, str(builder_class.VERSION))
     if final.is_dir():
         return str(final)
     try:
@@ -138,7 +144,7 @@ def prepare(builder_class: Any) -> str:
         # Standard output belongs to the command's result.
         with contextlib.redirect_stdout(io.StringIO()), _no_progress_bar():
             builder.download_and_prepare()
-        final.parent.mkdir(exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(builder.data_path, final)
         except OSError:
@@ -218,7 +224,12 @@ def _builder(folder: str) -> Any:
         raise InputError(f"prepared set {folder} cannot be read ({reason}); remove and prepare it again") from None
 
 
-def _splits(folder: str) -> Splits:
+def info_of(folder: str) -> Any:
+    """The `DatasetInfo` of a prepared set.
+
+    Raises:
+      InputError: it cannot be read, or is in another form than array_record.
+    """
     info = _builder(folder).info
     form = info.file_format.value
     if form != "array_record":
@@ -226,6 +237,11 @@ def _splits(folder: str) -> Splits:
             f"prepared set {folder} must have file_format=array_record, found {form}; convert it with: "
             f"tfds convert_format --root_data_dir={folder} --out_file_format=array_record"
         )
+    return info
+
+
+def _splits(folder: str) -> Splits:
+    info = info_of(folder)
     image, label = info.supervised_keys if len(info.supervised_keys or ()) == 2 else ("image", "label")
     if image not in info.features or label not in info.features or not hasattr(info.features[label], "num_classes"):
         found = ", ".join(info.features)

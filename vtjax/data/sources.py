@@ -71,12 +71,12 @@ def open_source(name: str, split: str, **options: Any) -> Source:
         if option not in known:
             raise InputError(f"data {name!r} has no option {option!r}, expected {choices(option, known)}")
     splits = opener(name, **options)
-    base, limits = _parse_split(split, name)
+    base, positions = cut(split, name)
     if base not in splits:
         raise InputError(f"data {name!r} has no split {base!r}, expected {choices(base, splits)}")
     source = splits[base]()
-    if limits is not None:
-        source = Subset(source, range(*(_position(text, end, len(source), split) for end, text in enumerate(limits))))
+    if positions is not None:
+        source = Subset(source, positions(len(source)))
     if not len(source):
         raise InputError(f"split {split!r} of data {name!r} is empty, expected at least one example")
     return source
@@ -288,12 +288,19 @@ _OPENERS: dict[str, Callable[..., Splits]] = {
 }
 
 
-def _parse_split(split: str, name: str) -> tuple[str, tuple[str, str] | None]:
+def cut(split: str, name: str) -> tuple[str, Callable[[int], range] | None]:
+    """Splits `NAME[FROM:TO]` into the name and what gives its positions from the size; None for all.
+
+    Raises:
+      InputError: a split that is not written so; a side of the slice that is no count or percentage.
+    """
     match = re.fullmatch(r"([^\[\]:%]+)(?:\[(-?\d*%?):(-?\d*%?)\])?", split)
     if match is None:
         raise InputError(f"split of data {name!r} must be NAME or NAME[FROM:TO], such as train[:90%], found {split!r}")
-    base, start, stop = match.groups()
-    return base, None if start is None else (start, stop)
+    base, *sides = match.groups()
+    if sides[0] is None:
+        return base, None
+    return base, lambda size: range(*(_position(text, end, size, split) for end, text in enumerate(sides)))
 
 
 def _position(text: str, end: int, size: int, split: str) -> int:

@@ -7,11 +7,10 @@ from typing import Any
 
 from vtjax import models
 from vtjax.errors import InputError
-from vtjax.models.vit import ViT
 from vtjax.spec import Spec
 
 
-def build(spec: Spec, **options: Any) -> ViT:
+def build(spec: Spec, **options: Any) -> Any:
     """The model of a spec with the reducers that its blocks name (`BlockSpec.reduce`, `<method>:...`).
 
     Raises:

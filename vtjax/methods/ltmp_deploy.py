@@ -34,8 +34,8 @@ from jaxtyping import Array, Float, Int, Real
 from vtjax.errors import InputError
 from vtjax.methods import ltmp
 from vtjax.models.layers import Block, Knobs
-from vtjax.models.segments import block_name, call_module, check_knobs, layer_knobs
-from vtjax.models.vit import Params, ViT, method_knobs
+from vtjax.models.segments import block_name, call_module, check_knobs, layer_knobs, method_knobs
+from vtjax.models.vit import Params, ViT
 from vtjax.ops.attention import IMPLEMENTATIONS, removed
 from vtjax.ops.token_reduction import filled
 from vtjax.ops.tokens import Tokens

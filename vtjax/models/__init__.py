@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtjax.models.lm import LM
 from vtjax.models.vit import ViT
-from vtjax.spec import Spec, ViTSpec
+from vtjax.spec import LMSpec, Spec, ViTSpec
 
-__all__ = ["ViT", "build"]
+__all__ = ["LM", "ViT", "build"]
 
 
-def build(spec: Spec, **options: Any) -> ViT:
+def build(spec: Spec, **options: Any) -> Any:
     """The model of a spec; `options` are the model's other fields (`dtype`, `remat`, `scan`, `attention`, ...)."""
-    models = {ViTSpec: ViT}
+    models: dict[type, Any] = {ViTSpec: ViT, LMSpec: LM}
     return models[type(spec)](spec, **options)

@@ -18,8 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from vtjax.errors import InputError
-from vtjax.models.layers import Block, DropPath, Knobs
+from vtjax.models.decoder import DecoderBlock
+from vtjax.models.layers import ADAPTER_SITES, Adapter, Block, DropPath, Knobs, Reducer
 from vtjax.ops.tokens import Tokens
+from vtjax.spec import ModelSpec, is_backbone
+
+AnyBlock = Block | DecoderBlock
 
 REMAT = ("none", "full", "dots", "names")
 """What the backward pass keeps: everything; only block inputs; matmul outputs; attention output and MLP hidden."""
@@ -38,10 +42,38 @@ def check(remat: str, scan: bool) -> None:
         raise InputError("scan=True needs remat ('full', 'dots' or 'names'), found remat='none'")
 
 
-def init(blocks: Sequence[Block], key: Array, tokens: Tokens) -> dict[str, Any]:
+def check_slots(
+    spec: ModelSpec, reducers: Sequence[tuple[int, Reducer]], adapters: Sequence[tuple[int, str, Adapter]]
+) -> None:
+    """Raises InputError for a reducer or adapter that would not act: a layer or site that does not exist, that a
+    removed block lacks, or that is taken."""
+    slots = [*((layer, "reducer") for layer, _ in reducers), *((a[0], a[1]) for a in adapters)]
+    for layer, site in slots:
+        if not 0 <= layer < spec.depth:
+            raise InputError(f"a reducer or adapter names layer {layer}, expected 0..{spec.depth - 1}")
+        if site != "reducer" and site not in ADAPTER_SITES:
+            raise InputError(f"adapter site must be one of {', '.join(ADAPTER_SITES)}, found {site!r}")
+        if slots.count((layer, site)) > 1:
+            raise InputError(f"layer {layer} must have at most one {site!r}, found {slots.count((layer, site))}")
+        block = spec.blocks[layer]
+        acts = {"mlp": block.ffn, "mlp_in": block.ffn, "skip": not block.attn and not block.ffn, "out": True}
+        if not acts.get(site, block.attn):
+            state = f"attn={block.attn}, ffn={block.ffn}"
+            raise InputError(f"{site!r} at layer {layer} would not act: the block has {state}")
+
+
+def check_reducers(spec: ModelSpec, reducers: Sequence[tuple[int, Reducer]]) -> None:
+    """Raises InputError for a block that names a reducer where none was given."""
+    given = dict(reducers)
+    for layer, block in enumerate(spec.blocks):
+        if block.reduce is not None and layer not in given:
+            raise InputError(f"blocks[{layer}].reduce={block.reduce!r} needs a reducer, found none there")
+
+
+def init(blocks: Sequence[AnyBlock], key: Array, tokens: Tokens) -> dict[str, Any]:
     """Parameters of all blocks by name. Equal blocks are initialised by one vmapped call, which keeps compilation
     short: a jitted init of many unrolled blocks would compile for longer than the training step."""
-    groups: dict[Block, list[int]] = {}
+    groups: dict[AnyBlock, list[int]] = {}
     for index, block in enumerate(blocks):
         bare = block.clone(reducer=None, adapters=())
         groups.setdefault(bare, []).append(index)
@@ -70,8 +102,22 @@ def check_knobs(knobs: Knobs, depth: int) -> None:
             )
 
 
+def method_knobs(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of all methods, by their names within the method."""
+    knobs: dict[str, Any] = {}
+    for method, tree in params.items():
+        if is_backbone(method):
+            continue
+        if not isinstance(tree, Mapping):
+            raise InputError(f"params[{method!r}] must hold a method's parameters by name, found {type(tree).__name__}")
+        for name in knobs.keys() & tree.keys():
+            raise InputError(f"params[{method!r}][{name!r}] must have a name of its own, found it twice")
+        knobs |= tree
+    return knobs
+
+
 def run(
-    blocks: Sequence[Block],
+    blocks: Sequence[AnyBlock],
     params: Mapping[str, Any],
     tokens: Tokens,
     *,
@@ -110,13 +156,15 @@ def run(
     rates = [drop_path * i / max(len(blocks) - 1, 1) for i in range(len(blocks))]
     keys = None if key is None or drop_path == 0.0 else jax.random.split(key, len(blocks))
 
-    def call(block: Block, p: Any, tokens: Tokens, k: Knobs, rate: Any, drop_key: Any) -> tuple[Tokens, dict[str, Any]]:
-        drop = None if drop_key is None else _drop_path(rate, drop_key)
-        tokens, aux = call_module(block, p, tokens, k, tuple(w for w in want if w != "tokens"), drop)
+    def call(
+        block: AnyBlock, p: Any, tokens: Tokens, k: Knobs, rate: Any, drop_key: Any
+    ) -> tuple[Tokens, dict[str, Any]]:
+        drop = () if drop_key is None else (_drop_path(rate, drop_key),)
+        tokens, aux = call_module(block, p, tokens, k, tuple(w for w in want if w != "tokens"), *drop)
         tokens = tokens.replace(x=constrain(tokens.x))
         return tokens, {**aux, "tokens": tokens} if "tokens" in want else aux
 
-    def body(block: Block) -> Any:
+    def body(block: AnyBlock) -> Any:
         def one(p: Any, tokens: Tokens, k: Knobs, rate: Any, drop_key: Any) -> tuple[Tokens, dict[str, Any]]:
             return call(block, p, tokens, k, rate, drop_key)
 

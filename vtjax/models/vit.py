@@ -8,7 +8,7 @@ Letters: B batch, N tokens, D width, K classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from vtjax.errors import InputError
 from vtjax.models import segments
 from vtjax.models.layers import (
-    ADAPTER_SITES,
     Adapter,
     AttentionFn,
     AttentionPool,
@@ -33,7 +32,7 @@ from vtjax.models.layers import (
 from vtjax.models.segments import call_module
 from vtjax.ops.attention import IMPLEMENTATIONS, STATISTICS
 from vtjax.ops.tokens import Tokens
-from vtjax.spec import ViTSpec, is_backbone
+from vtjax.spec import ViTSpec
 
 Params = dict[str, Any]
 
@@ -72,22 +71,12 @@ class ViT:
     constrain: Callable[[Array], Array] = _identity
 
     def __post_init__(self) -> None:
+        if not isinstance(self.spec, ViTSpec):
+            raise InputError(f"a ViT is built from a ViTSpec, found {type(self.spec).__name__}")
         segments.check(self.remat, self.scan)
         if isinstance(self.attention, str) and self.attention not in IMPLEMENTATIONS:
             raise InputError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, found {self.attention!r}")
-        slots = [*((layer, "reducer") for layer, _ in self.reducers), *((a[0], a[1]) for a in self.adapters)]
-        for layer, site in slots:
-            if not 0 <= layer < self.spec.depth:
-                raise InputError(f"a reducer or adapter names layer {layer}, expected 0..{self.spec.depth - 1}")
-            if site != "reducer" and site not in ADAPTER_SITES:
-                raise InputError(f"adapter site must be one of {', '.join(ADAPTER_SITES)}, found {site!r}")
-            if slots.count((layer, site)) > 1:
-                raise InputError(f"layer {layer} must have at most one {site!r}, found {slots.count((layer, site))}")
-            block = self.spec.blocks[layer]
-            acts = {"mlp": block.ffn, "mlp_in": block.ffn, "skip": not block.attn and not block.ffn, "out": True}
-            if not acts.get(site, block.attn):
-                state = f"attn={block.attn}, ffn={block.ffn}"
-                raise InputError(f"{site!r} at layer {layer} would not act: the block has {state}")
+        segments.check_slots(self.spec, self.reducers, self.adapters)
 
     def blocks(self) -> list[Block]:
         """One module per layer, reducers and adapters in place."""
@@ -166,10 +155,7 @@ class ViT:
         unknown = [want] if isinstance(want, str) else [w for w in want if w not in WANTS]
         if unknown:
             raise InputError(f"want must be a tuple of {', '.join(WANTS)}, found {unknown[0]!r}")
-        given = dict(self.reducers)
-        for layer, block in enumerate(spec.blocks):
-            if block.reduce is not None and layer not in given:
-                raise InputError(f"blocks[{layer}].reduce={block.reduce!r} needs a reducer, found none there")
+        segments.check_reducers(spec, self.reducers)
         self.check_images(images)
         params, images = jax.tree.map(jnp.asarray, (params, images))
         feature_layer = None if spec.feature_layer is None else spec.feature_layer % spec.depth
@@ -177,7 +163,7 @@ class ViT:
             self.blocks(),
             params,
             self.embed(params, images),
-            knobs=method_knobs(params) | dict(knobs or {}),
+            knobs=segments.method_knobs(params) | dict(knobs or {}),
             want=want,
             keep=feature_layer,
             remat=self.remat,
@@ -258,17 +244,3 @@ class ViT:
     @property
     def _head(self) -> Head:
         return Head(self.spec.classes, self.spec.head_bias, self.dtype)
-
-
-def method_knobs(params: Params) -> dict[str, Any]:
-    """The parameters of all methods, by their names within the method."""
-    knobs: dict[str, Any] = {}
-    for method, tree in params.items():
-        if is_backbone(method):
-            continue
-        if not isinstance(tree, Mapping):
-            raise InputError(f"params[{method!r}] must hold a method's parameters by name, found {type(tree).__name__}")
-        for name in knobs.keys() & tree.keys():
-            raise InputError(f"params[{method!r}][{name!r}] must have a name of its own, found it twice")
-        knobs |= tree
-    return knobs

@@ -26,12 +26,17 @@ class Tokens:
       size: `[B, N]` float32, how many original tokens a token stands for; None = all 1.
       alive: `[B, N]` float32 in {0, 1}, carries gradient; None = all 1. Dead slots stay dead.
       source: `[B, N0]` int32, the slot that holds each original token, -1 = pruned; None = slot i holds token i.
+      position: `[B, N]` int32, place in the text, which decoders turn by; None = slot i is at place i.
+      segment: `[B, N]` int32, which of several packed texts a token belongs to, 0 = the prefix that all of them share;
+        decoders only; None = one text.
     """
 
     x: Float[Array, "B N D"]
     size: Float[Array, "B N"] | None = None
     alive: Float[Array, "B N"] | None = None
     source: Int[Array, "B N0"] | None = None
+    position: Int[Array, "B N"] | None = None
+    segment: Int[Array, "B N"] | None = None
 
     def replace(self, **fields: Any) -> Tokens:
         """A copy with some fields replaced."""
@@ -45,7 +50,9 @@ class Tokens:
         return (ones if self.size is None else self.size) * (ones if self.alive is None else self.alive)
 
 
-jax.tree_util.register_dataclass(Tokens, data_fields=["x", "size", "alive", "source"], meta_fields=[])
+jax.tree_util.register_dataclass(
+    Tokens, data_fields=["x", "size", "alive", "source", "position", "segment"], meta_fields=[]
+)
 
 
 def check_tokens(tokens: Tokens, prefix: int, **scores: Array) -> None:

@@ -80,7 +80,7 @@ class Data(Protocol):
     eval_examples: int
 
     def train(self, start_step: int) -> Iterator[Batch]:
-        """Endless; the batch of step s depends on (seed, s) only. Every batch has the same shapes."""
+        """Endless; the batch of step s depends on (seed, s) only. Its shapes are few: each compiles once."""
 
     def eval(self, split: str = "eval") -> Iterator[Batch]:
         """The split once; the last batch is padded (`valid` False). Equally many batches on every process."""

@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import ViTSpec, from_json
+from vtjax.spec import LMSpec, ModelSpec, Spec, from_json
 from vtjax.weights import registry, store
 from vtjax.weights.names import Params, flatten
 
-Forward = Callable[[Params, np.ndarray], tuple[Any, dict[str, Any]]]
+Forward = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
-    spec: ViTSpec | str | Path | None = None,
+    spec: Spec | str | Path | None = None,
     *,
     layout: str = "vtjax",
     check: str | Path | None = None,
     atol: float = 5e-4,
-    apply: Callable[[ViTSpec], Forward] | None = None,
+    apply: Callable[[Spec], Forward] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Converts a model; DST is written whole or not at all.
@@ -37,11 +37,12 @@ def convert(
       dst: as `weights.save`; a vtjax DST gets the suffix `.safetensors` where it has none.
       spec: a spec or its JSON file, for a bare SRC.
       layout: of DST: "vtjax", "timm" or "hf".
-      check: an npz with `images` `[B,H,W,3]` float32 (normalised) and `logits` or `features` or both, replayed before
-        anything is written.
+      check: an npz, replayed before anything is written, with `logits` or `features` or both, and what they came from:
+        `images` `[B,H,W,3]` float32 (normalised), or of a language model `input_ids` `[B,N]` and perhaps
+        `attention_mask`, whose padding is not compared.
       atol: largest absolute difference allowed. Frameworks agree on logits to about 1e-5; on features that reach 20,
         as those of ViT-Ti/16 do, each is 1e-4 from what float64 gives.
-      apply: builds the model's `(params, images) -> (logits, aux)`; needed for `check` (weights import no model).
+      apply: builds the model's `(params, *inputs) -> (logits, aux)`; needed for `check` (weights import no model).
       overwrite: replace a DST that exists.
 
     Returns:
@@ -83,8 +84,8 @@ def _written(target: Path) -> set[Path]:
     return {(target / name).resolve() for name in ("model.safetensors", "config.json", "preprocessor_config.json")}
 
 
-def _spec(spec: ViTSpec | str | Path | None) -> ViTSpec | None:
-    if spec is None or isinstance(spec, ViTSpec):
+def _spec(spec: Spec | str | Path | None) -> Spec | None:
+    if spec is None or isinstance(spec, ModelSpec):
         return spec
     try:
         text = Path(spec).read_text()
@@ -93,32 +94,54 @@ def _spec(spec: ViTSpec | str | Path | None) -> ViTSpec | None:
     return from_json(text)
 
 
-def _replay(forward: Forward, spec: ViTSpec, params: Params, path: Path, atol: float) -> dict[str, Any]:
+_INPUTS = ("images", "input_ids", "attention_mask")
+
+
+def _images(spec: Spec, inputs: dict[str, np.ndarray], path: Path) -> tuple[np.ndarray, ...]:
+    shape, expected = inputs["images"].shape, (*spec.image_size, spec.channels)
+    if len(shape) != 4 or shape[1:] != expected:
+        raise InputError(f"{path}: images must be [B, {', '.join(map(str, expected))}], found {list(shape)}")
+    return (inputs["images"].astype(np.float32),)
+
+
+def _lm_inputs(spec: Spec, inputs: dict[str, np.ndarray], path: Path) -> tuple[np.ndarray, ...]:
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= spec.vocab:
+        found = f"{ids.dtype} {list(ids.shape)}"
+        raise InputError(f"{path}: input_ids must be [B, N], whole numbers below {spec.vocab}, found {found}")
+    if mask is not None and mask.shape != ids.shape:
+        raise InputError(f"{path}: attention_mask must be {list(ids.shape)}, found {list(mask.shape)}")
+    return (ids.astype(np.int32),) if mask is None else (ids.astype(np.int32), mask.astype(np.int32))
+
+
+def _replay(forward: Forward, spec: Spec, params: Params, path: Path, atol: float) -> dict[str, Any]:
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise InputError(f"{path} must be an npz file, found a single array")
         with file:
-            recorded = {k: file[k] for k in ("images", "logits", "features") if k in file.files}
+            recorded = {k: file[k] for k in (*_INPUTS, "logits", "features") if k in file.files}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except InputError:
         raise
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path} must be an npz file: {error}") from None
-    if "images" not in recorded or len(recorded) < 2:
-        raise InputError(f"{path} must hold images and logits or features, found {', '.join(recorded) or 'neither'}")
-    shape, expected = recorded["images"].shape, (*spec.image_size, spec.channels)
-    if len(shape) != 4 or shape[1:] != expected:
-        raise InputError(f"{path}: images must be [B, {', '.join(map(str, expected))}], found {list(shape)}")
-    y, aux = forward(params, recorded["images"].astype(np.float32))
+    inputs = {k: recorded.pop(k) for k in _INPUTS if k in recorded}
+    first = "input_ids" if isinstance(spec, LMSpec) else "images"
+    if first not in inputs or not recorded:
+        held = ", ".join([*inputs, *recorded])
+        raise InputError(f"{path} must hold {first} and logits or features, found {held or 'neither'}")
+    y, aux = forward(params, *(_lm_inputs if first == "input_ids" else _images)(spec, inputs, path))
     found = {"logits": np.asarray(y), "features": np.asarray(aux["features"])}
     differences = {}
-    for name in recorded.keys() - {"images"}:
+    for name in recorded:
         if found[name].shape != recorded[name].shape:
             shapes = f"expected {list(recorded[name].shape)}, found {list(found[name].shape)}"
             raise InputError(f"{path}: the model's {name} have another shape: {shapes}")
         difference = np.abs(found[name].astype(np.float64) - recorded[name])
+        if "attention_mask" in inputs:
+            difference = difference[inputs["attention_mask"] > 0]
         differences[name] = float(difference.max()) if difference.size else 0.0
     worst = float(np.max(list(differences.values())))
     passed = bool(worst <= atol)  # False where the model gives NaN, which is no JSON number

@@ -13,6 +13,7 @@ from typing import Any
 
 from vtjax.errors import InputError
 from vtjax.spec import Preprocess, ViTSpec
+from vtjax.weights import hf_lm
 
 # model_type -> (table, defaults of fields that a config may leave out)
 _COMMON: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3}
@@ -98,7 +99,7 @@ def spec_from_config(
     if kind in _WHOLE:
         kind, config = _WHOLE[kind], config.get("vision_config") or {}
     if kind not in FAMILIES:
-        known = ", ".join([*FAMILIES, *_WHOLE])
+        known = ", ".join([*FAMILIES, *_WHOLE, *hf_lm.FAMILIES])
         raise InputError(f"{where}: model_type must be one of {known}, found {config.get('model_type')!r}")
     table, defaults = FAMILIES[kind]
     get = {**defaults, **{k: v for k, v in config.items() if v is not None}}

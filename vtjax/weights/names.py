@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import ViTSpec, is_backbone
+from vtjax.spec import LMSpec, Spec, ViTSpec, is_backbone
 from vtjax.weights.tables import TABLES, Row, Table
 
 Params = dict[str, Any]
@@ -50,8 +50,44 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
     return tree
 
 
-def shapes(spec: ViTSpec) -> dict[str, Shape]:
-    """Shape of every parameter of the backbone of `spec`, by our names; the same tree as `models.vit.ViT.init`."""
+def shapes(spec: Spec) -> dict[str, Shape]:
+    """Shape of every parameter of the backbone of `spec`, by our names; the same tree as the model's `init`."""
+    return _lm_shapes(spec) if isinstance(spec, LMSpec) else _vit_shapes(spec)
+
+
+def _lm_shapes(spec: LMSpec) -> dict[str, Shape]:
+    d = spec.width
+    out: dict[str, Shape] = {"embed/tokens": (spec.vocab, d)}
+
+    def dense(name: str, rows: int, columns: int, bias: bool) -> None:
+        out[f"{name}/kernel"] = (rows, columns)
+        if bias:
+            out[f"{name}/bias"] = (columns,)
+
+    for i, block in enumerate(spec.blocks):
+        b, heads = f"block_{i:02d}", {"query": block.heads, "key": block.kv_heads, "value": block.kv_heads}
+        if block.attn:
+            out[f"{b}/norm1/scale"] = (d,)
+            for name, count in heads.items():
+                dense(f"{b}/attn/{name}", d, count * block.head_dim, spec.qkv_bias)
+            if spec.qk_norm == "head":
+                out |= {f"{b}/attn/{name}_norm/scale": (block.head_dim,) for name in ("query", "key")}
+            dense(f"{b}/attn/out", block.heads * block.head_dim, d, spec.out_bias)
+        if block.ffn:
+            out[f"{b}/norm2/scale"] = (d,)
+            for name in ("up", "gate"):
+                dense(f"{b}/mlp/{name}", d, block.mlp, spec.mlp_bias)
+            dense(f"{b}/mlp/down", block.mlp, d, spec.mlp_bias)
+        if block.adapter and not block.attn and not block.ffn:
+            dense(f"{b}/adapter/down", d, block.adapter, True)
+            dense(f"{b}/adapter/up", block.adapter, d, True)
+    out["norm/scale"] = (d,)
+    if not spec.tied:
+        out["head/kernel"] = (d, spec.vocab)
+    return out
+
+
+def _vit_shapes(spec: ViTSpec) -> dict[str, Shape]:
     d = spec.width
     out: dict[str, Shape] = {}
 
@@ -116,7 +152,7 @@ def shapes(spec: ViTSpec) -> dict[str, Shape]:
     return out
 
 
-def rows(spec: ViTSpec, table: Table, prefix: str = "") -> list[Row]:
+def rows(spec: Spec, table: Table, prefix: str = "") -> list[Row]:
     """The table's rows for this spec, with full names on both sides; each of our names occurs exactly once.
 
     Raises:
@@ -144,7 +180,7 @@ def rows(spec: ViTSpec, table: Table, prefix: str = "") -> list[Row]:
     return out
 
 
-def foreign_shapes(spec: ViTSpec, table: Table, prefix: str = "") -> dict[str, Shape]:
+def foreign_shapes(spec: Spec, table: Table, prefix: str = "") -> dict[str, Shape]:
     """Shape of every foreign array of `spec`."""
     ours = shapes(spec)
     return {
@@ -167,10 +203,12 @@ def find_table(names: Iterable[str], candidates: Iterable[str] = TABLES) -> tupl
             if prefix + table.anchor in present and any(mark in n for n in present for mark in table.marks):
                 return name, prefix
     some = listed(sorted(present), 3)
-    raise InputError(f"the names are neither vtjax's, timm's nor Hugging Face's (for a vision transformer): {some}")
+    raise InputError(
+        f"the names are neither vtjax's, timm's, Hugging Face's nor GGUF's, for a model that a spec describes: {some}"
+    )
 
 
-def to_ours(spec: ViTSpec, tensors: Mapping[str, np.ndarray], table: Table, prefix: str, where: str) -> Params:
+def to_ours(spec: Spec, tensors: Mapping[str, np.ndarray], table: Table, prefix: str, where: str) -> Params:
     """Our parameters from foreign arrays.
 
     Args:
@@ -208,7 +246,7 @@ def to_ours(spec: ViTSpec, tensors: Mapping[str, np.ndarray], table: Table, pref
     return unflatten({name: flat[name] for name in ours})
 
 
-def to_foreign(spec: ViTSpec, params: Params, table: Table, prefix: str) -> dict[str, np.ndarray]:
+def to_foreign(spec: Spec, params: Params, table: Table, prefix: str) -> dict[str, np.ndarray]:
     """Foreign arrays from our parameters; the inverse of `to_ours`.
 
     Raises:
@@ -293,7 +331,7 @@ def _joined_shape(parts: list[Shape]) -> Shape:
     return (sum(p[0] for p in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
 
 
-def _outward_shape(shape: Shape, kind: str, spec: ViTSpec) -> Shape:
+def _outward_shape(shape: Shape, kind: str, spec: Spec) -> Shape:
     if kind == "linear":
         return shape[::-1]
     if kind == "conv":
@@ -301,7 +339,7 @@ def _outward_shape(shape: Shape, kind: str, spec: ViTSpec) -> Shape:
     return {"same": shape, "lead": (1, *shape), "token": (1, 1, *shape)}[kind]
 
 
-def _outward(array: np.ndarray, kind: str, spec: ViTSpec) -> np.ndarray:
+def _outward(array: np.ndarray, kind: str, spec: Spec) -> np.ndarray:
     if kind == "linear":
         return array.T
     if kind == "conv":

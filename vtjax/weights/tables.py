@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""timm's and Hugging Face's parameter names beside ours, one table per model class.
+"""timm's, Hugging Face's and GGUF's parameter names beside ours, one table per model class.
 
 A row says that some of our arrays, laid one after another along the foreign array's first axis, are one foreign array.
 `weights.names` reads the tables in both directions.
@@ -150,6 +150,22 @@ _HF_ATTENTION = (
 )
 _TEXT = (r"text_model\..*", r"text_projection\..*", r"logit_(scale|bias)", r"(.*\.)?position_ids")
 
+
+def _decoder(norms: str, attention: str, mlp: str) -> tuple[Row, ...]:
+    """The rows of a decoder block; the arguments are the library's names in our order."""
+    norm1, norm2, query_norm, key_norm = norms.split()
+    projections = zip(["query", "key", "value", "out"], attention.split(), strict=True)
+    layers = zip(["gate", "up", "down"], mlp.split(), strict=True)
+    return (
+        *_norm("norm1", norm1),
+        *_norm("norm2", norm2),
+        *(row for ours, theirs in projections for row in _dense(f"attn/{ours}", theirs)),
+        *_norm("attn/query_norm", query_norm),
+        *_norm("attn/key_norm", key_norm),
+        *(row for ours, theirs in layers for row in _dense(f"mlp/{ours}", theirs)),
+    )
+
+
 TABLES: dict[str, Table] = {
     "timm": Table(
         _TIMM_TOP,
@@ -262,5 +278,37 @@ TABLES: dict[str, Table] = {
         prefixes=("vision_model.", ""),
         marks=("post_layernorm",),
         ignored=_TEXT,
+    ),
+    "hf_decoder": Table(
+        (
+            Row(("embed/tokens",), "embed_tokens.weight"),
+            *_norm("norm", "norm"),
+            Row(("head/kernel",), "/lm_head.weight", "linear"),
+        ),
+        _decoder(
+            "input_layernorm post_attention_layernorm self_attn.q_norm self_attn.k_norm",
+            "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj",
+            "mlp.gate_proj mlp.up_proj mlp.down_proj",
+        ),
+        stem="layers.{}",
+        anchor="embed_tokens.weight",
+        prefixes=("model.", ""),
+        # A tied head is written twice by some releases.
+        ignored=(r"lm_head\.weight", r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    ),
+    "gguf": Table(
+        (
+            Row(("embed/tokens",), "token_embd.weight"),
+            *_norm("norm", "output_norm"),
+            Row(("head/kernel",), "output.weight", "linear"),
+        ),
+        _decoder(
+            "attn_norm ffn_norm attn_q_norm attn_k_norm",
+            "attn_q attn_k attn_v attn_output",
+            "ffn_gate ffn_up ffn_down",
+        ),
+        stem="blk.{}",
+        anchor="token_embd.weight",
+        ignored=(r"rope_freqs\.weight",),
     ),
 }

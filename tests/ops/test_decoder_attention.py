@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtjax.ops import decoder_attention as ops
+
+RNG = np.random.default_rng(0)
+
+
+def arrays(n, heads, kv_heads, d=8, b=2):
+    return [RNG.standard_normal((b, n, h, d)).astype(np.float32) for h in (heads, kv_heads, kv_heads)]
+
+
+def obvious(q, k, v, alive):
+    """One row at a time, over the slots that it sees."""
+    y = np.zeros_like(q)
+    for b, i, h in np.ndindex(*q.shape[:3]):
+        kv = h * k.shape[2] // q.shape[2]
+        seen = [j for j in range(i + 1) if alive[b, j] or j == i]
+        s = k[b, seen, kv] @ q[b, i, h] / np.sqrt(q.shape[-1])
+        w = np.exp(s - s.max())
+        y[b, i, h] = (w / w.sum()) @ v[b, seen, kv]
+    return y
+
+
+@pytest.mark.parametrize("heads,kv_heads,implementation", [(6, 2, "square"), (6, 2, "blocks"), (2, 2, "auto")])
+def test_against_the_obvious_version(heads, kv_heads, implementation, monkeypatch):
+    monkeypatch.setattr(ops, "BLOCK", 3)
+    q, k, v = arrays(7, heads, kv_heads)
+    alive = np.array([[1] * 7, [0, 0, 1, 1, 0, 1, 0]], np.float32)
+    call = jax.jit(lambda *a: ops.causal(*a[:3], alive=a[3], implementation=implementation))
+    np.testing.assert_allclose(call(q, k, v, alive), obvious(q, k, v, alive), atol=2e-6)
+    plain = jax.jit(lambda *a: ops.causal(*a, implementation=implementation))(q, k, v)
+    np.testing.assert_allclose(plain[0], call(q, k, v, alive)[0], atol=2e-6)
+
+
+def test_blocks_leave_out_the_upper_triangle(monkeypatch):
+    monkeypatch.setattr(ops, "BLOCK", 4)
+    q, k, v = map(jnp.asarray, arrays(12, 2, 1))
+    text = str(jax.make_jaxpr(lambda *a: ops.causal(*a, implementation="blocks"))(q, k, v))
+    assert all(f"f32[2,1,2,4,{m}]" in text for m in (4, 8, 12)) and "f32[2,1,2,12,12]" not in text
+
+
+def test_gradients_are_those_of_the_square(monkeypatch):
+    monkeypatch.setattr(ops, "BLOCK", 4)
+    q, k, v = map(jnp.asarray, arrays(10, 4, 2))
+    alive = jnp.asarray([[1.0] * 10, [0.0] * 3 + [1.0] * 7])
+
+    def value(implementation):
+        def f(*a):
+            return jnp.square(ops.causal(*a, alive=alive, implementation=implementation)).sum()
+
+        return jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v)
+
+    for a, b in zip(value("square"), value("blocks"), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_cached_token_is_the_last_row():
+    q, k, v = map(jnp.asarray, arrays(6, 6, 2))
+    alive = jnp.asarray([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 1]])
+    whole = ops.causal(q, k, v, alive=alive.astype(jnp.float32))
+    pad = ((0, 0), (0, 0), (0, 3), (0, 0))
+    cache = [jnp.pad(a.swapaxes(1, 2), pad, constant_values=50.0) for a in (k, v)]
+    y = ops.cached(q[:, -1:], *cache, jnp.pad(alive > 0, ((0, 0), (0, 3))))
+    np.testing.assert_allclose(y, whole[:, -1:], atol=2e-6)
+
+
+def test_half_precision_keeps_float32_statistics():
+    q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in arrays(40, 2, 1, b=1))
+    y = ops.causal(q, k, v)
+    assert y.dtype == jnp.bfloat16
+    exact = ops.causal(*(a.astype(jnp.float32) for a in (q, k, v)))
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.03)
+
+
+def test_an_unknown_implementation_is_named():
+    q, k, v = map(jnp.asarray, arrays(2, 1, 1))
+    with pytest.raises(ValueError, match="must be one of auto, square, blocks, found 'flash'"):
+        ops.causal(q, k, v, implementation="flash")

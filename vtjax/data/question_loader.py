@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of questions about images, for training and evaluating multimodal LLMs.
+
+A batch is a dict of numpy arrays, the process's rows of the global batch: `input_ids, positions, segments, labels`
+int32 and `weights` float32, `[b, S]` (`packing.Row`); `images` float32 [b, H, W, 3] normalised; `valid` bool [b]
+(False = padding); `index` int64 [b] (number of the row in the split, -1 = padding); and per question of a row, int32
+[b, Q], -1 = none: `question` (its number in the split), `type`, `answer`. Q is `pack`; with 1, rows are questions.
+
+S is one of a few lengths. With several (`buckets`) rows of about the same length come together: the stream of rows is
+cut into stretches of `GROUP` batches, each is sorted by bucket, and its batches are shuffled. Rows, their questions and
+so all lengths follow from the data alone; the stream, its stretches and the batch of a step from (seed, step), as in
+`vtjax.data.loader`: resuming and the number of processes change nothing, and an epoch is the whole split.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from vtjax.data import conversation, packing, questions, stream, transforms
+from vtjax.data.augment import Augment
+from vtjax.data.conversation import Encoded, Template, Turn
+from vtjax.data.loader import SPLITS, Preprocess, augment_of
+from vtjax.data.questions import Questions
+from vtjax.data.sources import choices
+from vtjax.data.stream import Batch
+from vtjax.data.tokenizer import Tokenizer, WordTokenizer
+from vtjax.errors import InputError
+
+GROUP = 32  # batches that are sorted by length together
+
+
+class QuestionData:
+    """Training and evaluation batches from two splits.
+
+    Args:
+      train: None where only evaluation is wanted.
+      eval: of the same set.
+      tokenizer, template: how questions and answers are written.
+      seed: of the order.
+      batch_size: rows, global over all processes.
+      image_size: (height, width) of the batches; images of another size are resized, whatever the aspect.
+      visual_tokens: placeholders per image.
+      pack: most questions of a row; 1 = every question has its own.
+      buckets: most row lengths that batches may have, each of which is compiled once.
+      limit: most tokens of a row; 0 = what the longest needs.
+      mean, std: normalisation, for values in [0, 1].
+      prefetch: batches that are prepared ahead, by one thread each; 0 = none.
+      rows: this process's rows of every global batch, ascending; None = all of them. Processes may share rows.
+
+    Attributes:
+      lengths: the row lengths, ascending.
+      answers, types: of the set, in the order of their numbers.
+      classes: number of answers.
+      train_examples, eval_examples: rows of each split.
+
+    Raises:
+      InputError: a value out of range, splits of different sets, or a question that cannot be written or is too long.
+    """
+
+    def __init__(
+        self,
+        train: Questions | None,
+        eval: Questions,
+        tokenizer: Tokenizer,
+        *,
+        template: Template,
+        seed: int,
+        batch_size: int,
+        image_size: tuple[int, int],
+        visual_tokens: int,
+        pack: int = 1,
+        buckets: int = 1,
+        limit: int = 0,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        prefetch: int = 2,
+        rows: Sequence[int] | None = None,
+    ):
+        for name, value, least in [
+            ("seed", seed, 0),
+            ("batch_size", batch_size, 1),
+            ("visual_tokens", visual_tokens, 1),
+            ("config.data.pack", pack, 1),
+            ("config.data.buckets", buckets, 1),
+            ("config.data.limit", limit, 0),
+            ("config.data.prefetch", prefetch, 0),
+            ("image_size", min(image_size), 1),
+        ]:
+            if value < least:
+                raise InputError(f"{name} must be at least {least}, found {value}")
+        mine = list(range(batch_size)) if rows is None else list(rows)
+        if sorted(set(mine)) != mine or not mine or mine[0] < 0 or mine[-1] >= batch_size:
+            raise InputError(f"rows must ascend within 0..{batch_size - 1}, found {mine[:8]}")
+        if train is not None and (train.answers, train.types) != (eval.answers, eval.types):
+            raise InputError("both splits must have the same answers and types, found those of two sets")
+        for split in (train, eval):
+            if split is not None and not len(split):
+                raise InputError("a split must hold at least one question, found none")
+        write = _Writer(tokenizer, template, visual_tokens)
+        self._splits = {"eval": _Rows(eval, write, pack, limit)}
+        if train is not None:
+            self._splits["train"] = _Rows(train, write, pack, limit)
+        self.answers, self.types, self.classes = eval.answers, eval.types, len(eval.answers)
+        self.train_examples = 0 if train is None else len(self._splits["train"])
+        self.eval_examples = len(self._splits["eval"])
+        most = packing.buckets(self._splits["eval" if train is None else "train"].sizes.tolist(), buckets)
+        longest = max(int(split.sizes.max()) for split in self._splits.values())
+        self.lengths = tuple(sorted({*most[:-1], *packing.buckets([max(longest, most[-1])], 1)}))
+        self._bucket = {name: np.searchsorted(self.lengths, split.sizes) for name, split in self._splits.items()}
+        self._seed, self._batch_size, self._rows, self._size = seed, batch_size, mine, image_size
+        self._pack, self._pad, self._mean, self._std, self._prefetch = pack, tokenizer.pad, mean, std, prefetch
+        # A split smaller than a stretch would come more than once in it.
+        self._group = min(GROUP, max(1, self.train_examples // batch_size)) if len(self.lengths) > 1 else 1
+        # Threads are at neighbouring steps, so at one stretch or two.
+        self._stretch = functools.lru_cache(maxsize=4)(self._sorted_stretch)
+
+    def train(self, start_step: int) -> Iterator[Batch]:
+        """Endless training batches, from `start_step` on.
+
+        Raises:
+          InputError: there is no training split, or (while iterating) an image that cannot be decoded.
+        """
+        self._split("train")
+        return stream.batches(self._train_batch, start_step, stream.ENDLESS, prefetch=self._prefetch)
+
+    def eval(self, split: str = "eval") -> Iterator[Batch]:
+        """The split once, from short rows to long ones; each question stands in one row of the global batches, and
+        every process gets the same number of batches."""
+        order = np.argsort(self._bucket[self._split(split)], kind="stable")
+        count = -(-len(order) // self._batch_size)
+
+        def make(step: int) -> Batch:
+            return self._batch(split, order[step * self._batch_size : (step + 1) * self._batch_size])
+
+        return stream.batches(make, 0, count, prefetch=self._prefetch)
+
+    def draw(self, split: str, index: int) -> Batch:
+        """Random batch number `index` of a split, a pure function of (seed, split, index).
+
+        Batches of one epoch (rows // batch_size of them) share no row; a split smaller than a batch is padded.
+        """
+        size = len(self._splits[self._split(split)])
+        epoch, number = divmod(index, max(1, size // self._batch_size))
+        order = stream.order(self._seed, stream.DRAW + SPLITS.index(split), epoch, size)
+        return self._batch(split, order[number * self._batch_size : (number + 1) * self._batch_size])
+
+    def _split(self, split: str) -> str:
+        if split not in self._splits:
+            raise InputError(f"split must be one of {choices(split, sorted(self._splits))}, found {split!r}")
+        return split
+
+    def _train_batch(self, step: int) -> Batch:
+        number, place = divmod(step, self._group)
+        return self._batch("train", self._stretch(number)[place])
+
+    def _sorted_stretch(self, number: int) -> np.ndarray:
+        """The rows of stretch `number` of the stream, `[group, batch_size]`."""
+        size, total = self.train_examples, self._group * self._batch_size
+        counts = np.arange(number * total, (number + 1) * total)
+        epochs = range(counts[0] // size, counts[-1] // size + 1)
+        orders = np.concatenate([stream.order(self._seed, stream.ORDER, epoch, size) for epoch in epochs])
+        rows = orders[counts - epochs[0] * size]
+        if self._group == 1:
+            return rows.reshape(1, -1)
+        rows = rows[np.argsort(self._bucket["train"][rows], kind="stable")].reshape(self._group, -1)
+        return rows[stream.rng(self._seed, stream.GROUP, number).permutation(self._group)]
+
+    def _batch(self, split: str, rows: np.ndarray) -> Batch:
+        """Global batch of some rows, padded; ours of it."""
+        source = self._splits[split]
+        length = self.lengths[self._bucket[split][rows].max()]
+        index = np.full(self._batch_size, -1, np.int64)
+        index[: len(rows)] = rows
+        index = index[self._rows]
+        images = np.zeros((len(index), *self._size, 3), np.float32)
+        empty = np.zeros(length, np.int32)
+        nothing = packing.Row(empty + self._pad, empty, empty - 1, empty, np.zeros(length, np.float32))
+        made = [source.row(i, length, self._pad) if i >= 0 else nothing for i in index.tolist()]
+        asked = np.full((len(index), self._pack), -1, np.int32)
+        for place, i in enumerate(index.tolist()):
+            if i >= 0:
+                images[place] = transforms.normalise(source.image(i, self._size), self._mean, self._std)
+                asked[place, : len(source.parts[i])] = source.parts[i]
+        columns = {
+            name: np.where(asked >= 0, getattr(source.questions, name)[asked], -1).astype(np.int32)
+            for name in ("type", "answer")
+        }
+        arrays = {name: np.stack([getattr(row, name) for row in made]) for name in packing.Row._fields}
+        return {**arrays, "images": images, "valid": index >= 0, "index": index, "question": asked, **columns}
+
+
+class _Writer:
+    """Writes questions about one image; the same text is encoded once."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, visual_tokens: int):
+        self._tokenizer, self._template, self.visual_tokens = tokenizer, template, visual_tokens
+        self._known: dict[tuple[str, str], Encoded] = {}
+
+    def __call__(self, text: str, answer: str) -> Encoded:
+        if (text, answer) not in self._known:
+            turns = [Turn("user", f"{conversation.IMAGE}\n{text}"), Turn("assistant", answer)]
+            options: dict[str, Any] = {"visual_tokens": self.visual_tokens, "images": 1}
+            self._known[text, answer] = conversation.encode(turns, self._tokenizer, self._template, **options)
+        return self._known[text, answer]
+
+
+class _Rows:
+    """The rows of a split: which questions share one, and how long each is."""
+
+    def __init__(self, source: Questions, write: _Writer, pack: int, limit: int):
+        self.questions, self._images = source, questions.cached(source.images)
+        self._written = [
+            write(text, source.answers[answer]) for text, answer in zip(source.texts, source.answer, strict=True)
+        ]
+        # The template begins every conversation of the set alike, up to the end of the image.
+        self.prefix = self._written[0].images[0] + write.visual_tokens
+        lengths = [len(one.ids) for one in self._written]
+        starts = [0, *(np.flatnonzero(np.diff(source.image)) + 1).tolist(), len(source)]
+        self.parts = [
+            range(start + part.start, start + part.stop)
+            for start, stop in zip(starts[:-1], starts[1:], strict=True)
+            for part in packing.share(lengths[start:stop], self.prefix, pack, limit)
+        ]
+        self.sizes = np.array([packing.size([lengths[i] for i in part], self.prefix) for part in self.parts])
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def row(self, index: int, length: int, pad: int) -> packing.Row:
+        return packing.row([self._written[i] for i in self.parts[index]], self.prefix, length, pad)
+
+    def image(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        image = self._images[int(self.questions.image[self.parts[index].start])]
+        return transforms.evaluate(image, size, 1.0, squash=True)
+
+
+def vocabulary(train: Questions, extra: Sequence[str] = ()) -> Tokenizer:
+    """The words of a training split, questions and answers, and further control tokens."""
+    return WordTokenizer.build([*train.texts, *train.answers], extra)
+
+
+def from_config(
+    config: Any,
+    *,
+    seed: int,
+    batch_size: int,
+    image_size: tuple[int, int],
+    visual_tokens: int,
+    tokenizer: Tokenizer | None = None,
+    template: Template = conversation.PLAIN,
+    preprocess: Preprocess | None = None,
+    rows: Sequence[int] | None = None,
+) -> tuple[QuestionData, Tokenizer]:
+    """Data that `config.data` describes, and the tokenizer.
+
+    Args:
+      config: mapping with the leaves of `configs.common.questions`.
+      seed, batch_size, image_size, visual_tokens, rows: as for `QuestionData`.
+      tokenizer: None = one of the words of the training split, questions and answers.
+      template: how it writes.
+      preprocess: its normalisation is used; None = mean and std 0.5. Images are not cropped: questions are about all
+        that they show.
+
+    Raises:
+      InputError: as `questions.open_questions` and `QuestionData`; augmentation or workers, which are not
+        for questions.
+    """
+    if augment_of(config) != Augment() or config["repeats"] != 1:
+        raise InputError(
+            "config.data must leave augmentation at its defaults with questions, which are about colours and places, "
+            "found another setting"
+        )
+    if config["workers"]:
+        raise InputError(f"config.data.workers must be 0 with questions, which threads read, found {config['workers']}")
+    own: dict[str, Any] = {"n": config["n"], "size": config["size"]}
+    elsewhere = {"path": config["path"]} if config["path"] else {}
+    options = {**own, **elsewhere} if config["name"] == "marked_shapes" else elsewhere
+    evaluation = questions.open_questions(config["name"], config["eval_split"], **options)
+    train = None
+    if config["train_split"]:
+        train = questions.open_questions(config["name"], config["train_split"], **options)
+    if tokenizer is None:
+        if train is None:
+            raise InputError("config.data.train_split must name the split whose words make the vocabulary, found none")
+        tokenizer = vocabulary(train)
+    form = {} if preprocess is None else {"mean": preprocess.mean, "std": preprocess.std}
+    data = QuestionData(
+        train,
+        evaluation,
+        tokenizer,
+        template=template,
+        seed=seed,
+        batch_size=batch_size,
+        image_size=image_size,
+        visual_tokens=visual_tokens,
+        pack=config["pack"],
+        buckets=config["buckets"],
+        limit=config["limit"],
+        prefetch=config["prefetch"],
+        rows=rows,
+        **form,
+    )
+    return data, tokenizer

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder remembers between tokens. Layers may remember sequences of different lengths.
+
+A *stretch* is a run of layers between two reducers: they see the same slots. A reducer that shortens the sequence makes
+the caches of all later layers shorter.
+
+Letters: B batch, N slots of the prompt in a stretch, C slots of its cache, K key and value heads, d head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from vtjax.models.decoder import LayerCache
+from vtjax.ops.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Slots that a run of layers shares.
+
+    Attributes:
+      alive: `[B, C]` bool, slots that hold a token.
+      slot: int32, where the next token goes; equal for all samples.
+      position: `[B]` int32, the next token's place in the text.
+    """
+
+    alive: Bool[Array, "B C"]
+    slot: Int[Array, ""]
+    position: Int[Array, " B"]
+
+    def grown(self) -> Stretch:
+        """With the next token in its slot; `slot` and `position` are still that token's."""
+        taken = jnp.arange(self.alive.shape[1]) == self.slot
+        return dataclasses.replace(self, alive=self.alive | taken)
+
+    def advanced(self) -> Stretch:
+        """Ready for the token after."""
+        return dataclasses.replace(self, slot=self.slot + 1, position=self.position + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers, by the name of their block; blocks without attention have none.
+
+    Attributes:
+      keys, values: `[B, K, C, d]`; C is each layer's own.
+      stretches: one per run of layers between reducers.
+    """
+
+    keys: dict[str, Array]
+    values: dict[str, Array]
+    stretches: tuple[Stretch, ...]
+
+    def layer(self, name: str, stretch: Stretch) -> LayerCache:
+        """What block `name` gets to see, for a stretch that has grown."""
+        return LayerCache(self.keys[name], self.values[name], stretch.alive, stretch.slot)
+
+
+jax.tree_util.register_dataclass(Stretch, data_fields=["alive", "slot", "position"], meta_fields=[])
+jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "stretches"], meta_fields=[])
+
+
+def start(entered: Sequence[Tokens], layers: Mapping[str, Mapping[str, Any]], room: int) -> Cache:
+    """The cache after a prompt.
+
+    Args:
+      entered: the tokens that entered the first layer of every stretch.
+      layers: `keys` and `values` `[B, N, K, d]` of the prompt, by the name of the block.
+      room: slots for tokens to come.
+    """
+
+    def padded(a: Array) -> Array:
+        return jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
+
+    return Cache(
+        keys={name: padded(aux["keys"]) for name, aux in layers.items()},
+        values={name: padded(aux["values"]) for name, aux in layers.items()},
+        stretches=tuple(_stretch(tokens, room) for tokens in entered),
+    )
+
+
+def _stretch(tokens: Tokens, room: int) -> Stretch:
+    b, n = tokens.x.shape[:2]
+    live = jnp.ones((b, n), bool) if tokens.alive is None else tokens.alive > 0.5
+    position = jnp.broadcast_to(jnp.arange(n), (b, n)) if tokens.position is None else tokens.position
+    return Stretch(
+        alive=jnp.pad(live, ((0, 0), (0, room))),
+        slot=jnp.int32(n),
+        position=jnp.where(live, position, -1).max(1).astype(jnp.int32) + 1,
+    )
