@@ -129,7 +129,8 @@ def _searched() -> str:
 
 
 def _download(name: str, hub: str) -> Path:
-    looked = f"the weights {name!r} were not found in {_searched()}"
+    here = "" if name in NAMED else ", nor is there a file or a folder (a workdir, say) of that path"
+    looked = f"the weights {name!r} were not found in {_searched()}{here}"
     put = f"put the folder of https://huggingface.co/{hub} there as {hub.split('/')[-1]!r}"
     if importlib.util.find_spec("huggingface_hub") is None:
         raise InputError(f"{looked}; {put}, or let vtjax fetch it: pip install 'vtjax[hub]'")
