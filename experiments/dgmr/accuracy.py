@@ -6,7 +6,7 @@
     python -m experiments.dgmr.accuracy allocation   counts allocated over the blocks, at the MACs of the grid
     python -m experiments.dgmr.accuracy refit        output weights fitted anew before distillation, on the same images
     python -m experiments.dgmr.accuracy int8         models of the grid with 8-bit weights
-    python -m experiments.dgmr.accuracy pruned       before any distillation: criteria, allocations, fitted or not; minutes
+    python -m experiments.dgmr.accuracy pruned       before any distillation: criteria, allocations, fitted or copied
 
 `cost` counts the seconds of a whole run, compilation included. Every record in results/accuracy.jsonl holds which
 images were right, so that differences are paired; and the same of the pruned model before distillation. What was
