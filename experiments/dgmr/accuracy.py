@@ -6,6 +6,7 @@
     python -m experiments.dgmr.accuracy allocation   counts allocated over the blocks, at the MACs of the grid
     python -m experiments.dgmr.accuracy refit        output weights fitted anew before distillation, on the same images
     python -m experiments.dgmr.accuracy int8         models of the grid with 8-bit weights
+    python -m experiments.dgmr.accuracy pruned       before any distillation: criteria, allocations, fitted or copied
 
 `cost` counts the seconds of a whole run, compilation included. Every record in results/accuracy.jsonl holds which
 images were right, so that differences are paired; and the same of the pruned model before distillation. What was
@@ -90,7 +91,15 @@ def int8(model: str) -> Iterator[Point]:
         yield name, variant, overrides
 
 
-POINTS = {"grid": grid, "cost": cost, "allocation": allocation, "refit": refit, "int8": int8}
+def pruned(model: str) -> Iterator[Point]:
+    """Every way to prune, with output weights copied and fitted; nothing is trained."""
+    ways = [{"dgmr.method": method} for method in dgmr.METHODS[:-1]] + [{"dgmr.allocation": how} for how in ALLOCATIONS]
+    for ratio, way, count in itertools.product(RATIOS, ways, (0, EXAMPLES[model])):
+        name = f"{model} {next(iter(way.values()))} {ratio} {'fitted' if count else 'copied'}"
+        yield name, f"{model},ratio={ratio}", {**way, "dgmr.refit": count, "seed": 0}
+
+
+POINTS = {"grid": grid, "cost": cost, "allocation": allocation, "refit": refit, "int8": int8, "pruned": pruned}
 
 
 def folder(what: str, name: str) -> str:
@@ -142,6 +151,21 @@ def trained(what: str, point: Point, executables: Executables) -> dict[str, Any]
         **measured(spec, values, teacher, data, config.dgmr.point),
     }
     return found | (eight(spec, values, teacher, data, config.dgmr.point) if what == "int8" else {})
+
+
+def before_training(point: Point) -> dict[str, Any]:
+    """Prunes one point, and measures it."""
+    _, variant, overrides = point
+    config = config_lib.load_config("configs/dgmr.py", variant, {leaf: str(value) for leaf, value in overrides.items()})
+    task, data = assemble.assemble(config)
+    start, frozen, _ = task.init(jax.random.key(config.seed))
+    teacher = dgmr.original(task.spec), frozen["teacher"]
+    settings = {leaf: config.dgmr[leaf] for leaf in ("method", "ratio", "allocation", "refit")}
+    return {
+        **{"model": variant.partition(",")[0], **settings, "seed": config.seed, "init_from": config.init_from},
+        **{name: task.summary[name] for name in ("keep", "params", "macs_per_image", "mac_ratio")},
+        **measured(task.spec, start, teacher, data, config.dgmr.point),
+    }
 
 
 def dense(model: str, *, int8: bool) -> dict[str, Any]:
@@ -230,7 +254,9 @@ def main(arguments: list[str]) -> int:
         name, variant, _ = point
         if (options.what, name) in known:
             continue
-        if name.endswith(" dense"):
+        if options.what == "pruned":
+            keep(name, before_training(point))
+        elif name.endswith(" dense"):
             keep(name, dense(variant, int8=options.what == "int8"))
         else:
             keep(name, trained(options.what, point, executables))

@@ -80,7 +80,9 @@ def recovery(records: Iterable[Mapping[str, Any]], model: str) -> Any:
             lines.setdefault(f"{tables.METHODS[method]}, {when}", []).append(row)
     ordered = {name: lines[name] for name in sorted(lines, key=lambda n: n.endswith("pruned"))}
     whole = tables.dense(records)[model]
-    return reduction.tradeoff(ordered, dense=(1.0, whole["top1"]), title=f"Pruned, and distilled: {model}")
+    kinds = {name: name.partition(",")[0] for name in ordered}
+    title = f"Distilled (solid) and before (dashed): {model}"
+    return reduction.tradeoff(ordered, dense=(1.0, whole["top1"]), title=title, kinds=kinds)
 
 
 def growth(records: list[dict[str, Any]]) -> Any:

@@ -12,6 +12,7 @@ Letters: B batch, L layers.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from experiments.dgmr import pairing
 from experiments.vit import main as vit
 from vtjax.account import bench, flops
 from vtjax.errors import InputError
-from vtjax.methods import dgmr
+from vtjax.methods import dgmr, dgmr_refit
 from vtjax.models.vit import ViT
 from vtjax.spec import ViTSpec
 from vtjax.train import optim
@@ -112,6 +113,9 @@ def data(config: ConfigDict, task: Task) -> Data:
       InputError: as `images.opened` and `images.Remembered`; a cache without a teacher.
     """
     found = images_lib.opened(config, task.spec)
+    if config.dgmr.images:
+        told = f"{found.train_examples} training images, those of {config.dgmr.images} among them, drawn alike"
+        print(told, file=sys.stderr)
     if not config.dgmr.cache:
         return found
     _, frozen, _ = task.init(jax.random.split(jax.random.key(config.seed))[0])
@@ -174,6 +178,9 @@ def _summary(config: ConfigDict, pair: pairing.Pair) -> dict[str, Any]:
         "params": sum(row.params for row in rows),
         "dense_params": sum(row.params for row in dense),
         "keep": dgmr.compact(dgmr.hidden(spec)),
+        "method": dgmr.settings(spec)["method"],
+        "allocation": dgmr.settings(spec).get("allocation", "uniform"),
+        "refit": dgmr_refit.images_of(spec),
         "teacher": pair.source,
         "init_from": config.init_from,
         **({"init_from_sha256": parent} if parent else {}),

@@ -222,6 +222,11 @@ def _check_same(config: ConfigDict, spec: ViTSpec) -> None:
     made, before = dgmr.settings(spec), dgmr.original(spec)
     assert before is not None
     where = f"of config.init_from={config.init_from!r}"
+    if made["method"] != "indices" and config.dgmr.indices:
+        raise InputError(
+            f"config.dgmr.indices must be empty, as the neurons {where} were selected by {made['method']!r}, "
+            f"found {config.dgmr.indices!r}"
+        )
     if made["method"] != _method(config):
         raise InputError(
             f"config.dgmr.method must be {made['method']!r}, by which the neurons {where} were selected, "
@@ -234,11 +239,10 @@ def _check_same(config: ConfigDict, spec: ViTSpec) -> None:
                 f"config.dgmr.{leaf} must be {made[leaf]!r}, with which the neurons {where} were selected, "
                 f"found {config.dgmr[leaf]!r}"
             )
-    refits = [json.loads(step.arguments)["images"] for step in spec.lineage if step.operation == dgmr_refit.REFIT]
-    if config.dgmr.refit and config.dgmr.refit not in refits:
+    fitted = dgmr_refit.images_of(spec)
+    if config.dgmr.refit not in (0, fitted):
         raise InputError(
-            f"config.dgmr.refit must be 0 or as when the model {where} was pruned, {refits or 0}, "
-            f"found {config.dgmr.refit}"
+            f"config.dgmr.refit must be 0 or as when the model {where} was pruned, {fitted}, found {config.dgmr.refit}"
         )
     if config.dgmr.indices:
         if dgmr.digest(_read(config.dgmr.indices)) != made["indices_sha256"]:
@@ -263,6 +267,11 @@ def check(config: ConfigDict) -> None:
         ("teacher_dtype", ("float32", "bfloat16")),
     ):
         check_choice(f"config.dgmr.{name}", settings[name], known)
+    # Files are looked at before anything is selected.
+    if settings.indices:
+        _read(settings.indices)
+    if settings.images:
+        images_lib.unlabelled(settings.images)
     for name, least in (
         ("w_class", 0.0),
         ("w_patch", 0.0),
@@ -300,7 +309,11 @@ def _read(path: str) -> Any:
     """Indices per block, of a JSON file; whether they fit a model is not looked at."""
     try:
         found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(
+            f"config.dgmr.indices must be a JSON file, found {path!r}: {(error.strerror or str(error)).lower()}"
+        ) from None
+    except ValueError as error:
         raise InputError(f"config.dgmr.indices must be a JSON file with a list of neurons per block: {error}") from None
     if not isinstance(found, list) or not all(each is None or isinstance(each, list) for each in found):
         raise InputError(

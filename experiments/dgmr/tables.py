@@ -34,6 +34,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("layers", "selection", layers),
         ("accuracy", "accuracy", accuracy),
         ("criteria", "accuracy", criteria),
+        ("pruned", "accuracy", pruned),
         ("refit", "accuracy", refit),
         ("constants", "refit_constants", constants),
         ("allocation", "accuracy", allocation),
@@ -215,6 +216,34 @@ def criteria(records: Records) -> str:
         "Points of top-1 [95 %]; mean over seeds for every image, intervals by bootstrap over the images, 10,000 draws."
     )
     return tables.markdown(header, rows) + "\n\n" + note
+
+
+def pruned(records: Records) -> str:
+    """Before any distillation: how the neurons were chosen and their output weights made, on the same images."""
+    found = {r["name"]: r for r in records if r["kind"] == "pruned"}
+    rows = []
+    for name, copied in found.items():
+        fitted = found.get(name.removesuffix("copied") + "fitted")
+        if not name.endswith(" copied") or fitted is None:
+            continue
+        how = METHODS[copied["method"]]
+        how += "" if copied["allocation"] == "uniform" else f", counts by {copied['allocation']}"
+        rows.append(
+            (
+                *(copied["model"], f"{copied['ratio']:.0f}", how, f"{copied['mac_ratio']:.3f}"),
+                *(f"{100 * copied['top1']:.1f}", f"**{100 * fitted['top1']:.1f}**"),
+                interval(bits([fitted]) - bits([copied])),
+                *(
+                    f"{copied['class_mse'] + copied['patch_mse']:.3g}",
+                    f"{fitted['class_mse'] + fitted['patch_mse']:.3g}",
+                ),
+            )
+        )
+    if not rows:
+        return ""
+    header: tuple[str, ...] = ("model", "r", "neurons by", "MACs over dense", "top-1, copied", "top-1, fitted")
+    header += ("fitted minus copied [95 %]", "feature distance, copied", "fitted")
+    return tables.markdown(header, rows) + "\n\n" + circumstances(found.values())
 
 
 def refit(records: Records) -> str:

@@ -360,10 +360,16 @@ PRUNE: dict[str, tuple[dict[str, Any], str]] = {
     "score": ({"ratio": 1.0, "score": "sum"}, "score must be one of concat, gate, value, found 'sum'"),
     "form": ({"ratio": 1.0, "form": "D"}, "form must be one of .*, found 'D'"),
     "few indices": ({"indices": [[1]]}, "indices must hold one list for each of 3 blocks, found 1"),
-    "twice": ({"indices": [[1, 1], [0], [0]]}, r"indices\[0\] must be distinct, found 1 twice"),
-    "beyond": ({"indices": [[0], [40], [0]]}, r"indices\[1\] must be whole numbers in 0..39, found \[40\]"),
-    "negative": ({"indices": [[0], [0], [-1]]}, r"indices\[2\] must be whole numbers in 0..39, found \[-1\]"),
-    "empty": ({"indices": [[0], [], [0]]}, r"indices\[1\] must be whole numbers in 0..39, found \[\]"),
+    "twice": ({"indices": [[1, 1], [0], [0]]}, r"indices\[0\] must be distinct, found neuron 1 again"),
+    "beyond": (
+        {"indices": [[0], [40], [0]]},
+        r"indices\[1\] must be whole numbers in 0..39, .*, found \[40\]",
+    ),
+    "negative": (
+        {"indices": [[0], [0], [-1]]},
+        r"indices\[2\] must be whole numbers in 0..39, .*, found \[-1\]",
+    ),
+    "empty": ({"indices": [[0], [], [0]]}, r"indices\[1\] must be whole numbers in 0..39, at least one, found \[\]"),
 }
 
 

@@ -196,8 +196,9 @@ def choose(
 def given(spec: ViTSpec, params: Params, indices: Any) -> list[Selection | None]:
     """Neurons that are named by hand, as `choose` returns them; arguments and errors as of `prune`."""
     check(spec, params)
-    if not isinstance(indices, list | tuple) or len(indices) != spec.depth:
-        there = len(indices) if isinstance(indices, list | tuple) else type(indices).__name__
+    several = isinstance(indices, list | tuple) or (isinstance(indices, np.ndarray) and indices.ndim == 2)
+    if not several or len(indices) != spec.depth:
+        there = len(indices) if several else type(indices).__name__
         raise InputError(f"indices must hold one list for each of {spec.depth} blocks, found {there}")
     picks: list[Selection | None] = []
     for layer, (block, named) in enumerate(zip(spec.blocks, indices, strict=True)):
@@ -210,10 +211,11 @@ def given(spec: ViTSpec, params: Params, indices: Any) -> list[Selection | None]
             continue
         whole = found.ndim == 1 and found.size and np.issubdtype(found.dtype, np.integer)
         if not whole or not block.ffn or found.min() < 0 or found.max() >= block.mlp:
-            limits = f"whole numbers in 0..{block.mlp - 1}" if block.ffn else "empty, as the block has no MLP"
+            limits = f"whole numbers in 0..{block.mlp - 1}, at least one" if block.ffn else "empty, as it has no MLP"
             raise InputError(f"indices[{layer}] must be {limits}, found {str(named):.60}")
-        if len(np.unique(found)) != len(found):
-            raise InputError(f"indices[{layer}] must be distinct, found {len(found) - len(np.unique(found))} twice")
+        neurons, times = np.unique(found, return_counts=True)
+        if times.max() > 1:
+            raise InputError(f"indices[{layer}] must be distinct, found neuron {neurons[times.argmax()]} again")
         lengths = _lengths(rows(spec, params, layer))
         picks.append(Selection(jnp.asarray(found, jnp.int32), lengths[found]))
     return picks

@@ -126,6 +126,12 @@ def refit(
     return spec.edit(lineage=(*spec.lineage, step)), params
 
 
+def images_of(spec: ViTSpec) -> int:
+    """How many images the last fit in a spec's lineage had; 0 where there was none."""
+    steps = [step for step in spec.lineage if step.operation == REFIT]
+    return json.loads(steps[-1].arguments)["images"] if steps else 0
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _normal(
     spec: ViTSpec, block: Block, whole: Block, heavy: Any, params: Any, dense: Any, here: Tokens, there: Tokens

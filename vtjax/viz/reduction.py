@@ -75,10 +75,13 @@ def tradeoff(
     title: str = "",
     xlabel: str = "MACs per image, relative to dense",
     ylabel: str = "top-1",
+    kinds: Mapping[str, str] | None = None,
 ) -> Any:
     """Quality against cost, one line per method.
 
     Args:
+      kinds: method by name of a curve: curves of one method share a color, and the second is dashed. None = each curve
+        is a method of its own.
       curves: rows of `(x, y, low, high)` by name, in any order; from low to high is the error bar.
       dense: `(x, y)` of the unreduced model: a star, and a dotted line at its height.
 
@@ -104,7 +107,12 @@ def tradeoff(
     if dense is not None:
         axes.axhline(dense[1], color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
         axes.plot(*dense, "*", color=INK, markersize=13, linestyle="none", label="dense", zorder=4)
-    for i, (name, (x, y, low, high)) in enumerate((name, points.T) for name, points in made.items()):
+    known: list[str] = []
+    for name, (x, y, low, high) in ((name, points.T) for name, points in made.items()):
+        kind = kinds[name] if kinds else name
+        again = kind in known
+        known += [] if again else [kind]
+        i = known.index(kind)
         axes.errorbar(
             x,
             y,
@@ -115,6 +123,7 @@ def tradeoff(
             markeredgecolor="white",
             markeredgewidth=0.7,
             linewidth=1.8,
+            linestyle="--" if again else "-",
             elinewidth=1.0,
             capsize=2.5,
             label=name,

