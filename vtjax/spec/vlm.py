@@ -87,7 +87,7 @@ class CrossSpec:
             return
         if min(own) <= 0 or self.heads % self.kv_heads or self.mlp < 0:
             raise InputError(
-                f"CrossSpec needs kv_heads that divide heads, head_dim above 0 and mlp of 0 or more, found {own}, {self.mlp}"
+                f"CrossSpec needs kv_heads that divide heads, head_dim > 0 and mlp >= 0, found {own}, {self.mlp}"
             )
 
 
@@ -175,8 +175,8 @@ class VLMSpec(ModelSpec):
     def __post_init__(self) -> None:
         if self.image_token < 0 or (self.bridge.cross is not None and self.image_token >= self.decoder.vocab):
             raise InputError(
-                f"VLMSpec.image_token must be 0 or more, and below vocab={self.decoder.vocab} where the decoder reads it, "
-                f"found {self.image_token}"
+                f"VLMSpec.image_token must be 0 or more, and below vocab={self.decoder.vocab} where the decoder reads "
+                f"it, found {self.image_token}"
             )
         if self.bridge.projector == "none" and self.bridge.cross is None and self.tower.width != self.decoder.width:
             raise InputError(
@@ -189,6 +189,11 @@ class VLMSpec(ModelSpec):
                 raise InputError(f"CrossSpec.layers must be in 0..{self.decoder.depth - 1}, found {layer}")
             if cross is not None and cross.form == "hyper" and not self.decoder.blocks[layer].attn:
                 raise InputError(f"CrossSpec.form='hyper' needs self-attention at layer {layer}, which was removed")
+        if cross is not None and cross.form == "hyper" and self.visual_width != self.decoder.width:
+            raise InputError(
+                f"CrossSpec.form='hyper' norms visual tokens as text, so they must be {self.decoder.width} wide, "
+                f"found {self.visual_width}"
+            )
 
     @property
     def blocks(self) -> tuple[Any, ...]:  # type: ignore[override]
