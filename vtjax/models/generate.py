@@ -64,7 +64,7 @@ def generate(
             raise InputError(f"{name} must be above 0{' and at most 1' if most == 1 else ''}, found {value}")
     # The values are not known inside the compiled function.
     if input_ids is not None:
-        check_ids(input_ids, model.spec.vocab)
+        check_ids(input_ids, model.spec.ids)
     if attention_mask is not None:
         check_mask(attention_mask)
     prompt: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "embeddings": embeddings}

@@ -103,7 +103,7 @@ class LM:
         """Fresh float32 parameters; jit it. Equal blocks share one traced initialiser. `visual_width`: E of the visual
         tokens that cross-attention reads; without it none is initialised."""
         spec, (embed, blocks, head) = self.spec, jax.random.split(key, 3)
-        params: Params = {"embed": {"tokens": 0.02 * jax.random.normal(embed, (spec.vocab, spec.width))}}
+        params: Params = {"embed": {"tokens": 0.02 * jax.random.normal(embed, (spec.ids, spec.width))}}
         one, memory = jnp.zeros((1, 1), jnp.int32), None
         if self.cross is not None and visual_width:
             memory = Memory(jnp.zeros((1, 1, visual_width), self.dtype), one, one, one, one)
@@ -241,7 +241,7 @@ class LM:
         if (input_ids is None) == (embeddings is None):
             raise InputError("a language model takes input_ids or embeddings, found both or neither")
         if embeddings is None:
-            check_ids(input_ids, self.spec.vocab)
+            check_ids(input_ids, self.spec.ids)
             x = self.embed(params, input_ids)
         else:
             x = jnp.asarray(embeddings).astype(self.dtype)

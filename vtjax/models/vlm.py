@@ -233,7 +233,7 @@ class VLM:
         self.check(input_ids, images, image_mask)
         placeholder = jnp.asarray(input_ids) == self.spec.image_token
         # What stands for an image may be a number that the decoder does not have.
-        ids = jnp.where(placeholder, jnp.minimum(self.spec.image_token, self.spec.decoder.vocab - 1), input_ids)
+        ids = jnp.where(placeholder, jnp.minimum(self.spec.image_token, self.spec.decoder.ids - 1), input_ids)
         x = self.lm.embed(params["decoder"], ids)
         if images is None:
             return {"embeddings": x}, None
@@ -257,7 +257,7 @@ class VLM:
     def check(self, input_ids: Any, images: Any, image_mask: Any = None) -> None:
         """Raises InputError for ids, images and placeholders that do not fit each other, as far as they are known."""
         spec = self.spec
-        check_ids(input_ids, max(spec.decoder.vocab, spec.image_token + 1))
+        check_ids(input_ids, max(spec.decoder.ids, spec.image_token + 1))
         size = (*spec.image_size, spec.tower.channels)
         count = 0
         if images is not None:
@@ -272,8 +272,8 @@ class VLM:
         if isinstance(input_ids, jax.core.Tracer) or isinstance(image_mask, jax.core.Tracer):
             return
         ids = np.asarray(input_ids)
-        if (other := ids[(ids >= spec.decoder.vocab) & (ids != spec.image_token)]).size:
-            raise InputError(f"input_ids must be in 0..{spec.decoder.vocab - 1} (the vocabulary), found {other[0]}")
+        if (other := ids[(ids >= spec.decoder.ids) & (ids != spec.image_token)]).size:
+            raise InputError(f"input_ids must be in 0..{spec.decoder.ids - 1} (the vocabulary), found {other[0]}")
         given = np.full(len(ids), count) if image_mask is None else np.asarray(image_mask).astype(int).sum(1)
         if image_mask is not None and (np.diff(np.asarray(image_mask).astype(int), axis=1) > 0).any():
             raise InputError("image_mask must hold the images of a sample before what fills it up, found another order")

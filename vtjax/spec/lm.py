@@ -108,6 +108,7 @@ class LMSpec(ModelSpec):
 
     Attributes:
       vocab: V, rows of the embedding; a tokenizer may use fewer.
+      extra: further rows of the embedding, of tokens that are read and never said; only where the head is not tied.
       width: D, the width of the residual stream.
       blocks: one `DecoderBlockSpec` per layer.
       context: positions that the model was trained for; generation refuses to go beyond.
@@ -136,7 +137,13 @@ class LMSpec(ModelSpec):
     tied: bool = True
     eos: tuple[int, ...] = ()
     lora: LoRASpec | None = None
+    extra: int = 0
     lineage: tuple[Lineage, ...] = ()
+
+    @property
+    def ids(self) -> int:
+        """How many token ids can be read."""
+        return self.vocab + self.extra
 
     @classmethod
     def uniform(
@@ -169,6 +176,8 @@ class LMSpec(ModelSpec):
         for name in ("vocab", "width", "context"):
             if getattr(self, name) <= 0:
                 raise InputError(f"LMSpec.{name} must be positive, found {getattr(self, name)}")
+        if self.extra < 0 or (self.extra and self.tied):
+            raise InputError(f"LMSpec.extra must be 0 or more, and 0 for a tied head, found {self.extra}")
         check_blocks(self)
         for i, block in enumerate(self.blocks):
             if block.attn and (block.kv_heads <= 0 or block.heads % block.kv_heads):

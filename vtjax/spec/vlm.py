@@ -173,9 +173,9 @@ class VLMSpec(ModelSpec):
     lineage: tuple[Lineage, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.image_token < 0 or (self.bridge.cross is not None and self.image_token >= self.decoder.vocab):
+        if self.image_token < 0 or (self.bridge.cross is not None and self.image_token >= self.decoder.ids):
             raise InputError(
-                f"VLMSpec.image_token must be 0 or more, and below vocab={self.decoder.vocab} where the decoder reads "
+                f"VLMSpec.image_token must be 0 or more, and below {self.decoder.ids} where the decoder reads "
                 f"it, found {self.image_token}"
             )
         if self.bridge.projector == "none" and self.bridge.cross is None and self.tower.width != self.decoder.width:
