@@ -66,12 +66,12 @@ def questions(steps: int, batch_size: int) -> ConfigDict:
 
 
 def tower(**leaves: Any) -> ConfigDict:
-    """A vision transformer by the fields of `ViTSpec`, as in configs/vit.py. `feature_layer`: whose tokens are taken; -2
-    is the second to last block, 0 means after the final norm."""
+    """A vision transformer by the fields of `ViTSpec`, as in configs/vit.py. `feature_layer`: whose tokens are taken;
+    -2 is the second to last block, 0 means after the final norm."""
     config = vit.model()
     for name in ("drop_path", "remat", "scan", "attention", "classes", "pooling", "pool_mlp", "fc_norm"):
         del config[name]
-    config.feature_layer = 0
+    config.feature_layer, config.patch_bias = 0, True
     return common.with_leaves(config, leaves)
 
 

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from vtjax import models, spec, weights
+from vtjax.account import params
 from vtjax.errors import InputError
 from vtjax.models import lora
 from vtjax.models.lm import LM
 from vtjax.models.vlm import VLM
+from vtjax.ops import cross_attention
+from vtjax.ops.cross_attention import Memory
 from vtjax.spec import BridgeSpec, CrossSpec, LMSpec, LoRASpec, ViTSpec, VLMSpec
 from vtjax.weights import names
 
@@ -34,11 +37,11 @@ def described(form):
     return VLMSpec(TOWER, FORMS[form], text, IMAGE)
 
 
-def texts(model_spec, length=0):
-    """Two texts, of two images and of one."""
+def texts(model_spec, room=0):
+    """Two texts, of two images and of one, padded right."""
     run, words = [IMAGE] * model_spec.placeholders, iter(np.random.default_rng(1).integers(6, 29, 99).tolist())
     made = [[next(words), *run, next(words), *run, next(words)], [next(words), *run, next(words), next(words)]]
-    width = length or max(map(len, made))
+    width = max(map(len, made)) + room
     ids, mask = np.full((2, width), 7, np.int32), np.zeros((2, width), np.int32)
     for row, text in enumerate(made):
         ids[row, : len(text)], mask[row, : len(text)] = text, 1
@@ -50,91 +53,103 @@ def made(request):
     """(spec, model, parameters, jitted apply); gates open."""
     model_spec = described(request.param)
     model = models.build(model_spec)
-    params = jax.jit(model.init)(jax.random.key(0))
-    params = jax.tree.map(
-        lambda a: a + 0.3 * np.random.default_rng(a.size).normal(size=a.shape).astype(np.float32), params
-    )
 
     @jax.jit
-    def apply(params, ids, mask, images=IMAGES, image_mask=IMAGE_MASK):
-        return model.apply(params, ids, images, mask, image_mask=image_mask)[0]
+    def apply(params, ids, mask, images):
+        return model.apply(params, ids, images, mask, image_mask=IMAGE_MASK)[0]
 
-    return model_spec, model, params, apply
+    return model_spec, model, drawn(model_spec), apply
+
+
+def drawn(model_spec):
+    """Parameters at random, which a compile of `init` would take seconds for."""
+    noise = np.random.default_rng(2)
+    flat = {name: 0.3 * noise.normal(size=shape).astype(np.float32) for name, shape in names.shapes(model_spec).items()}
+    return names.unflatten({name: a + (name.endswith("scale")) for name, a in flat.items()})
 
 
 def test_the_spec_names_every_parameter_and_survives_json(made):
-    model_spec, _, params, _ = made
-    flat = dict(names.flatten(params))
-    assert {n: a.shape for n, a in flat.items()} == names.shapes(model_spec)
+    model_spec, model, _, _ = made
+    fresh = dict(names.flatten(jax.eval_shape(model.init, jax.random.key(0))))
+    assert {n: a.shape for n, a in fresh.items()} == names.shapes(model_spec)
+    assert params.count(model_spec) == params.count(fresh)
     again = spec.from_json(model_spec.to_json())
     assert again == model_spec and again.edit(image_token=6).diff(model_spec) == {"image_token": (6, 5)}
 
 
 def test_texts_depend_on_their_own_images_only(made):
-    model_spec, _, params, apply = made
-    ids, mask = texts(model_spec)
-    y = np.asarray(apply(params, ids, mask))
+    model_spec, _, weights, apply = made
+    ids, mask = texts(model_spec, NEW)
+    y = np.asarray(apply(weights, ids, mask, IMAGES))
     first = model_spec.placeholders + 1  # what comes before the first image sees none
     spoilt = np.stack([np.stack([IMAGES[0, 0], -IMAGES[0, 1]]), np.stack([IMAGES[1, 0], IMAGES[1, 1] + 9])])
-    other = np.asarray(apply(params, ids, mask, spoilt))
+    other = np.asarray(apply(weights, ids, mask, spoilt))
     np.testing.assert_array_equal(y[1][mask[1] > 0], other[1][mask[1] > 0])  # its second image is filling
     np.testing.assert_array_equal(y[0, : first + 1], other[0, : first + 1])
-    assert np.abs(y[0] - other[0])[-1].max() > 1e-3
-    assert np.abs(y[0] - np.asarray(apply(params, ids, mask, IMAGES[:, ::-1]))[0])[first].max() > 1e-3
+    assert np.abs(y[0] - other[0])[mask[0] > 0][-1].max() > 1e-3
+    assert np.abs(y[0] - np.asarray(apply(weights, ids, mask, IMAGES[:, ::-1]))[0])[first].max() > 1e-3
 
 
 def test_generation_over_the_cache_is_full_recomputation_token_for_token(made):
-    model_spec, model, params, apply = made
+    model_spec, model, weights, apply = made
     ids, mask = texts(model_spec)
-    tokens, _ = model.generate(params, ids, IMAGES, mask, image_mask=IMAGE_MASK, new_tokens=NEW)
-    width = ids.shape[1] + NEW
-    grown, alive = texts(model_spec, width)
+    tokens, _ = model.generate(weights, ids, IMAGES, mask, image_mask=IMAGE_MASK, new_tokens=NEW)
+    grown, alive = texts(model_spec, NEW)
     for _ in range(NEW):
-        y = np.asarray(apply(params, grown, alive))
+        y = np.asarray(apply(weights, grown, alive, IMAGES))
         for row, at in enumerate(alive.sum(1)):
             grown[row, at], alive[row, at] = y[row, at - 1].argmax(), 1
-    ends = [row[m > 0][-NEW:].tolist() for row, m in zip(grown, alive, strict=True)]
-    assert tokens.tolist() == ends
+    assert tokens.tolist() == [row[kept > 0][-NEW:].tolist() for row, kept in zip(grown, alive, strict=True)]
+
+
+def crossed(cross, depth):
+    """(decoder, its parameters, ids, memory) with two images in every text, which is at 2 and 4."""
+    text = TEXT.edit(blocks=TEXT.blocks[:1] * depth)
+    one = dataclasses.replace(described("hyper"), decoder=text, bridge=BridgeSpec(hidden=16, cross=cross))
+    ids = np.random.default_rng(3).integers(6, 29, (2, 6)).astype(np.int32)
+    ids[:, [2, 4]] = IMAGE
+    low, high = cross_attention.interval(jnp.asarray(ids == IMAGE), cross.sees)
+    number = jnp.array([[1, 1, 2, 2], [1, 2, 2, 0]])
+    memory = Memory(jax.random.normal(jax.random.key(1), (2, 4, 16)), number, 2 * number, low, high)
+    return VLM(one).lm, VLM(one).decoder_params(drawn(one)), ids, memory
 
 
 def test_a_closed_gate_leaves_the_decoder_alone():
-    """Fresh gates are 0: the text model of the block forms says what it would alone."""
-    model_spec = described("flamingo")
-    params = jax.jit(VLM(model_spec).init)(jax.random.key(1))
-    ids, mask = texts(model_spec)
-    y, _ = jax.jit(lambda p: VLM(model_spec).apply(p, ids, IMAGES, mask, image_mask=IMAGE_MASK))(params)
-    alone, _ = jax.jit(lambda p: LM(TEXT).apply(p, ids, mask))(params["decoder"])
-    np.testing.assert_array_equal(y, alone)
-    grads = jax.jit(jax.grad(lambda p: VLM(model_spec).apply(p, ids, IMAGES, mask, image_mask=IMAGE_MASK)[0].sum()))(
-        params
-    )
-    assert float(jnp.abs(grads["bridge"]["block_00"]["gate1"])[0]) > 0
+    """Gates of 0: the decoder says what it would alone; and they learn."""
+    lm, weights, ids, memory = crossed(CrossSpec.flamingo((0,), 16, 2, 6), 1)
+    cross = {**weights["block_00"]["cross"], "gate1": np.zeros(1, np.float32), "gate2": np.zeros(1, np.float32)}
+    weights["block_00"] = {**weights["block_00"], "cross": cross}
+
+    def said(p, memory):
+        y = lm.apply(p, ids, memory=memory)[0]
+        return y.sum(), y
+
+    grads, y = jax.jit(jax.grad(said, has_aux=True))(weights, memory)
+    np.testing.assert_array_equal(y, jax.jit(lambda p: lm.apply(p, ids)[0])(weights))
+    assert abs(float(grads["block_00"]["cross"]["gate1"][0])) > 1e-3
 
 
 def test_remat_and_scan_change_nothing():
-    """Four equal layers, of which one has cross-attention."""
-    text = TEXT.edit(blocks=TEXT.blocks * 2)
-    model_spec = dataclasses.replace(described("hyper"), decoder=text)
-    params = jax.jit(VLM(model_spec).init)(jax.random.key(2))
-    ids, mask = texts(model_spec)
+    """Four equal layers, of which the third has cross-attention; the memory is carried past the others."""
+    lm, weights, ids, memory = crossed(CrossSpec.hyper((2,)), 4)
     found = []
-    for options in ({}, {"remat": "full", "scan": True}):
-        model = VLM(model_spec, **options)
+    for model in (lm, dataclasses.replace(lm, remat="full", scan=True)):
 
-        def loss(p, model=model):
-            return (model.apply(p, ids, IMAGES, mask, image_mask=IMAGE_MASK)[0] ** 2).mean()
+        def loss(p, x, model=model):
+            seen = dataclasses.replace(memory, x=x)
+            return (model.apply(p, ids, memory=seen)[0] ** 2).mean()
 
-        found.append(jax.jit(jax.value_and_grad(loss))(params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), *found)
+        found.append(jax.jit(jax.value_and_grad(loss, (0, 1)))(weights, memory.x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), *found)
 
 
 def test_low_rank_updates_change_nothing_at_first_and_merge_into_the_weights():
-    params = jax.jit(LM(TEXT).init)(jax.random.key(3))
-    edited, updated = lora.add(TEXT, params, LoRASpec(2, 4.0, ("query", "down")), jax.random.key(4))
+    plain_params = drawn(TEXT)
+    edited, updated = lora.add(TEXT, plain_params, LoRASpec(2, 4.0, ("query", "down")), jax.random.key(4))
     ids = np.arange(12, dtype=np.int32).reshape(2, 6)
     run = jax.jit(lambda p: LM(edited).apply(p, ids)[0])
     plain = jax.jit(lambda p: LM(TEXT).apply(p, ids)[0])
-    np.testing.assert_array_equal(run(updated), plain(params))
+    np.testing.assert_array_equal(run(updated), plain(plain_params))
     assert {n: a.shape for n, a in names.flatten(updated)} == names.shapes(edited)
     moved = jax.tree.map(lambda a: a + 0.1, updated)
     merged_spec, merged = lora.merge(edited, moved)
@@ -142,19 +157,19 @@ def test_low_rank_updates_change_nothing_at_first_and_merge_into_the_weights():
     assert merged_spec.lora is None and [step.operation for step in merged_spec.lineage] == ["lora.add", "lora.merge"]
     for function, argument in ((lora.merge, ()), (lora.add, (LoRASpec(2, 4.0), jax.random.key(0)))):
         with pytest.raises(InputError, match="updates"):
-            function(*((TEXT, params) if function is lora.merge else (edited, updated)), *argument)
+            function(*((TEXT, plain_params) if function is lora.merge else (edited, updated)), *argument)
 
 
 def test_a_file_holds_the_whole_model(tmp_path):
     model_spec = described("mllama")
-    params = jax.jit(VLM(model_spec).init)(jax.random.key(5))
-    weights.save(tmp_path / "vlm.safetensors", model_spec, params)
+    made = drawn(model_spec)
+    weights.save(tmp_path / "vlm.safetensors", model_spec, made)
     again, loaded = weights.load(tmp_path / "vlm.safetensors")
     assert again == model_spec
-    jax.tree.map(np.testing.assert_array_equal, loaded, jax.tree.map(np.asarray, params))
+    jax.tree.map(np.testing.assert_array_equal, loaded, made)
     for layout in ("hf", "timm"):
         with pytest.raises(InputError, match="layout"):
-            weights.save(tmp_path / "folder", model_spec, params, layout=layout)
+            weights.save(tmp_path / "folder", model_spec, made, layout=layout)
 
 
 GOOD = {"input_ids": texts(described("projector"))[0], "images": IMAGES, "image_mask": IMAGE_MASK}
@@ -170,16 +185,20 @@ GOOD = {"input_ids": texts(described("projector"))[0], "images": IMAGES, "image_
         ({"images": IMAGES[:, :, :4]}, r"images must be \[2, 8, 8, 3\], .*found \[2, 2, 4, 8, 3\]"),
         ({"images": IMAGES[:1]}, r"images must be \[2, .*found \[1, "),
         ({"input_ids": GOOD["input_ids"] + 25}, r"must be in 0\.\.28 \(the vocabulary\), found"),
-        ({"new_tokens": 40}, "must fit the model's context of 40, found 12 and 39"),
     ],
 )
 def test_bad_inputs_are_one_line(change, says):
-    model_spec = described("projector")
-    params = jax.eval_shape(VLM(model_spec).init, jax.random.key(0))
-    zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), params)
     with pytest.raises(InputError, match=says) as caught:
-        VLM(model_spec).generate(zeros, **{"new_tokens": 1, **GOOD, **change})
+        VLM(described("projector")).check(**{**GOOD, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    model = VLM(described("projector"))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), shapes)
+    with pytest.raises(InputError, match="must fit the model's context of 40, found 11 and 39"):
+        model.generate(zeros, **GOOD, new_tokens=40)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +218,6 @@ def test_bad_inputs_are_one_line(change, says):
         (lambda: BridgeSpec("linear", hidden=3), "hidden is the width inside projector='mlp'"),
         (lambda: LoRASpec(0, 1.0), "rank above 0"),
         (lambda: LoRASpec(1, 1.0, ("head",)), "sites must be some of"),
-        (lambda: VLM(TEXT), "built from a VLMSpec, found LMSpec"),
     ],
 )
 def test_specs_that_no_model_can_have_are_refused(make, says):
