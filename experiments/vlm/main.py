@@ -151,7 +151,8 @@ def _with_updates(config: ConfigDict, spec: VLMSpec, loaded: Mapping[str, Any]) 
     if present is not None and not wanted.rank:
         decoder, merged = lora.merge(spec.decoder, loaded["decoder"])
         spec, loaded = spec.edit(decoder=decoder), {**loaded, "decoder": merged}
-    updates = LoRASpec(wanted.rank, wanted.alpha, tuple(wanted.sites)) if wanted.rank else None
+    rank, alpha, sites = wanted.rank, wanted.alpha, tuple(wanted.sites)
+    updates = LoRASpec(rank, alpha, sites) if rank else None
     if updates is not None and present is not None and updates != present:
         raise InputError(
             f"config.model.lora must be that of {config.init_from!r}, {present}, or have rank 0 to merge it"
@@ -207,7 +208,9 @@ def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
         parts["decoder"] = LMSpec.uniform(**fields).edit(
             blocks={layer: {"attn": False, "ffn": False} for layer in model.decoder.empty}
         )
-    image_token = words.image if words is not None else model.image_token
+    image_token = model.image_token
+    if words is not None and image_token == -1:
+        image_token = words.image
     return (
         VLMSpec(
             tower=parts["tower"],
@@ -224,13 +227,14 @@ def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
 def bridge(config: ConfigDict, decoder: LMSpec) -> BridgeSpec:
     """The bridge that `config.model.bridge` describes."""
     wanted = config.model.bridge
+    layers, heads, kv_heads, head_dim, mlp = (
+        wanted[name] for name in ("layers", "heads", "kv_heads", "head_dim", "mlp")
+    )
     forms: dict[str, Any] = {
         "none": lambda: None,
-        "hyper": lambda: CrossSpec.hyper(tuple(wanted.layers)),
-        "flamingo": lambda: CrossSpec.flamingo(tuple(wanted.layers), decoder.width, wanted.heads, wanted.head_dim),
-        "mllama": lambda: CrossSpec.mllama(
-            tuple(wanted.layers), wanted.heads, wanted.kv_heads, wanted.head_dim, wanted.mlp
-        ),
+        "hyper": lambda: CrossSpec.hyper(tuple(layers)),
+        "flamingo": lambda: CrossSpec.flamingo(tuple(layers), decoder.width, heads, head_dim),
+        "mllama": lambda: CrossSpec.mllama(tuple(layers), heads, kv_heads, head_dim, mlp),
     }
     check_choice("config.model.bridge.cross", wanted.cross, forms)
     return BridgeSpec(
