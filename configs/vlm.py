@@ -210,12 +210,12 @@ def llava_hr_7b(steps: int, batch_size: int) -> ConfigDict:
 def llama32_11b_vision(steps: int, batch_size: int) -> ConfigDict:
     """Llama-3.2-11B-Vision: 40 layers, of which 8 are cross-attention blocks; decoder and cross-attention exact.
 
-    The tower is a stand-in: a plain ViT of the width that its projector reads (7680), where the original joins six
-    layers of a tiled two-stage encoder of width 1280. Not run.
+    The tower is a stand-in: one plain block of the width that the projector reads (7680) with about as many parameters,
+    where the original joins six layers of a tiled two-stage encoder of width 1280. Not run.
     """
     config = instruction(steps or 1000, batch_size or 32, 2048)
     config.model.tower = tower(
-        image_size=(560, 560), patch=14, width=7680, depth=1, heads=16, mlp=5120, patch_bias=False, eps=1e-5
+        image_size=(560, 560), patch=14, width=7680, depth=1, heads=16, mlp=39680, patch_bias=False, eps=1e-5
     )
     layers = tuple(range(3, 40, 5))
     config.model.bridge = bridge(
@@ -271,6 +271,9 @@ def openflamingo_9b(steps: int, batch_size: int) -> ConfigDict:
     text = {"depth": 32, "width": 4096, "heads": 32, "kv_heads": 32, "mlp": 10923, "vocab": 50434}
     return openflamingo(steps, batch_size, 4, text)
 
+
+RECIPES = ("tiny", "easyvqa", "smollm2", "llava15_7b")
+"""What is trained; the others describe published models."""
 
 _AIM = "experiments/vlm/README.md"
 _PAPER = common.Expected("not run", "shapes of the published model", False)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 import vtjax
 from experiments.vit import main as vit
 from vtjax import answer
-from vtjax.account import flops
+from vtjax.account import bench, flops
 from vtjax.data import conversation, marked_shapes, question_loader, question_sets
 from vtjax.data.tokenizer import WordTokenizer
 from vtjax.errors import InputError, check_choice
@@ -127,6 +127,33 @@ def data(config: ConfigDict, task: Task) -> Data:
 def batch_shapes(config: ConfigDict, task: Task, training: bool) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """For `vtjax aot`: the arrays of a global batch whose rows are as long as `config.data.limit` says."""
     return question_loader.batch_shapes(config.data, batch_size=config.batch_size, image_size=task.spec.image_size)
+
+
+def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench.Candidate, bench.Candidate]:
+    """Both sides of `vtjax bench`, a forward pass over rows of questions: the model, and that of `--dense` or itself
+    without token reducers. MACs are those of one image and the row's tokens.
+
+    Raises:
+      InputError: a `--dense` that takes other ids or images.
+    """
+    params, _, _ = task.init(jax.random.key(config.seed))
+    length = rows["input_ids"].shape[1]
+
+    def candidate(name: str, spec: VLMSpec, params: Any) -> bench.Candidate:
+        model = VLM(spec, **options(config))
+
+        def apply(p: Any, ids: Any, images: Any, positions: Any, segments: Any) -> jax.Array:
+            return model.apply(p, ids, images, positions=positions, segments=segments)[0]
+
+        inputs = ("input_ids", "images", "positions", "segments")
+        macs = flops.macs(spec, length)
+        return bench.Candidate(name, apply, params, macs, inputs=lambda batch: tuple(batch[n] for n in inputs))
+
+    before, held = (task.spec, params) if dense is None else (_multimodal(dense.spec, "--dense"), dense.params)
+    for field in ("image_size", "placeholders", "image_token"):
+        if (here := getattr(task.spec, field)) != (there := getattr(before, field)):
+            raise InputError(f"--dense must have {field} {here}, as the model has, found {there}")
+    return candidate("the model", task.spec, params), candidate("itself" if dense is None else "--dense", before, held)  # type: ignore[arg-type]
 
 
 def source(config: ConfigDict) -> tuple[VLMSpec, Any]:

@@ -57,8 +57,8 @@ class Inspected:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt that MACs are counted for (with one image, where there are any); 0 for what is no language
-        model."""
+        """Tokens of the prompt that MACs are counted for, with one image if the model takes any; 0 for what is no
+        language model."""
         from vtjax.account import flops
         from vtjax.spec import LMSpec, VLMSpec
 
