@@ -40,7 +40,7 @@ def config(name: str = CONFIG, **overrides: Any) -> config_lib.Config:
 
 def test_a_run_its_stages_and_an_answer(tmp_path, capsys):
     """Everything, then the decoder's low-rank updates, then, merged, the bridge alone."""
-    first = vtjax(capsys, "run", f"--config={CONFIG},steps=12", f"--workdir={tmp_path}/all")
+    first = vtjax(capsys, "run", f"--config={CONFIG}", f"--workdir={tmp_path}/all")
     lines = [json.loads(line) for line in (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "grad_norm" in line]
     assert losses[-1] < 0.9 * losses[0]

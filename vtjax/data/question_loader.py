@@ -249,9 +249,10 @@ def open_split(config: Any, split: str) -> Questions:
     Raises:
       InputError: as `questions.open_questions`.
     """
-    own: dict[str, Any] = {"n": config["n"], "size": config["size"]} if config["name"] == "marked_shapes" else {}
+    own: dict[str, Any] = {"n": config["n"], "size": config["size"]}
     elsewhere = {"path": config["path"]} if config["path"] else {}
-    return questions.open_questions(config["name"], split, **own, **elsewhere)
+    options = {**own, **elsewhere} if config["name"] == "marked_shapes" else elsewhere
+    return questions.open_questions(config["name"], split, **options)
 
 
 def batch_shapes(
