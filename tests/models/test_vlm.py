@@ -114,6 +114,26 @@ def crossed(cross, depth):
     return VLM(one).lm, VLM(one).decoder_params(drawn(one)), ids, memory
 
 
+class Drop:
+    """Removes the last token of an image from what is alive."""
+
+    def __call__(self, tokens, aux, knobs):
+        return tokens.replace(alive=jnp.ones(tokens.x.shape[:2]).at[:, -1].set(0.0)), {}
+
+
+def test_tokens_that_the_tower_drops_are_not_read():
+    """Cross-attention leaves them out; in a text each has its place."""
+    model_spec = described("flamingo")
+    reduced = VLM(model_spec, tower_reducers=((0, Drop()),))
+    weights = drawn(model_spec)
+    ids, _ = texts(model_spec)
+    entered = jax.jit(lambda p: reduced.enter(p, ids, IMAGES, IMAGE_MASK)[0]["memory"])(weights)
+    assert entered.number.tolist() == [[1, 1, 1, 0, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert entered.position[0].tolist() == [1] * 4 + [3] * 4
+    with pytest.raises(InputError, match="for a bridge with cross-attention only, found projector"):
+        VLM(described("projector"), tower_reducers=((0, Drop()),))
+
+
 def test_a_closed_gate_leaves_the_decoder_alone():
     """Gates of 0: the decoder says what it would alone; and they learn."""
     lm, weights, ids, memory = crossed(CrossSpec.flamingo((0,), 16, 2, 6), 1)
@@ -145,7 +165,8 @@ def test_remat_and_scan_change_nothing():
 
 def test_low_rank_updates_change_nothing_at_first_and_merge_into_the_weights():
     plain_params = drawn(TEXT)
-    edited, updated = lora.add(TEXT, plain_params, LoRASpec(2, 4.0, ("query", "down")), jax.random.key(4))
+    edited = lora.install(TEXT, LoRASpec(2, 4.0, ("query", "down")))
+    updated = lora.add(edited, plain_params, jax.random.key(4))
     ids = np.arange(12, dtype=np.int32).reshape(2, 6)
     run = jax.jit(lambda p: LM(edited).apply(p, ids)[0])
     plain = jax.jit(lambda p: LM(TEXT).apply(p, ids)[0])
@@ -154,10 +175,14 @@ def test_low_rank_updates_change_nothing_at_first_and_merge_into_the_weights():
     moved = jax.tree.map(lambda a: a + 0.1, updated)
     merged_spec, merged = lora.merge(edited, moved)
     np.testing.assert_allclose(plain(merged), run(moved), atol=2e-5)
-    assert merged_spec.lora is None and [step.operation for step in merged_spec.lineage] == ["lora.add", "lora.merge"]
-    for function, argument in ((lora.merge, ()), (lora.add, (LoRASpec(2, 4.0), jax.random.key(0)))):
-        with pytest.raises(InputError, match="updates"):
-            function(*((TEXT, plain_params) if function is lora.merge else (edited, updated)), *argument)
+    assert merged_spec.lora is None and [step.operation for step in merged_spec.lineage] == [
+        "lora.install",
+        "lora.merge",
+    ]
+    with pytest.raises(InputError, match="only low-rank updates can be merged"):
+        lora.merge(TEXT, plain_params)
+    with pytest.raises(InputError, match="low-rank updates once, found some"):
+        lora.install(edited, LoRASpec(2, 4.0))
 
 
 def test_a_file_holds_the_whole_model(tmp_path):

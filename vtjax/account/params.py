@@ -42,7 +42,11 @@ def table(tree: Any) -> list[Group]:
     if {"tower", "bridge", "decoder"} <= set(tree):
         total = count(tree)
         return [
-            row._replace(name=f"{part}/{row.name}", share=row.params / max(total, 1))
+            row._replace(
+                name=f"{part}/{row.name}",
+                kind="bridge" if part == "bridge" else row.kind,
+                share=row.params / max(total, 1),
+            )
             for part in tree
             for row in table(tree[part])
         ]

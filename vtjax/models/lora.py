@@ -8,6 +8,7 @@ group of the pattern `/lora_` holds all of them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -24,12 +25,10 @@ from vtjax.spec import Lineage, LMSpec, LoRASpec
 _MLP = ("gate", "up", "down")
 
 
-def add(spec: LMSpec, params: Any, lora: LoRASpec, key: Array, parent: str = "") -> tuple[LMSpec, Any]:
-    """The model with updates that change nothing yet.
+def install(spec: LMSpec, lora: LoRASpec, parent: str = "") -> LMSpec:
+    """The spec of the model with updates; `add` maps the parameters.
 
     Args:
-      params: of the model; not changed.
-      key: of the random A, normal with a deviation of in ** -0.5.
       parent: the model's `params_sha256`, for the lineage.
 
     Raises:
@@ -37,14 +36,25 @@ def add(spec: LMSpec, params: Any, lora: LoRASpec, key: Array, parent: str = "")
     """
     if spec.lora is not None:
         raise InputError("a model gets low-rank updates once, found some; merge them first")
-    arguments = json.dumps({"rank": lora.rank, "alpha": lora.alpha, "sites": lora.sites})
-    edited = spec.edit(lora=lora, lineage=(*spec.lineage, Lineage(parent, "lora.add", arguments)))
+    step = Lineage(parent, "lora.install", json.dumps(dataclasses.asdict(lora)))
+    return spec.edit(lora=lora, lineage=(*spec.lineage, step))
+
+
+def add(spec: LMSpec, params: Any, key: Array) -> Any:
+    """The parameters with updates that change nothing yet.
+
+    Args:
+      spec: with updates.
+      params: without them; not changed.
+      key: of the random A, normal with a deviation of in ** -0.5.
+    """
+    assert spec.lora is not None
     params = jax.tree.map(lambda a: a, params)  # new dicts, the same arrays
-    for number, dense in enumerate(_updated(edited, params)):
+    for number, dense in enumerate(_updated(spec, params)):
         rows, columns = dense["kernel"].shape
-        inner = jax.random.normal(jax.random.fold_in(key, number), (rows, lora.rank)) * rows**-0.5
-        dense |= {"lora_in": {"kernel": inner}, "lora_out": {"kernel": jnp.zeros((lora.rank, columns))}}
-    return edited, params
+        inner = jax.random.normal(jax.random.fold_in(key, number), (rows, spec.lora.rank)) * rows**-0.5
+        dense |= {"lora_in": {"kernel": inner}, "lora_out": {"kernel": jnp.zeros((spec.lora.rank, columns))}}
+    return params
 
 
 def merge(spec: LMSpec, params: Any, parent: str = "") -> tuple[LMSpec, Any]:
