@@ -74,7 +74,7 @@ def template_of(spec: VLMSpec) -> Template:
     return {"plain": conversation.PLAIN, "smollm2": conversation.SMOLLM2}[spec.text.template]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Pretrained:
     """A language model's tokenizer in the form of `vtjax.data.tokenizer.Tokenizer`, with a placeholder for images."""
 

@@ -152,7 +152,7 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
     for field in ("image_size", "placeholders", "image_token"):
         if (here := getattr(task.spec, field)) != (there := getattr(before, field)):
             raise InputError(f"--dense must have {field} {here}, as the model has, found {there}")
-    return candidate("the model", task.spec, params), candidate("itself" if dense is None else "--dense", before, held)  # type: ignore[arg-type]
+    return candidate("the model", task.spec, params), candidate("itself" if dense is None else "--dense", before, held)
 
 
 def source(config: ConfigDict) -> tuple[VLMSpec, Any]:

@@ -129,8 +129,8 @@ def _forward(
     results = []
     for size in sizes:
         host = bench.batches(rows, size)
-        first = mesh_lib.place(host[0], mesh, size)
-        first = first.get("image", first)  # rows of questions have more than an image
+        placed_first = mesh_lib.place(host[0], mesh, size)
+        first = placed_first.get("image", placed_first)  # rows of questions have more than an image
         pair = dict(zip(bench.SIDES, make(config, task, first, baseline), strict=True))
         if args.noise and any(callable(side.macs) for side in pair.values()):
             raise InputError("what this model costs depends on the images, expected real ones, found --noise")

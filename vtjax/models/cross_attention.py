@@ -73,7 +73,10 @@ class CrossAttention(nn.Module):
             return Norm("rmsnorm", spec.eps, name=f"{name}_norm")(y) if spec.qk_norm and name != "value" else y
 
         q = project("query", x, spec.heads)
-        k, v = past or (project(name, memory.x, spec.kv_heads) for name in ("key", "value"))
+        if past is None:
+            assert memory.x is not None
+            past = project("key", memory.x, spec.kv_heads), project("value", memory.x, spec.kv_heads)
+        k, v = past
         y, lse = self.attend(q, k, v, low=memory.low, high=memory.high, number=memory.number)
         y = checkpoint_name(y.reshape(*y.shape[:2], spec.heads * spec.head_dim), "attention")
         y = Dense(x.shape[-1], False, self.dtype, name="out")(y)
@@ -104,13 +107,14 @@ class HyperAttention(nn.Module):
         """
         spec = self.spec
 
-        def project(name: str) -> Array:
-            y = Dense(spec.kv_heads * spec.head_dim, True, self.dtype, name=name)(memory.x)
+        def project(name: str, x: Array) -> Array:
+            y = Dense(spec.kv_heads * spec.head_dim, True, self.dtype, name=name)(x)
             return y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim)
 
         if past is None:
-            turned = rope.rotate(project("key"), memory.position, self.family.frequencies(spec.head_dim))
-            past = turned, project("value")
+            assert memory.x is not None
+            frequencies = self.family.frequencies(spec.head_dim)
+            past = rope.rotate(project("key", memory.x), memory.position, frequencies), project("value", memory.x)
         k, v = past
         y, lse = self.attend(q, k, v, low=memory.low, high=memory.high, number=memory.number)
         gate = self.param("gate", nn.initializers.zeros, (spec.heads * spec.head_dim,)).reshape(q.shape[2:])

@@ -144,12 +144,11 @@ class DecoderBlock(nn.Module):
             raise InputError("decoder blocks take tokens without size (a merged token counts as one), found sizes")
         family, spec, knobs, adapters = self.family, self.spec, knobs or {}, dict(self.adapters)
         aux: dict[str, Any] = {}
-        x, memory = tokens.x, tokens.memory
-        form = None if self.cross is None or memory is None else self.cross.form
+        x, memory, cross = tokens.x, tokens.memory, self.cross
         norms = {name: Norm("rmsnorm", family.eps, name=name) for name in ("norm1", "norm2")}
 
-        if form == "block":
-            x, side = CrossBlock(self.cross, self.attend, self.dtype, name="cross")(x, memory, past)
+        if cross is not None and memory is not None and cross.form == "block":
+            x, side = CrossBlock(cross, self.attend, self.dtype, name="cross")(x, memory, past)
             aux.update(side)
 
         def branch(norm: str, site: str, x: Array, function: Callable[[Array], Array]) -> Array:
@@ -161,9 +160,10 @@ class DecoderBlock(nn.Module):
         if spec.attn:
             reads = tuple(getattr(self.reducer, "wants", ()))
             mix = None
-            if form == "hyper":
+            if cross is not None and memory is not None and cross.form == "hyper":
                 # mPLUG-Owl3 shares the norm of the text with the visual tokens.
-                seen = memory if past is not None else dataclasses.replace(memory, x=norms["norm1"](memory.x))
+                visual = None if memory.x is None else norms["norm1"](memory.x)
+                seen = dataclasses.replace(memory, x=visual)
                 hyper = HyperAttention(family, spec, self.attend, self.dtype, name="cross")
 
                 def mix(q: Array, context: Array) -> Array:

@@ -121,9 +121,8 @@ class VLM:
         # The whole tower, as a file of it has it.
         whole = ViT(spec.tower).init(tower)
         text = self.lm.init(decoder, spec.visual_width)
-        crossing = {} if spec.bridge.cross is None else {block_name(i): {} for i in spec.bridge.cross.layers}
-        for name in crossing:
-            crossing[name] = text[name].pop("cross")
+        layers = () if spec.bridge.cross is None else spec.bridge.cross.layers
+        crossing: Params = {block_name(i): text[block_name(i)].pop("cross") for i in layers}
         projector: Params = {}
         if spec.bridge.projector != "none":
             visual = jnp.zeros((1, 1, spec.tower.width), self.dtype)
