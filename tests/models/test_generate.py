@@ -72,17 +72,23 @@ def test_a_reducer_between_blocks_shortens_the_caches_after_it():
     """Three blocks, of which the second has no attention and keeps no cache."""
     spec = SPEC.edit(blocks=(*SPEC.blocks, SPEC.blocks[1])).edit(blocks={0: {"reduce": "halve"}, 1: {"attn": False}})
     model, params = LM(spec, reducers=((0, Halve()),)), {**PARAMS, "block_02": PARAMS["block_00"]}
-    first, cache = jax.jit(lambda p: model.prefill(p, IDS[:, :6], room=4))(params)
+    _, cache = jax.jit(lambda p: model.prefill(p, IDS[:, :6], room=4))(params)
     assert {name: a.shape[2] for name, a in cache.keys.items()} == {"block_00": 10, "block_02": 7}
     assert [s.position.tolist() for s in cache.stretches] == [[6] * 3, [3] * 3]
-    y, aux = jax.jit(lambda p: model.apply(p, IDS[:, :6]))(params)
-    assert y.shape == (3, 3, 29) and aux["blocks"][0]["decisions"]["kept"] == 3
-    np.testing.assert_allclose(first, y[:, -1], atol=2e-5)
     # One more token: block 0 sees seven places; the blocks after it see the three that were left, and it as the fourth.
     step, grown = jax.jit(model.step)(params, IDS[:, 6], cache)
     whole = logits(LM(spec, reducers=((0, Kept()),)), params, IDS)
     np.testing.assert_allclose(step, whole[:, -1], atol=2e-5)
     assert [s.position.tolist() for s in grown.stretches] == [[7] * 3, [4] * 3]
+
+
+def test_a_reducers_decisions_are_returned():
+    def decided(params):
+        y, aux = LM(SPEC, reducers=((0, Halve()),)).apply(params, IDS[:, :6])
+        return y, [block.get("decisions") for block in aux["blocks"]]
+
+    y, decisions = jax.eval_shape(decided, PARAMS)
+    assert y.shape == (3, 3, 29) and list(decisions[0]) == ["kept"] and decisions[1] is None
 
 
 def test_samples_follow_key_and_temperature_and_compile_once():

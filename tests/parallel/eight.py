@@ -16,14 +16,18 @@ import numpy as np
 
 from tests.train import toy
 from vtjax.errors import InputError, Preempted
+from vtjax.models.generate import generate
+from vtjax.models.lm import LM
 from vtjax.models.vit import ViT
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.parallel import rules
-from vtjax.spec import ViTSpec
+from vtjax.spec import LMSpec, ViTSpec
 from vtjax.train import loop, optim
 from vtjax.train.program import Program
 from vtjax.train.task import Task
+from vtjax.weights import names
 
+LM_SPEC = LMSpec.uniform(depth=1, width=16, heads=4, kv_heads=2, mlp=24, vocab=64)
 SPEC = ViTSpec.uniform(depth=1, width=16, heads=2, image_size=8, patch=4, classes=4)
 
 
@@ -58,6 +62,19 @@ def vit_losses(settings: Any, steps: int = 3) -> tuple[list[float], Program, Any
             state, metrics = program.step(state, frozen, {}, placed, program.key, np.int32(step))
             losses.append(float(metrics["loss"]))
     return losses, program, state
+
+
+def lm_tokens(mesh: Any) -> list[list[int]]:
+    """What a decoder with parameters laid out over the mesh writes after ragged prompts."""
+    rng = np.random.default_rng(0)
+    flat = {name: 0.3 * rng.standard_normal(shape).astype(np.float32) for name, shape in names.shapes(LM_SPEC).items()}
+    params = names.unflatten({name: a + 1 if name.endswith("scale") else a for name, a in flat.items()})
+    ids, mask = rng.integers(0, 64, (4, 5)), np.arange(5) >= np.array([[0], [3], [1], [2]])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, rules.shardings(params, mesh))
+        batch = mesh_lib.place({"ids": ids.astype(np.int32), "mask": mask.astype(np.int32)}, mesh)
+        model = LM(LM_SPEC, constrain=rules.constrain)
+        return generate(model, placed, batch["ids"], batch["mask"], new_tokens=4)[0].tolist()
 
 
 def refusal(function: Any, *args: Any) -> str:
@@ -97,6 +114,7 @@ def main(folder: Path) -> None:
     out["query"] = [list(x.sharding.shard_shape(x.shape)) for x in (query, moment)]
     out["steps_compiled"] = program.step._cache_size()
 
+    out["lm_tokens"] = lm_tokens(program.mesh)
     with jax.set_mesh(program.mesh):
         halves = jax.jit(rules.constrain)(jnp.ones((8, 3)))
         uneven = jax.jit(rules.constrain)(jnp.ones((3, 3)))

@@ -15,6 +15,7 @@ import pytest
 
 from tests.parallel import eight
 from tests.train import toy
+from vtjax.parallel import mesh as mesh_lib
 from vtjax.train import checkpoint, loop
 from vtjax.train.state import flatten
 
@@ -69,6 +70,10 @@ def test_a_checkpoint_of_eight_devices_resumes_on_one(child: Any, straight: Path
 def test_first_steps_of_a_vit_agree_with_one_device(child: Any) -> None:
     losses, _, _ = eight.vit_losses(eight.config())
     np.testing.assert_allclose(losses, child[0]["losses"], rtol=1e-5)
+
+
+def test_a_decoder_over_all_axes_writes_what_it_writes_on_one_device(child: Any) -> None:
+    assert eight.lm_tokens(mesh_lib.make({"data": -1})) == child[0]["lm_tokens"]
 
 
 def test_parameters_and_their_moments_are_split_and_the_step_compiles_once(child: Any) -> None:

@@ -70,7 +70,7 @@ def test_a_decoder_is_split_like_a_vit_and_its_vocabulary_by_rows() -> None:
     )
     got = specs(jax.eval_shape(LM(spec).init, jax.random.key(0)), abstract_mesh())
     expected = {
-        "embed/tokens": P("tensor", "fsdp"),
+        "embed/tokens": P(("tensor", "fsdp")),
         "block_00/attn/key/kernel": P("fsdp", "tensor"),
         "block_00/attn/key/bias": P("tensor"),
         "block_00/attn/key_norm/scale": P(),

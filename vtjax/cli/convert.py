@@ -14,7 +14,9 @@ from vtjax.errors import InputError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vtjax convert`."""
-    parser.add_argument("src", metavar="SRC", help="Hugging Face or timm folder, safetensors file, name, or a workdir")
+    parser.add_argument(
+        "src", metavar="SRC", help="Hugging Face or timm folder, safetensors or GGUF file, name, or a workdir"
+    )
     parser.add_argument("dst", metavar="DST", help="file to write; a folder for --layout=hf and --layout=timm")
     parser.add_argument("--spec", help="spec.json of a bare SRC, whose names are known but not its architecture")
     parser.add_argument("--layout", default="vtjax", choices=("vtjax", "timm", "hf"), help="names in DST")

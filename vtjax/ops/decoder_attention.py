@@ -19,7 +19,7 @@ from vtjax.ops import linear
 IMPLEMENTATIONS = ("auto", "square", "blocks")
 
 BLOCK = 128
-"""Rows of one block: the smallest count at which skipped scores outweigh more and smaller products on CPUs."""
+"""Rows of one block: the best of 64, 128 and 256 for a prompt of 512 tokens on one CPU core."""
 
 
 def causal(

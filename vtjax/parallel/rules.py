@@ -34,8 +34,8 @@ DEFAULT: Rules = (
     (r"(^|/)head(_distill)?/kernel$", P("fsdp", "tensor")),
     (r"(^|/)head(_distill)?/bias$", P("tensor")),
     (r"(^|/)embed/patch/kernel$", P(None, "fsdp")),
-    # By rows: a tied head's product is split by its outputs.
-    (r"(^|/)embed/tokens$", P("tensor", "fsdp")),
+    # By rows over both: split by columns over fsdp, a lookup would replicate what the batch splits over it.
+    (r"(^|/)embed/tokens$", P(("tensor", "fsdp"))),
     (r"(^|/)embed/(pos|registers)$", P(None, "fsdp")),
     (r"(^|/)kernel$", P("fsdp")),
     (r"", P()),

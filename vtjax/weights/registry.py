@@ -19,7 +19,8 @@ from vtjax.errors import InputError
 from vtjax.spec import ViTSpec
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PATTERNS = ["*config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
+_PATTERNS = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"]
+_PATTERNS += ["*.safetensors", "model.safetensors.index.json"]
 
 
 @dataclasses.dataclass(frozen=True)
