@@ -94,6 +94,9 @@ def test_generation_over_the_cache_is_full_recomputation_token_for_token(made):
     model_spec, model, weights, apply = made
     ids, mask = texts(model_spec)
     tokens, _ = model.generate(weights, ids, IMAGES, mask, image_mask=IMAGE_MASK, new_tokens=NEW)
+    left = [np.stack([np.roll(row, -kept.sum()) for row, kept in zip(a, mask, strict=True)]) for a in (ids, mask)]
+    again, _ = model.generate(weights, left[0], IMAGES, left[1], image_mask=IMAGE_MASK, new_tokens=NEW)
+    assert again.tolist() == tokens.tolist()
     grown, alive = texts(model_spec, NEW)
     for _ in range(NEW):
         y = np.asarray(apply(weights, grown, alive, IMAGES))
@@ -150,8 +153,8 @@ def test_a_closed_gate_leaves_the_decoder_alone():
 
 
 def test_remat_and_scan_change_nothing():
-    """Four equal layers, of which the third has cross-attention; the memory is carried past the others."""
-    lm, weights, ids, memory = crossed(CrossSpec.hyper((2,)), 4)
+    """Three equal layers, of which the last has cross-attention; the memory goes past the others."""
+    lm, weights, ids, memory = crossed(CrossSpec.hyper((2,)), 3)
     found = []
     for model in (lm, dataclasses.replace(lm, remat="full", scan=True)):
 

@@ -162,7 +162,7 @@ class VLM:
           InputError: what `LM.apply` refuses; images of another size; placeholders that do not fit the images (where
             the values are known, which they are not inside `jit`).
         """
-        entered, visual = self.enter(params, input_ids, images, image_mask)
+        entered, visual = self.enter(params, input_ids, images, image_mask, attention_mask, positions)
         y, aux = self.lm.apply(
             self.decoder_params(params),
             attention_mask=attention_mask,
@@ -194,8 +194,9 @@ class VLM:
           InputError: as `apply` and `models.generate.generate`.
         """
         self.check(input_ids, images, image_mask)
-        entered = _entered(self, params, jnp.asarray(input_ids), images, image_mask)
+        given = (jnp.asarray(input_ids), images, image_mask, attention_mask, options.get("positions"))
         options = {"attention_mask": attention_mask, "new_tokens": new_tokens, **options}
+        entered = _entered(self, params, *given)
         return generate_lib.generate(self.lm, self.decoder_params(params), **entered, **options)
 
     def decoder_params(self, params: Params) -> Params:
@@ -222,7 +223,13 @@ class VLM:
         return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live.reshape(len(many), -1)
 
     def enter(
-        self, params: Params, input_ids: Ids, images: Images | None, image_mask: ImageMask | None = None
+        self,
+        params: Params,
+        input_ids: Ids,
+        images: Images | None,
+        image_mask: ImageMask | None = None,
+        attention_mask: Mask | None = None,
+        positions: Ids | None = None,
     ) -> tuple[dict[str, Any], Float[Array, "B M E"] | None]:
         """What `LM.apply` takes of text and images (`embeddings`, `memory`), and the visual tokens.
 
@@ -244,10 +251,15 @@ class VLM:
         number = jnp.arange(1, count + 1)[None] * (1 if image_mask is None else jnp.asarray(image_mask, jnp.int32))
         number = jnp.broadcast_to(number, (len(visual), count))
         low, high = cross_attention.interval(placeholder, cross.sees)
+        # As the decoder counts.
+        place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]) if positions is None else jnp.asarray(positions)
+        if positions is None and attention_mask is not None:
+            place = jnp.cumsum(jnp.asarray(attention_mask), axis=1, dtype=jnp.int32) - 1
+        place = jnp.take_along_axis(place, splice.places(placeholder, count), axis=1).astype(jnp.int32)
         memory = Memory(
             x=visual,
             number=jnp.repeat(number, visual.shape[1] // count, axis=1) * live,
-            position=jnp.repeat(splice.places(placeholder, count), visual.shape[1] // count, axis=1),
+            position=jnp.repeat(place, visual.shape[1] // count, axis=1),
             low=low,
             high=high,
         )
@@ -290,5 +302,5 @@ class VLM:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _entered(model: VLM, params: Params, ids: Array, images: Any, image_mask: Any) -> Mapping[str, Any]:
-    return model.enter(params, ids, images, image_mask)[0]
+def _entered(model: VLM, params: Params, ids: Array, images: Any, *more: Any) -> Mapping[str, Any]:
+    return model.enter(params, ids, images, *more)[0]
