@@ -130,7 +130,7 @@ def batch_shapes(config: ConfigDict, task: Task, training: bool) -> dict[str, tu
 
 def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench.Candidate, bench.Candidate]:
     """Both sides of `vtjax bench`, a forward pass over rows of questions: the model, and that of `--dense` or itself
-    without token reducers. MACs are those of one image and the row's tokens.
+    without token reducers. MACs are those of one image and the row's tokens, with logits for all of them.
 
     Raises:
       InputError: a `--dense` that takes other ids or images.
@@ -145,7 +145,7 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
             return model.apply(p, ids, images, positions=positions, segments=segments)[0]
 
         inputs = ("input_ids", "images", "positions", "segments")
-        macs = flops.macs(spec, length)
+        macs = flops.macs(spec, length) + (length - 1) * spec.decoder.width * spec.decoder.vocab
         return bench.Candidate(name, apply, params, macs, inputs=lambda batch: tuple(batch[n] for n in inputs))
 
     before, held = (task.spec, params) if dense is None else (_multimodal(dense.spec, "--dense"), dense.params)
