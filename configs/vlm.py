@@ -275,9 +275,6 @@ def openflamingo_9b(steps: int, batch_size: int) -> ConfigDict:
     return openflamingo(steps, batch_size, 4, text)
 
 
-RECIPES = ("tiny", "easyvqa", "smollm2", "llava15_7b")
-"""What is trained; the others describe published models."""
-
 _AIM = "experiments/vlm/README.md"
 _PAPER = common.Expected("not run", "shapes of the published model", False)
 EXPECTED = {

