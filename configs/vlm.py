@@ -164,7 +164,7 @@ def instruction(steps: int, batch_size: int, length: int) -> ConfigDict:
     config.checkpoint.every = 500
     config.optim.update(lr=2e-5, warmup=config.steps * 3 // 100, clip=1.0)
     config.data.update(name="", limit=length)
-    config.model.text.tokenizer = "none"
+    config.model.text.update(tokenizer="none", template="vicuna")
     config.model.update(remat="full", scan=True)
     return config
 
@@ -182,7 +182,8 @@ def llava15_7b(steps: int, batch_size: int) -> ConfigDict:
     """LLaVA-1.5-7B: CLIP ViT-L/14 at 336 pixels, second to last layer, two-layer projector, Vicuna-7B.
 
     Command: `vtjax run --config=configs/vlm.py:llava15_7b --workdir=gs://BUCKET/llava` with a prepared set of questions
-    (`--config.data.name`) and `--config.init_from` a folder of Hugging Face's llava-1.5-7b-hf. Hardware: TPU; which
+    (`--config.data.name`), and `--config.init_from` and `--config.model.text.tokenizer` a folder of Hugging Face's
+    llava-1.5-7b-hf. Hardware: TPU; which
     slices it fits is what `vtjax aot` tells. Steps, batch and rate are those of the paper's instruction tuning (Liu et
     al. 2023, 665 thousand conversations, one epoch). Not run.
     """

@@ -71,7 +71,8 @@ def template_of(spec: VLMSpec) -> Template:
     from vtjax.data import conversation
 
     assert spec.text is not None
-    return {"plain": conversation.PLAIN, "smollm2": conversation.SMOLLM2}[spec.text.template]
+    known = {"plain": conversation.PLAIN, "smollm2": conversation.SMOLLM2, "vicuna": conversation.VICUNA}
+    return known[spec.text.template]
 
 
 @dataclasses.dataclass

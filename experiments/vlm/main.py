@@ -156,29 +156,32 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
 
 
 def source(config: ConfigDict) -> tuple[VLMSpec, Any]:
-    """The spec, and `init` of the task. A run that goes on in `config.workdir` has both in its checkpoint."""
+    """The spec, and `init` of the task. A run from `config.init_from` that goes on in `config.workdir` has both in
+    its checkpoint."""
+    rank, alpha, sites = (config.model.lora[name] for name in ("rank", "alpha", "sites"))
+    updates = LoRASpec(rank, alpha, tuple(sites)) if rank else None
+    if not config.init_from:
+        return _with_updates(config, *composed(config), updates)
     if (begun := checkpoint.begun(config.workdir)) is not None:
         spec = _multimodal(begun, config.workdir)
         return spec, lambda key: (VLM(spec).init(key), {}, {})
-    if not config.init_from:
-        spec, loaded = composed(config)
-    else:
-        m = vtjax.load(config.init_from)
-        spec, loaded = _multimodal(m.spec, config.init_from), m.params
-        name = Path(config.init_from).name if Path(config.init_from).is_absolute() else config.init_from
-        step = Lineage(params_sha256(loaded), "init_from", json.dumps({"source": name}))
-        spec = spec.edit(lineage=(*spec.lineage, step))
-    return _with_updates(config, spec, loaded)
+    m = vtjax.load(config.init_from)
+    spec = _multimodal(m.spec, config.init_from)
+    if spec.text is None and config.model.text.tokenizer not in ("none", "words"):
+        spec = spec.edit(text=written(config)[0])
+    name = Path(config.init_from).name if Path(config.init_from).is_absolute() else config.init_from
+    step = Lineage(params_sha256(m.params), "init_from", json.dumps({"source": name}))
+    return _with_updates(config, spec.edit(lineage=(*spec.lineage, step)), m.params, updates)
 
 
-def _with_updates(config: ConfigDict, spec: VLMSpec, loaded: Mapping[str, Any]) -> tuple[VLMSpec, Any]:
-    """Adds or merges the decoder's low-rank updates, as `config.model.lora` says."""
-    wanted, present = config.model.lora, spec.decoder.lora
-    if present is not None and not wanted.rank:
+def _with_updates(
+    config: ConfigDict, spec: VLMSpec, loaded: Mapping[str, Any], updates: LoRASpec | None
+) -> tuple[VLMSpec, Any]:
+    """Adds the decoder's low-rank updates, or merges those that are there and not wanted."""
+    present = spec.decoder.lora
+    if present is not None and updates is None:
         decoder, merged = lora.merge(spec.decoder, loaded["decoder"])
         spec, loaded = spec.edit(decoder=decoder), {**loaded, "decoder": merged}
-    rank, alpha, sites = wanted.rank, wanted.alpha, tuple(wanted.sites)
-    updates = LoRASpec(rank, alpha, sites) if rank else None
     if updates is not None and present is not None and updates != present:
         raise InputError(
             f"config.model.lora must be that of {config.init_from!r}, {present}, or have rank 0 to merge it"

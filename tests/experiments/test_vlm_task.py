@@ -48,6 +48,9 @@ def test_a_run_its_stages_and_an_answer(tmp_path, capsys):
         pytest.approx(first["top1"])
     )
 
+    again = vtjax(capsys, "run", f"--config={CONFIG}", f"--workdir={tmp_path}/all")  # finished: keeps its result
+    assert again["params_sha256"] == first["params_sha256"]
+
     options = [f"--config={CONFIG},steps=2,stage=decoder,lora=2", f"--config.init_from={tmp_path}/all"]
     vtjax(capsys, "run", *options, f"--workdir={tmp_path}/decoder")
     before, after = (package.load(tmp_path / name) for name in ("all", "decoder"))

@@ -15,7 +15,7 @@ from vtjax.spec.vit import Preprocess, ViTSpec
 
 FORMS = ("block", "hyper")
 SEES = ("all", "before", "latest", "run")
-TEMPLATES = ("plain", "smollm2")
+TEMPLATES = ("plain", "smollm2", "vicuna")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,8 @@ class TextSpec:
     Attributes:
       tokenizer: "words" (`data.tokenizer.WordTokenizer`), or what `weights.tokenizer.load` takes: a name, a file.
       words, control: of the word tokenizer, in the order of their ids.
-      template: what stands around the turns of a conversation: "plain" or "smollm2".
+      template: what stands around the turns of a conversation: "plain", "smollm2" or
+        "vicuna".
     """
 
     tokenizer: str = "words"
