@@ -99,7 +99,7 @@ def named(name: str, feature_layer: int | None = None) -> ConfigDict:
 
 
 def tiny(steps: int, batch_size: int) -> ConfigDict:
-    """A model of 30 thousand parameters on a few procedural questions, for tests and notebooks.
+    """A model of 64 thousand parameters on a few procedural questions, for tests and notebooks.
 
     Command: `vtjax run --config=configs/vlm.py:tiny --workdir=DIR`. Hardware: one CPU core. Time: seconds.
     Expected: the loss falls; nothing else means anything.
@@ -119,7 +119,7 @@ def easyvqa(steps: int, batch_size: int) -> ConfigDict:
 
     Command: `vtjax run --config=configs/vlm.py:easyvqa --workdir=runs/easyvqa`. Hardware: 2 CPU cores. Time: not yet
     measured. Expected: accuracy of at least 0.95 on the 9673 test questions is the aim (experiments/vlm/README.md);
-    answering blindly reaches 0.670. Convolution-like small patches and fixed positions as in configs/vit.py:digits.
+    answering blindly reaches 0.670. A check of 400 steps reached 0.782: colours are learned first, shapes later.
     """
     config = questions(steps or 3000, batch_size or 32)
     config.log_every = 50
