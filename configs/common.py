@@ -19,12 +19,14 @@ IMAGENET_TRAIN = 1_281_167  # examples in the training split of ImageNet-1k
 
 
 class Expected(NamedTuple):
-    """What a variant should reach: the figure, where it comes from, and whether it was run by us. Every config file has
-    `EXPECTED`, one per variant, from which docs/configs.md is made."""
+    """What a variant should reach: the figure, where it comes from, and whether it was run by us; `by_data`: its size
+    follows from data or weights that need not be here (a vocabulary). Every config file has `EXPECTED`, one per
+    variant, from which docs/configs.md is made."""
 
     figure: str
     source: str
     run_here: bool
+    by_data: bool = False
 
 
 def base() -> ConfigDict:

@@ -64,23 +64,27 @@ def overview(configs: Path, compiles: list[dict[str, Any]]) -> str:
     rows = []
     for name, expected in variants(configs):
         config = config_lib.load_config(configs / name.partition(":")[0], name.partition(":")[2])
+        expectation = (expected.figure or "none", expected.source, "yes" if expected.run_here else "no")
+        where = ", ".join(dict.fromkeys(_place(r) for r in compiles if _name(r) == name)) or "not yet"
+        if expected.by_data:
+            told = "follows from its data"
+            rows.append((f"`{name}`", told, told, "", f"{config.batch_size}, {config.dtype}", *expectation, where))
+            continue
         # A run that a config starts from is not in the repository; its model is described there, too.
         absent = {"init_from": ""} if config.init_from.startswith("runs/") else {}
         model = inspect.open_model(str(configs / name), absent)
         backbone = {part: tree for part, tree in model.params.items() if spec_lib.is_backbone(part)}
         height, width = model.spec.image_size
-        where = dict.fromkeys(_place(r) for r in compiles if _name(r) == name)
+        tokens = model.spec.visual_tokens if isinstance(model.spec, spec_lib.VLMSpec) else model.spec.tokens
         rows.append(
             (
                 f"`{name}`",
                 params.count(backbone),
                 flops.macs(model.spec),
-                f"{height} x {width}, {model.spec.tokens}",
+                f"{height} x {width}, {tokens}",
                 f"{config.batch_size}, {config.dtype}",
-                expected.figure or "none",
-                expected.source,
-                "yes" if expected.run_here else "no",
-                ", ".join(where) or "not yet",
+                *expectation,
+                where,
             )
         )
     header = ("config", "parameters", "MACs per image", "image, tokens", "batch, dtype")

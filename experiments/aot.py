@@ -4,6 +4,7 @@
 python -m experiments.aot vit                                    22 compiles, about 15 minutes on two cores
 python -m experiments.aot ltmp                                   6 compiles
 python -m experiments.aot dgmr                                   6 compiles of distillation
+python -m experiments.aot vlm                                    3 compiles of multimodal models
 python -m experiments.aot vit --only=b16_i1k:train:v6e           what contains this
 python -m experiments.aot vit --only=v5e --out=FILE.jsonl        into another file
 
@@ -64,7 +65,14 @@ def dgmr() -> Iterator[Case]:
         yield Case(f"configs/dgmr.py:{variant}", "train", topology)
 
 
-EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr}
+def vlm() -> Iterator[Case]:
+    """Instruction tuning of LLaVA-1.5-7B, and of Llama-3.2-11B-Vision (its tower a stand-in)."""
+    for topology in ("v5e:4x4", "v5p:4x4x4"):
+        yield Case("configs/vlm.py:llava15_7b", "train", topology)
+    yield Case("configs/vlm.py:llama32_11b_vision", "train", "v5p:4x4x4")
+
+
+EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm}
 
 
 def compile_one(case: Case) -> dict[str, Any] | None:

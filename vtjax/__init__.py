@@ -8,6 +8,9 @@ y, aux = m.apply(m.params, images)    # images [B,H,W,3] float32, normalised as 
 m = vtjax.load("smollm2_135m")        # a language model: a name, a GGUF file, a Hugging Face folder, ...
 logits, aux = m.apply(m.params, input_ids, attention_mask)
 tokens, count = m.generate(m.params, input_ids, attention_mask, new_tokens=20)
+
+m = vtjax.load("runs/easyvqa")        # a multimodal model: a workdir, a vtjax file, a folder of LLaVA
+m.answer("shapes.png", "What colour is the circle?")
 """
 
 from __future__ import annotations
@@ -34,15 +37,19 @@ class Model:
       params: nested dict of float32 arrays.
       apply: not jitted. Of a ViT: `apply(params, images, knobs=None, want=()) -> (y, aux)`, see
         `vtjax.models.vit.ViT.apply`. Of a language model: `apply(params, input_ids, attention_mask=None) -> (logits,
-        aux)`, see `vtjax.models.lm.LM.apply`.
+        aux)`, see `vtjax.models.lm.LM.apply`. Of a multimodal one: `apply(params, input_ids, images,
+        attention_mask=None)`, see `vtjax.models.vlm.VLM.apply`.
+      answer: of a multimodal model: `answer(image, question) -> str`, see `vtjax.answer.answer`. None for others.
       generate: of a language model: `generate(params, input_ids, attention_mask=None, new_tokens=...) -> (tokens,
-        count)`, see `vtjax.models.generate.generate`. Jitted. None for others.
+        count)`, see `vtjax.models.generate.generate`; of a multimodal one with the images after the ids.
+        Jitted. None for others.
     """
 
     spec: Spec
     params: dict[str, Any]
     apply: Callable[..., tuple[Any, dict[str, Any]]]
     generate: Callable[..., tuple[Any, Any]] | None = None
+    answer: Callable[..., str] | None = None
 
 
 def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "last", **options: Any) -> Model:
@@ -60,9 +67,11 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
       InputError: nothing found, an unreadable file, or names that are missing, extra or mis-shaped.
     """
     from vtjax import paths
+    from vtjax.answer import answer
     from vtjax.methods import build
     from vtjax.models.generate import generate
     from vtjax.models.lm import LM
+    from vtjax.models.vlm import VLM
 
     if paths.is_workdir(path_or_name):
         from vtjax.train import checkpoint
@@ -73,5 +82,8 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
 
         spec, params = weights.load(path_or_name, spec=spec)
     model = build(spec, **options)
+    if isinstance(model, VLM):
+        answers = functools.partial(answer, model, params)
+        return Model(spec=spec, params=params, apply=model.apply, generate=model.generate, answer=answers)
     writes = functools.partial(generate, model) if isinstance(model, LM) else None
     return Model(spec=spec, params=params, apply=model.apply, generate=writes)

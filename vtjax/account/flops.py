@@ -19,14 +19,17 @@ from typing import NamedTuple
 
 from vtjax.account.walk import Counts, walk
 from vtjax.errors import InputError
-from vtjax.spec import BlockSpec, DecoderBlockSpec, LMSpec, Spec, ViTSpec
+from vtjax.spec import BlockSpec, CrossSpec, DecoderBlockSpec, LMSpec, Spec, ViTSpec, VLMSpec
 
 __all__ = ["KINDS", "Counts", "Row", "by_kind", "layers", "macs", "walk"]
 
 PROMPT = 512
 """Tokens of a language model's prompt where none are told."""
 
-KINDS = ("embed", "attention", "mlp", "norm", "pool", "head", "adapter")
+QUESTION = 64
+"""Tokens of text beside one image, in a multimodal model's prompt where none are told."""
+
+KINDS = ("embed", "attention", "mlp", "norm", "pool", "bridge", "head", "adapter")
 
 
 class Row(NamedTuple):
@@ -46,13 +49,17 @@ def layers(spec: Spec, tokens: Sequence[int] | int | None = None) -> list[Row]:
         `block_00/mlp` its inner norm. The layer scales count with their branch.
       tokens: tokens present after 0, 1, ..., L blocks' reducers, `[L + 1]`: block l attends over `tokens[l]` and its
         MLP sees `tokens[l + 1]`, but a language model's, whose reducers act between blocks, `tokens[l]`. One number =
-        everywhere; None = `spec.tokens`, of a language model `PROMPT`. Parameters do not depend on it.
+        everywhere; None = `spec.tokens`, of a language model `PROMPT`, of a multimodal one those of one image and
+        `QUESTION`. Parameters do not depend on it. Of a multimodal model, whose prompt has one image, they are those of
+        the decoder.
 
     Raises:
       InputError: `tokens` of the wrong length or below 1, or a removed block that changes the count.
     """
     if isinstance(spec, LMSpec):
         return _lm(spec, tokens)
+    if isinstance(spec, VLMSpec):
+        return _vlm(spec, tokens)
     n = _token_counts(spec, tokens)
     d, patches = spec.width, spec.grid[0] * spec.grid[1]
     pixels = spec.patch**2 * spec.channels
@@ -113,10 +120,47 @@ def _checked(tokens: Sequence[int] | int, depth: int) -> list[int]:
 
 def _lm(spec: LMSpec, tokens: Sequence[int] | int | None) -> list[Row]:
     d, n = spec.width, _checked(PROMPT if tokens is None else tokens, spec.depth)
-    rows = [Row("embed", "embed", spec.vocab * d, 0)]
+    rows = [Row("embed", "embed", spec.ids * d, 0)]
     for index, block in enumerate(spec.blocks):
         rows.extend(_decoder_block(spec, block, f"block_{index:02d}", n[index]))
     return [*rows, Row("norm", "norm", d, 0), Row("head", "head", 0 if spec.tied else d * spec.vocab, d * spec.vocab)]
+
+
+def _vlm(spec: VLMSpec, tokens: Sequence[int] | int | None) -> list[Row]:
+    """Tower, bridge, decoder. What the tower has beyond the layer whose tokens are taken is not computed."""
+    n = _checked(spec.placeholders + QUESTION if tokens is None else tokens, spec.decoder.depth)
+    tower, used, visual = spec.tower, spec.tower.depth, spec.visual_tokens
+    if tower.feature_layer is not None:
+        used = tower.feature_layer % tower.depth + 1
+    unused = {f"block_{i:02d}" for i in range(used, tower.depth)} | {"pool", "fc_norm", "head", "head_distill"}
+    rows = [
+        row._replace(name=f"tower/{row.name}", macs=0 if row.name.split("/")[0] in unused else row.macs)
+        for row in layers(tower)
+    ]
+    e, d, bridge = tower.width, spec.decoder.width, spec.bridge
+    widths = {"mlp": [(e, bridge.hidden), (bridge.hidden, d)], "linear": [(e, d)], "none": []}[bridge.projector]
+    if widths:
+        params = sum(_linear(a, b, bridge.bias) for a, b in widths)
+        rows.append(Row("bridge/projector", "bridge", params, visual * sum(a * b for a, b in widths)))
+    for layer in () if bridge.cross is None else bridge.cross.layers:
+        assert bridge.cross is not None
+        rows.append(_cross(spec, bridge.cross, layer, n[layer], visual))
+    return rows + [row._replace(name=f"decoder/{row.name}") for row in layers(spec.decoder, n)]
+
+
+def _cross(spec: VLMSpec, cross: CrossSpec, layer: int, n: int, m: int) -> Row:
+    """Cross-attention of n rows of text to m visual tokens."""
+    d, e, name = spec.decoder.width, spec.visual_width, f"bridge/block_{layer:02d}"
+    if cross.form == "hyper":
+        block = spec.decoder.blocks[layer]
+        inner, shared = block.heads * block.head_dim, block.kv_heads * block.head_dim
+        return Row(name, "bridge", 2 * _linear(e, shared) + inner, 2 * m * e * shared + 2 * n * m * inner)
+    inner, shared = cross.heads * cross.head_dim, cross.kv_heads * cross.head_dim
+    norm = (1 if cross.norm == "rmsnorm" else 2) * d
+    ups = 2 if cross.activation == "swiglu" else 1
+    attention, mlp = 2 * d * inner + 2 * e * shared, (ups + 1) * d * cross.mlp
+    params = attention + mlp + (norm + 1) * (2 if cross.mlp else 1) + (2 * cross.head_dim if cross.qk_norm else 0)
+    return Row(name, "bridge", params, 2 * n * d * inner + 2 * m * e * shared + 2 * n * m * inner + n * mlp)
 
 
 def _decoder_block(spec: LMSpec, block: DecoderBlockSpec, name: str, n: int) -> list[Row]:
@@ -126,11 +170,21 @@ def _decoder_block(spec: LMSpec, block: DecoderBlockSpec, name: str, n: int) -> 
         params = _linear(d, inner, spec.qkv_bias) + 2 * _linear(d, shared, spec.qkv_bias)
         params += _linear(inner, d, spec.out_bias) + (2 * block.head_dim if spec.qk_norm == "head" else 0)
         work = 2 * n * d * (inner + shared) + 2 * n**2 * inner
-        rows += [Row(f"{name}/norm1", "norm", d, 0), Row(f"{name}/attn", "attention", params, work)]
+        shapes = {"query": (d, inner), "key": (d, shared), "value": (d, shared), "out": (inner, d)}
+        low = _low_rank(spec, shapes)
+        rows += [Row(f"{name}/norm1", "norm", d, 0), Row(f"{name}/attn", "attention", params + low, work + n * low)]
     if block.ffn:
         params = 2 * _linear(d, block.mlp, spec.mlp_bias) + _linear(block.mlp, d, spec.mlp_bias)
-        rows += [Row(f"{name}/norm2", "norm", d, 0), Row(f"{name}/mlp", "mlp", params, 3 * n * d * block.mlp)]
+        low = _low_rank(spec, {"up": (d, block.mlp), "gate": (d, block.mlp), "down": (block.mlp, d)})
+        work = 3 * n * d * block.mlp + n * low
+        rows += [Row(f"{name}/norm2", "norm", d, 0), Row(f"{name}/mlp", "mlp", params + low, work)]
     return rows + _adapter(spec, block, name, n)
+
+
+def _low_rank(spec: LMSpec, shapes: dict[str, tuple[int, int]]) -> int:
+    """Parameters of the low-rank updates of these projections, and their MACs per token."""
+    lora = spec.lora
+    return 0 if lora is None else sum(lora.rank * (a + b) for site, (a, b) in shapes.items() if site in lora.sites)
 
 
 def _adapter(spec: Spec, block: BlockSpec | DecoderBlockSpec, name: str, n: int) -> list[Row]:

@@ -37,8 +37,19 @@ def table(tree: Any) -> list[Group]:
     """Rows per top-level name and kind, in the order of execution; `viz.tables.text` formats them for people.
 
     Kinds are those of `flops.KINDS`, and "method" for what no backbone owns. `share` is in [0, 1]; 1 MB = 10^6 bytes,
-    in the arrays' own dtype.
+    in the arrays' own dtype. A multimodal model's rows are those of its parts.
     """
+    if {"tower", "bridge", "decoder"} <= set(tree):
+        total = count(tree)
+        return [
+            row._replace(
+                name=f"{part}/{row.name}",
+                kind="bridge" if part == "bridge" else row.kind,
+                share=row.params / max(total, 1),
+            )
+            for part in tree
+            for row in table(tree[part])
+        ]
     tops: dict[str, dict[str, list[Any]]] = {}
     for path, leaf in sorted(_leaves(tree), key=lambda item: _order(item[0])):
         tops.setdefault(path.split("/")[0], {}).setdefault(kind_of(path), []).append(leaf)
@@ -68,6 +79,7 @@ _BLOCK = re.compile(r"block_(\d+)")
 # In the order of execution.
 _TOP_KINDS = {
     "embed": "embed",
+    "projector": "bridge",
     "norm_before": "norm",
     "norm": "norm",
     "pool": "pool",
@@ -79,6 +91,11 @@ _BLOCK_KINDS = {
     "norm1": "norm",
     "attn": "attention",
     "layer_scale1": "attention",
+    "gate1": "attention",
+    "key": "attention",  # these three: of hyper-attention
+    "value": "attention",
+    "gate": "attention",
+    "gate2": "mlp",
     "norm2": "norm",
     "mlp": "mlp",
     "layer_scale2": "mlp",
@@ -99,7 +116,7 @@ def _order(path: str) -> tuple[int, int, int]:
     top = path.split("/")[0]
     block = _BLOCK.fullmatch(top)
     tops = list(_TOP_KINDS)
-    place = 2 if block else tops.index(top) if top in tops[:2] else 3 + tops.index(top) if top in tops else 99
+    place = 3 if block else tops.index(top) if top in tops[:3] else 3 + tops.index(top) if top in tops else 99
     kind = kind_of(path)
     return place, int(block[1]) if block else 0, flops.KINDS.index(kind) if kind in flops.KINDS else 99
 

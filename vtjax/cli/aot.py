@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from vtjax.cli.assemble import say
     from vtjax.data import loader
     from vtjax.parallel import mesh as mesh_lib
+    from vtjax.spec import ViTSpec
     from vtjax.train.program import Program
     from vtjax.train.state import flatten, split
 
@@ -45,9 +46,13 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     task = assemble.task(config)
     program = Program(task, config, mesh)
     training = args.step == "train"
-    shapes = loader.batch_shapes(
-        config.data, batch_size=config.batch_size, image_size=task.spec.image_size, training=training
-    )
+    module = assemble.experiment(config.experiment)
+    if hasattr(module, "batch_shapes"):
+        shapes = module.batch_shapes(config, task, training)
+    else:
+        shapes = loader.batch_shapes(
+            config.data, batch_size=config.batch_size, image_size=task.spec.image_size, training=training
+        )
     abstract = program.abstract_arguments(args.step, shapes)
     step = program.step if training else program.evaluate_step
     count = f"{args.slices} x " if args.slices > 1 else ""
@@ -59,23 +64,28 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     def on_a_device(tree: Any) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in flatten(tree).values())
 
-    trained, _ = split(program.abstract.params, program.groups)
-    blocks = {name: x for name, x in program.abstract.params.items() if name.startswith("block_")}
-    width_bytes = 2 if config.dtype == "bfloat16" else 4
-    estimate = aot.temporaries(
-        task.spec,
-        rows=config.batch_size // mesh_lib.batch_shards(mesh) // (config.accumulate if training else 1),
-        training=training,
-        remat=config.model.remat,
-        width_bytes=width_bytes,
-        trained_bytes=on_a_device(trained),
-        stacked_bytes=on_a_device(blocks) * width_bytes // 4 if config.model.scan else 0,
-        tensor=mesh.shape["tensor"],
-    )
+    estimated = {}
+    # The hand estimate is one of a ViT's step.
+    if isinstance(task.spec, ViTSpec):
+        trained, _ = split(program.abstract.params, program.groups)
+        blocks = {name: x for name, x in program.abstract.params.items() if name.startswith("block_")}
+        width_bytes = 2 if config.dtype == "bfloat16" else 4
+        estimate = aot.temporaries(
+            task.spec,
+            rows=config.batch_size // mesh_lib.batch_shards(mesh) // (config.accumulate if training else 1),
+            training=training,
+            remat=config.model.remat,
+            width_bytes=width_bytes,
+            trained_bytes=on_a_device(trained),
+            stacked_bytes=on_a_device(blocks) * width_bytes // 4 if config.model.scan else 0,
+            tensor=mesh.shape["tensor"],
+        )
+        estimated["temp_estimate_bytes"] = estimate
+        if "temp_bytes" in report:
+            estimated["temp_ratio"] = round(report["temp_bytes"] / estimate, 2)
     result = {
         **report,
-        "temp_estimate_bytes": estimate,
-        **({"temp_ratio": round(report["temp_bytes"] / estimate, 2)} if "temp_bytes" in report else {}),
+        **estimated,
         "flops": counts.flops,
         "flops_per_device": counts.flops // len(devices),
         "params": sum(math.prod(x.shape) for x in flatten(program.abstract.params).values()),
@@ -107,8 +117,10 @@ def _table(result: dict[str, Any]) -> list[str]:
         ("compiled in", f"{result['compile_s']} s"),
     ]
     if "temp_bytes" in result:
-        found, hand = gib(result["temp_bytes"]), gib(result["temp_estimate_bytes"])
-        rows.insert(1, ("of it temporary", f"{found}, {result['temp_ratio']} x the hand estimate of {hand}"))
+        beside = ""
+        if "temp_ratio" in result:
+            beside = f", {result['temp_ratio']} x the hand estimate of {gib(result['temp_estimate_bytes'])}"
+        rows.insert(1, ("of it temporary", f"{gib(result['temp_bytes'])}{beside}"))
         for kind, entry in result["collectives"].items():
             rows.append((kind, f"{entry['count']} per step, {entry['bytes'] / 2**20:.1f} MiB per device"))
     return tables.text(("", ""), rows).splitlines()

@@ -129,7 +129,8 @@ def _forward(
     results = []
     for size in sizes:
         host = bench.batches(rows, size)
-        first = mesh_lib.place(host[0], mesh, size)["image"]
+        placed_first = mesh_lib.place(host[0], mesh, size)
+        first = placed_first.get("image", placed_first)  # rows of questions have more than an image
         pair = dict(zip(bench.SIDES, make(config, task, first, baseline), strict=True))
         if args.noise and any(callable(side.macs) for side in pair.values()):
             raise InputError("what this model costs depends on the images, expected real ones, found --noise")
@@ -143,7 +144,7 @@ def _forward(
             ready[name] = bench.forward(pair[name], placed, batches, peak)
         counts = {name: params.count(side.params) for name, side in pair.items()}
         results.append(_report(args, ready, size, params=counts, rates=rates))
-    used = {"images": len(rows["image"]), "images_from": f"{config.data.name}:{config.data.eval_split}"}
+    used = {"images": len(next(iter(rows.values()))), "images_from": f"{config.data.name}:{config.data.eval_split}"}
     return results, {**used, "images_from": "noise"} if args.noise else used
 
 

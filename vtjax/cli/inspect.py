@@ -12,7 +12,7 @@ from typing import Any
 
 from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
-from vtjax.spec import Spec
+from vtjax.spec import ModelSpec, Spec
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +57,13 @@ class Inspected:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt that MACs are counted for; 0 for what is no language model."""
+        """Tokens of the prompt that MACs are counted for, with one image if the model takes any; 0 for what is no
+        language model."""
         from vtjax.account import flops
-        from vtjax.spec import LMSpec
+        from vtjax.spec import LMSpec, VLMSpec
 
+        if isinstance(self.spec, VLMSpec):
+            return self.tokens or self.spec.placeholders + flops.QUESTION
         return (self.tokens or flops.PROMPT) if isinstance(self.spec, LMSpec) else 0
 
     @property
@@ -185,6 +188,9 @@ def _fields(spec: Spec) -> list[tuple[str, Any]]:
     lines: list[tuple[str, Any]] = []
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
+        if isinstance(value, ModelSpec):
+            lines += [(f"{field.name}.{name}", part) for name, part in _fields(value)]
+            continue
         if field.name != "blocks":
             lines.append((field.name, value))
             continue

@@ -61,6 +61,15 @@ SMOLLM2 = Template(
 """The chat template of SmolLM2-Instruct, its default system prompt included."""
 
 
+VICUNA = Template(
+    turns={"system": ("<s>", " "), "user": ("USER: ", " "), "assistant": ("ASSISTANT:", "")},
+    end="</s>",
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+)
+"""The conversation of Vicuna v1.1, which LLaVA-1.5 was tuned on; `<s>` begins it."""
+
+
 class Encoded(NamedTuple):
     """A conversation in ids.
 

@@ -243,6 +243,41 @@ def vocabulary(train: Questions, extra: Sequence[str] = ()) -> Tokenizer:
     return WordTokenizer.build([*train.texts, *train.answers], extra)
 
 
+def open_split(config: Any, split: str) -> Questions:
+    """A split of the set that `config.data` describes.
+
+    Raises:
+      InputError: as `questions.open_questions`.
+    """
+    own: dict[str, Any] = {"n": config["n"], "size": config["size"]}
+    elsewhere = {"path": config["path"]} if config["path"] else {}
+    options = {**own, **elsewhere} if config["name"] == "marked_shapes" else elsewhere
+    return questions.open_questions(config["name"], split, **options)
+
+
+def batch_shapes(
+    config: Any, *, batch_size: int, image_size: tuple[int, int]
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of what a global batch holds on the devices (where int64 is int32), for rows of `config.limit`
+    tokens; no source is opened.
+
+    Raises:
+      InputError: no limit.
+    """
+    if config["limit"] < 1:
+        raise InputError(f"config.data.limit must be the length of a row, 1 or more, found {config['limit']}")
+    ints, floats = np.dtype(np.int32), np.dtype(np.float32)
+    row, asked = (batch_size, config["limit"]), (batch_size, config["pack"])
+    return {
+        **{name: (row, ints) for name in ("input_ids", "positions", "segments", "labels")},
+        "weights": (row, floats),
+        **{name: (asked, ints) for name in ("question", "type", "answer")},
+        "images": ((batch_size, *image_size, 3), floats),
+        "valid": ((batch_size,), np.dtype(bool)),
+        "index": ((batch_size,), ints),
+    }
+
+
 def from_config(
     config: Any,
     *,
@@ -276,13 +311,8 @@ def from_config(
         )
     if config["workers"]:
         raise InputError(f"config.data.workers must be 0 with questions, which threads read, found {config['workers']}")
-    own: dict[str, Any] = {"n": config["n"], "size": config["size"]}
-    elsewhere = {"path": config["path"]} if config["path"] else {}
-    options = {**own, **elsewhere} if config["name"] == "marked_shapes" else elsewhere
-    evaluation = questions.open_questions(config["name"], config["eval_split"], **options)
-    train = None
-    if config["train_split"]:
-        train = questions.open_questions(config["name"], config["train_split"], **options)
+    evaluation = open_split(config, config["eval_split"])
+    train = open_split(config, config["train_split"]) if config["train_split"] else None
     if tokenizer is None:
         if train is None:
             raise InputError("config.data.train_split must name the split whose words make the vocabulary, found none")

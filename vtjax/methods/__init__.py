@@ -7,7 +7,7 @@ from typing import Any
 
 from vtjax import models
 from vtjax.errors import InputError
-from vtjax.spec import Spec
+from vtjax.spec import Spec, VLMSpec
 
 
 def build(spec: Spec, **options: Any) -> Any:
@@ -16,6 +16,9 @@ def build(spec: Spec, **options: Any) -> Any:
     Raises:
       InputError: a reducer of no method here.
     """
+    if isinstance(spec, VLMSpec):
+        tower, decoder = build(spec.tower), build(spec.decoder)
+        return models.build(spec, reducers=decoder.reducers, tower_reducers=tower.reducers, **options)
     names = {block.reduce.partition(":")[0] for block in spec.blocks if block.reduce is not None}
     if not names:
         return models.build(spec, **options)

@@ -7,12 +7,13 @@ from typing import Any
 
 from vtjax.models.lm import LM
 from vtjax.models.vit import ViT
-from vtjax.spec import LMSpec, Spec, ViTSpec
+from vtjax.models.vlm import VLM
+from vtjax.spec import LMSpec, Spec, ViTSpec, VLMSpec
 
-__all__ = ["LM", "ViT", "build"]
+__all__ = ["LM", "VLM", "ViT", "build"]
 
 
 def build(spec: Spec, **options: Any) -> Any:
     """The model of a spec; `options` are the model's other fields (`dtype`, `remat`, `scan`, `attention`, ...)."""
-    models: dict[type, Any] = {ViTSpec: ViT, LMSpec: LM}
+    models: dict[type, Any] = {ViTSpec: ViT, LMSpec: LM, VLMSpec: VLM}
     return models[type(spec)](spec, **options)

@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from vtjax.models.cross_attention import Past
 from vtjax.models.decoder import LayerCache
+from vtjax.ops.cross_attention import Memory
 from vtjax.ops.tokens import Tokens
 
 
@@ -52,11 +54,15 @@ class Cache:
     Attributes:
       keys, values: `[B, K, C, d]`; C is each layer's own.
       stretches: one per run of layers between reducers.
+      cross: keys and values of the visual tokens, where a block has cross-attention.
+      memory: which of them new tokens see, `[B, 1]`; None = there are none.
     """
 
     keys: dict[str, Array]
     values: dict[str, Array]
     stretches: tuple[Stretch, ...]
+    cross: dict[str, Past]
+    memory: Memory | None = None
 
     def layer(self, name: str, stretch: Stretch) -> LayerCache:
         """What block `name` gets to see, for a stretch that has grown."""
@@ -64,7 +70,7 @@ class Cache:
 
 
 jax.tree_util.register_dataclass(Stretch, data_fields=["alive", "slot", "position"], meta_fields=[])
-jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "stretches"], meta_fields=[])
+jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "stretches", "cross", "memory"], meta_fields=[])
 
 
 def start(entered: Sequence[Tokens], layers: Mapping[str, Mapping[str, Any]], room: int) -> Cache:
@@ -72,7 +78,8 @@ def start(entered: Sequence[Tokens], layers: Mapping[str, Mapping[str, Any]], ro
 
     Args:
       entered: the tokens that entered the first layer of every stretch.
-      layers: `keys` and `values` `[B, N, K, d]` of the prompt, by the name of the block.
+      layers: `keys` and `values` `[B, N, K, d]` of the prompt, `cross_keys` and `cross_values` of the visual tokens, by
+        the name of the block; what a block does not have is absent.
       room: slots for tokens to come.
     """
 
@@ -80,10 +87,29 @@ def start(entered: Sequence[Tokens], layers: Mapping[str, Mapping[str, Any]], ro
         return jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
 
     return Cache(
-        keys={name: padded(aux["keys"]) for name, aux in layers.items()},
-        values={name: padded(aux["values"]) for name, aux in layers.items()},
+        keys={name: padded(aux["keys"]) for name, aux in layers.items() if "keys" in aux},
+        values={name: padded(aux["values"]) for name, aux in layers.items() if "keys" in aux},
         stretches=tuple(_stretch(tokens, room) for tokens in entered),
+        cross={name: (aux["cross_keys"], aux["cross_values"]) for name, aux in layers.items() if "cross_keys" in aux},
+        memory=_seen_by_the_next(entered[0]),
     )
+
+
+def _seen_by_the_next(tokens: Tokens) -> Memory | None:
+    """A new token sees what the last one of the text does."""
+    if tokens.memory is None:
+        return None
+    last = last_live(tokens)
+    low, high = (jnp.take_along_axis(a, last[:, None], axis=1) for a in (tokens.memory.low, tokens.memory.high))
+    return dataclasses.replace(tokens.memory, x=None, low=low, high=high)
+
+
+def last_live(tokens: Tokens) -> Int[Array, " B"]:
+    """The last live slot of every row."""
+    b, n = tokens.x.shape[:2]
+    if tokens.alive is None:
+        return jnp.full((b,), n - 1)
+    return n - 1 - jnp.argmax(tokens.alive[:, ::-1] > 0.5, axis=1)
 
 
 def _stretch(tokens: Tokens, room: int) -> Stretch:

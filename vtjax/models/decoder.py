@@ -7,6 +7,7 @@ float32; `dtype` is the compute dtype.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,13 +18,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vtjax.errors import InputError
-from vtjax.models.layers import Adapter, Dense, Knobs, Mlp, Norm, Reducer, SkipAdapter
+from vtjax.models import cross_attention
+from vtjax.models.cross_attention import CrossBlock, HyperAttention, Past
+from vtjax.models.layers import Adapter, Dense, Knobs, Mlp, Norm, Reducer, SkipAdapter, at_site
+from vtjax.ops import cross_attention as cross_op
 from vtjax.ops import decoder_attention, rope
 from vtjax.ops.tokens import Tokens
-from vtjax.spec import DecoderBlockSpec, LMSpec
+from vtjax.spec import CrossSpec, DecoderBlockSpec, LMSpec
 
-WANTS = ("keys", "values")
-"""Attention outputs that a caller may ask for: `[B, N, K, d]`, keys after their rotation."""
+WANTS = ("keys", "values", *cross_attention.WANTS)
+"""Attention outputs that a caller may ask for: `[B, N, K, d]`, keys after their rotation; and those of
+`cross_attention.WANTS`."""
+
+Mix = Callable[[Array, Array], Array]
+"""`(queries, context) -> context`, both `[B, N, H, d]`, before the output projection."""
 
 
 class LayerCache(NamedTuple):
@@ -55,14 +63,15 @@ class DecoderAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Tokens, want: tuple[str, ...] = (), cache: LayerCache | None = None
+        self, tokens: Tokens, want: tuple[str, ...] = (), cache: LayerCache | None = None, mix: Mix | None = None
     ) -> tuple[Float[Array, "B N D"], dict[str, Any]]:
         family, spec, x = self.family, self.spec, tokens.x
         position = jnp.arange(x.shape[1])[None] if tokens.position is None else tokens.position
         frequencies = family.frequencies(spec.head_dim)
 
         def project(name: str, heads: int) -> Array:
-            y = Dense(heads * spec.head_dim, family.qkv_bias, self.dtype, name=name)(x)
+            lora = at_site(family.lora, name)
+            y = Dense(heads * spec.head_dim, family.qkv_bias, self.dtype, lora=lora, name=name)(x)
             return y.reshape(*y.shape[:2], heads, spec.head_dim)
 
         def turned(name: str, y: Array) -> Array:
@@ -84,8 +93,10 @@ class DecoderAttention(nn.Module):
             )
             y = decoder_attention.cached(q, keys, values, cache.alive)
             aux = {"cache": (keys, values)}
+        y = y if mix is None else mix(q, y)
         y = checkpoint_name(y.reshape(*y.shape[:2], spec.heads * spec.head_dim), "attention")
-        return Dense(x.shape[-1], family.out_bias, self.dtype, name="out")(y), aux
+        lora = at_site(family.lora, "out")
+        return Dense(x.shape[-1], family.out_bias, self.dtype, lora=lora, name="out")(y), aux
 
 
 class DecoderBlock(nn.Module):
@@ -97,6 +108,8 @@ class DecoderBlock(nn.Module):
       reducer: called on the block's result as `reducer(tokens, aux, knobs) -> (tokens, decisions)`; it may return fewer
         slots. Its `wants` attribute, a tuple, names the attention outputs that it reads.
       adapters: `(site, function)` pairs, as in `layers.Block`.
+      cross: what it has of visual tokens; None = nothing. Without `tokens.memory` it does not act.
+      attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
     """
 
     family: LMSpec
@@ -105,6 +118,8 @@ class DecoderBlock(nn.Module):
     adapters: tuple[tuple[str, Adapter], ...] = ()
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    cross: CrossSpec | None = None
+    attend: cross_op.Attend = cross_op.attend
 
     @nn.compact
     def __call__(
@@ -113,12 +128,14 @@ class DecoderBlock(nn.Module):
         knobs: Knobs | None = None,
         want: tuple[str, ...] = (),
         cache: LayerCache | None = None,
+        past: Past | None = None,
     ) -> tuple[Tokens, dict[str, Any]]:
         """Args:
           tokens: what the previous block left; `size` has no meaning here.
           knobs: layer l of the methods' parameters and of the traced knobs.
           want: names of attention outputs to return.
           cache: of the tokens before, for a single new token; the reducer does not act on that.
+          past: keys and values of the visual tokens, where they are known; `tokens.memory` then has no `x`.
 
         Returns:
           The tokens, and aux: what was wanted, the reducer's `decisions`, and with a cache its update, `cache`.
@@ -127,26 +144,42 @@ class DecoderBlock(nn.Module):
             raise InputError("decoder blocks take tokens without size (a merged token counts as one), found sizes")
         family, spec, knobs, adapters = self.family, self.spec, knobs or {}, dict(self.adapters)
         aux: dict[str, Any] = {}
-        x = tokens.x
+        x, memory, cross = tokens.x, tokens.memory, self.cross
+        norms = {name: Norm("rmsnorm", family.eps, name=name) for name in ("norm1", "norm2")}
+
+        if cross is not None and memory is not None and cross.form == "block":
+            x, side = CrossBlock(cross, self.attend, self.dtype, name="cross")(x, memory, past)
+            aux.update(side)
 
         def branch(norm: str, site: str, x: Array, function: Callable[[Array], Array]) -> Array:
-            inner = Norm("rmsnorm", family.eps, name=norm)(x)
+            inner = norms[norm](x)
             inner = adapters[f"{site}_in"](inner, knobs) if f"{site}_in" in adapters else inner
             y = function(inner)
             return y + adapters[site](x, knobs) if site in adapters else y
 
         if spec.attn:
             reads = tuple(getattr(self.reducer, "wants", ()))
+            mix = None
+            if cross is not None and memory is not None and cross.form == "hyper":
+                # mPLUG-Owl3 shares the norm of the text with the visual tokens.
+                visual = None if memory.x is None else norms["norm1"](memory.x)
+                seen = dataclasses.replace(memory, x=visual)
+                hyper = HyperAttention(family, spec, self.attend, self.dtype, name="cross")
+
+                def mix(q: Array, context: Array) -> Array:
+                    y, side = hyper(q, context, seen, past)
+                    aux.update(side)
+                    return y
 
             def attend(inner: Array) -> Array:
                 module = DecoderAttention(family, spec, self.dtype, self.implementation, name="attn")
-                y, side = module(tokens.replace(x=inner), tuple(dict.fromkeys((*want, *reads))), cache)
+                y, side = module(tokens.replace(x=inner), tuple(dict.fromkeys((*want, *reads))), cache, mix)
                 aux.update(side)
                 return y
 
             x = x + branch("norm1", "attn", x, attend)
         if spec.ffn:
-            mlp = Mlp(spec.mlp, "swiglu", bias=family.mlp_bias, dtype=self.dtype, name="mlp")
+            mlp = Mlp(spec.mlp, "swiglu", bias=family.mlp_bias, dtype=self.dtype, lora=family.lora, name="mlp")
             x = x + branch("norm2", "mlp", x, mlp)
         if not spec.attn and not spec.ffn:
             if "skip" in adapters:

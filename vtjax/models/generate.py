@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from vtjax.errors import InputError
 from vtjax.models.layers import Knobs
 from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, check_mask
+from vtjax.ops.cross_attention import Memory
 
 
 def generate(
@@ -28,6 +29,7 @@ def generate(
     new_tokens: int,
     embeddings: Float[Array | np.ndarray, "B N D"] | None = None,
     positions: Ids | None = None,
+    memory: Memory | None = None,
     knobs: Knobs | None = None,
     key: Array | None = None,
     temperature: Float[Array, ""] | float = 1.0,
@@ -38,7 +40,8 @@ def generate(
 
     Args:
       model, params: the model.
-      input_ids, attention_mask, embeddings, positions, knobs: the prompts, as in `LM.apply`; padding on either side.
+      input_ids, attention_mask, embeddings, positions, memory, knobs: the prompts, as in `LM.apply`; padding on
+        either side.
       new_tokens: T, above 0; prompt and new tokens must fit the spec's context.
       key: random key for sampling; None takes the likeliest token each time.
       temperature: divides the logits, above 0; traced. Without a key of no effect, as the next two.
@@ -61,11 +64,11 @@ def generate(
             raise InputError(f"{name} must be above 0{' and at most 1' if most == 1 else ''}, found {value}")
     # The values are not known inside the compiled function.
     if input_ids is not None:
-        check_ids(input_ids, model.spec.vocab)
+        check_ids(input_ids, model.spec.ids)
     if attention_mask is not None:
         check_mask(attention_mask)
     prompt: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "embeddings": embeddings}
-    prompt |= {"positions": positions, "knobs": knobs}
+    prompt |= {"positions": positions, "memory": memory, "knobs": knobs}
     sampling = None if key is None else (key, temperature, top_p)
     return _generate(model, params, prompt, sampling, new_tokens, top_k)
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from vtjax.ops import attention as attention_op
 from vtjax.ops import linear, norms
 from vtjax.ops.tokens import Tokens
-from vtjax.spec import BlockSpec, ViTSpec
+from vtjax.spec import BlockSpec, LoRASpec, ViTSpec
 
 Knobs = Mapping[str, Any]
 Reducer = Callable[[Tokens, dict[str, Array], Knobs], tuple[Tokens, dict[str, Array]]]
@@ -41,20 +41,30 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Dense(nn.Module):
-    """A linear layer, kernel `[in, out]`; computes in `dtype`."""
+    """A linear layer, kernel `[in, out]`, with a low-rank update beside it if `lora` says so; computes in `dtype`."""
 
     features: int
     bias: bool = True
     dtype: Any = jnp.float32
     init: Any = nn.initializers.xavier_uniform()
+    lora: LoRASpec | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B M"]:
         kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
         y = linear.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.lora is not None:
+            inner = Dense(self.lora.rank, False, self.dtype, name="lora_in")(x)
+            update = Dense(self.features, False, self.dtype, nn.initializers.zeros, name="lora_out")(inner)
+            y = y + self.lora.alpha / self.lora.rank * update
         if not self.bias:
             return y
         return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+
+
+def at_site(lora: LoRASpec | None, site: str) -> LoRASpec | None:
+    """`lora` where it acts on the projection `site`."""
+    return lora if lora is not None and site in lora.sites else None
 
 
 class Norm(nn.Module):
@@ -119,19 +129,21 @@ class Mlp(nn.Module):
     norm: str | None = None
     eps: float = 1e-6
     dtype: Any = jnp.float32
+    lora: LoRASpec | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         act = ACTIVATIONS[self.activation]
-        hidden = Dense(self.hidden, self.bias, self.dtype, name="up")(x)
-        if self.activation == "swiglu":
-            hidden = act(Dense(self.hidden, self.bias, self.dtype, name="gate")(x)) * hidden
-        else:
-            hidden = act(hidden)
+
+        def project(name: str, width: int, x: Array) -> Array:
+            return Dense(width, self.bias, self.dtype, lora=at_site(self.lora, name), name=name)(x)
+
+        hidden = project("up", self.hidden, x)
+        hidden = act(project("gate", self.hidden, x)) * hidden if self.activation == "swiglu" else act(hidden)
         if self.norm is not None:
             hidden = Norm(self.norm, self.eps, name="norm")(hidden)
         hidden = checkpoint_name(hidden, "mlp")
-        return Dense(x.shape[-1], self.bias, self.dtype, name="down")(hidden)
+        return project("down", x.shape[-1], hidden)
 
 
 class SkipAdapter(nn.Module):

@@ -23,10 +23,12 @@ from vtjax.models.cache import Cache
 from vtjax.models.decoder import WANTS, DecoderBlock
 from vtjax.models.layers import Adapter, Knobs, Norm, Reducer
 from vtjax.models.segments import block_name, call_module
+from vtjax.ops import cross_attention
+from vtjax.ops.cross_attention import Attend, Memory
 from vtjax.ops.decoder_attention import IMPLEMENTATIONS
 from vtjax.ops.linear import precision
 from vtjax.ops.tokens import Tokens
-from vtjax.spec import LMSpec
+from vtjax.spec import CrossSpec, LMSpec
 
 Params = dict[str, Any]
 Ids = Int[Array | np.ndarray, "B N"]
@@ -49,6 +51,9 @@ class LM:
       reducers: `(layer, reducer)` pairs: what acts between that layer and the next, and may shorten the sequence.
       adapters: `(layer, site, function)` triples, at most one per layer and site.
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
+      cross: cross-attention to the visual tokens that `apply` gets as `memory`. Its parameters are `cross` of its
+        layers' blocks.
+      attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
 
     Raises:
       InputError: a spec of another kind, an unknown remat policy or attention, or a reducer or adapter that would not
@@ -63,6 +68,8 @@ class LM:
     reducers: tuple[tuple[int, Reducer], ...] = ()
     adapters: tuple[tuple[int, str, Adapter], ...] = ()
     constrain: Callable[[Array], Array] = _identity
+    cross: CrossSpec | None = None
+    attend: Attend = cross_attention.attend
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, LMSpec):
@@ -76,6 +83,8 @@ class LM:
         # No depth and no history, so that equal blocks are equal modules.
         family = dataclasses.replace(self.spec, blocks=self.spec.blocks[:1], lineage=())
         reducers = dict(self.reducers)
+        layers = () if self.cross is None else self.cross.layers
+        cross = None if self.cross is None else dataclasses.replace(self.cross, layers=())
         return [
             DecoderBlock(
                 family=family,
@@ -84,15 +93,22 @@ class LM:
                 adapters=tuple((site, fn) for layer, site, fn in self.adapters if layer == index),
                 dtype=self.dtype,
                 implementation=self.attention,
+                cross=cross if index in layers else None,
+                attend=self.attend,
             )
             for index, block in enumerate(self.spec.blocks)
         ]
 
-    def init(self, key: Array) -> Params:
-        """Fresh float32 parameters; jit it. Equal blocks share one traced initialiser."""
+    def init(self, key: Array, visual_width: int = 0) -> Params:
+        """Fresh float32 parameters; jit it. Equal blocks share one traced initialiser. `visual_width`: E of the visual
+        tokens that cross-attention reads; without it none is initialised."""
         spec, (embed, blocks, head) = self.spec, jax.random.split(key, 3)
-        params: Params = {"embed": {"tokens": 0.02 * jax.random.normal(embed, (spec.vocab, spec.width))}}
-        params |= segments.init(self.blocks(), blocks, Tokens(jnp.zeros((1, 1, spec.width), self.dtype)))
+        params: Params = {"embed": {"tokens": 0.02 * jax.random.normal(embed, (spec.ids, spec.width))}}
+        one, memory = jnp.zeros((1, 1), jnp.int32), None
+        if self.cross is not None and visual_width:
+            memory = Memory(jnp.zeros((1, 1, visual_width), self.dtype), one, one, one, one)
+        tokens = Tokens(jnp.zeros((1, 1, spec.width), self.dtype), memory=memory)
+        params |= segments.init(self.blocks(), blocks, tokens)
         params["norm"] = {"scale": jnp.ones(spec.width)}
         if not spec.tied:
             params["head"] = {"kernel": 0.02 * jax.random.normal(head, (spec.width, spec.vocab))}
@@ -107,6 +123,7 @@ class LM:
         embeddings: Float[Array | np.ndarray, "B N D"] | None = None,
         positions: Ids | None = None,
         segments: Ids | None = None,
+        memory: Memory | None = None,
         knobs: Knobs | None = None,
         want: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B M V"], dict[str, Any]]:
@@ -120,10 +137,11 @@ class LM:
           positions: of every slot; None counts the tokens of `attention_mask` from 0.
           segments: packed texts: 0 = prefix of all of them, 1, 2, ... = one each, -1 = padding. A token sees the prefix
             and its own text before it; needs `positions`, which begin behind the prefix in every text.
+          memory: visual tokens, for a model with `cross`; None = there are none.
           knobs: traced arrays by name, `[L, ...]` or one scalar for all layers; they override method parameters of the
             same name.
-          want: per-block outputs to return in `aux["blocks"][l]`: "tokens", and from blocks with attention "keys",
-            "values".
+          want: per-block outputs to return in `aux["blocks"][l]`: "tokens", from blocks with attention "keys",
+            "values", and from blocks with cross-attention "cross_keys", "cross_values", "cross_lse".
 
         Returns:
           logits: float32, of every slot that left the last block (M = N unless a reducer took some); padding's mean
@@ -136,7 +154,7 @@ class LM:
             the values are known, which they are not inside `jit`), shapes that do not fit, both or neither of ids and
             embeddings, an unknown name in `want`, a block whose `reduce` names a reducer that the model was not given.
         """
-        tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, packed=segments)
+        tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, segments, memory)
         tokens, blocks = self._run(params, tokens, knobs, want)
         x = self._norm(params, tokens.x)
         return self._logits(params, x), {"features": x, "tokens": tokens, "blocks": blocks}
@@ -150,6 +168,7 @@ class LM:
         room: int,
         embeddings: Float[Array | np.ndarray, "B N D"] | None = None,
         positions: Ids | None = None,
+        memory: Memory | None = None,
         knobs: Knobs | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Runs the model over prompts, to go on token by token.
@@ -164,19 +183,19 @@ class LM:
         Raises:
           InputError: as `apply`, and where the prompt and the room are longer than the spec's context.
         """
-        entered = self._enter(params, input_ids, attention_mask, embeddings, positions)
+        entered = self._enter(params, input_ids, attention_mask, embeddings, positions, memory=memory)
         if room < 0 or entered.x.shape[1] + room > self.spec.context:
             raise InputError(
                 f"prompt and new tokens must fit the model's context of {self.spec.context}, "
                 f"found {entered.x.shape[1]} and {room} (padding counts)"
             )
-        tokens, blocks = self._run(params, entered, knobs, (*WANTS, "tokens"))
+        want = ("keys", "values", "cross_keys", "cross_values", "tokens")
+        tokens, blocks = self._run(params, entered, knobs, want)
         stretches = [entered, *(blocks[layer]["tokens"] for layer, _ in sorted(self.reducers, key=lambda r: r[0]))]
-        layers = {block_name(i): aux for i, aux in enumerate(blocks) if "keys" in aux}
+        layers = {block_name(i): aux for i, aux in enumerate(blocks)}
         last = tokens.x[:, -1]
         if tokens.alive is not None:
-            back = jnp.argmax(tokens.alive[:, ::-1] > 0.5, axis=1)
-            last = jnp.take_along_axis(tokens.x, (tokens.x.shape[1] - 1 - back)[:, None, None], axis=1)[:, 0]
+            last = jnp.take_along_axis(tokens.x, cache_lib.last_live(tokens)[:, None, None], axis=1)[:, 0]
         return self._logits(params, self._norm(params, last)), cache_lib.start(stretches, layers, room)
 
     def step(
@@ -193,14 +212,15 @@ class LM:
         for index, block in enumerate(self.blocks()):
             name, stretch = block_name(index), stretches[number]
             layer = cache.layer(name, stretch) if block.spec.attn else None
-            tokens = Tokens(x, position=stretch.position[:, None])
-            arguments = tokens, segments.layer_knobs(knobs, index), (), layer
+            tokens = Tokens(x, position=stretch.position[:, None], memory=cache.memory)
+            arguments = tokens, segments.layer_knobs(knobs, index), (), layer, cache.cross.get(name)
             tokens, aux = call_module(block, params.get(name, {}), *arguments)
             x = self.constrain(tokens.x)
             if "cache" in aux:
                 keys[name], values[name] = aux["cache"]
             number += index in ends
-        grown = Cache(keys, values, tuple(stretch.advanced() for stretch in stretches))
+        advanced = tuple(stretch.advanced() for stretch in stretches)
+        grown = dataclasses.replace(cache, keys=keys, values=values, stretches=advanced)
         return self._logits(params, self._norm(params, x[:, 0])), grown
 
     def embed(self, params: Params, input_ids: Ids) -> Float[Array, "B N D"]:
@@ -208,13 +228,20 @@ class LM:
         return jnp.asarray(params["embed"]["tokens"])[jnp.asarray(input_ids)].astype(self.dtype)
 
     def _enter(
-        self, params: Params, input_ids: Any, attention_mask: Any, embeddings: Any, positions: Any, packed: Any = None
+        self,
+        params: Params,
+        input_ids: Any,
+        attention_mask: Any,
+        embeddings: Any,
+        positions: Any,
+        packed: Any = None,
+        memory: Memory | None = None,
     ) -> Tokens:
         """The tokens that enter the first block, checked."""
         if (input_ids is None) == (embeddings is None):
             raise InputError("a language model takes input_ids or embeddings, found both or neither")
         if embeddings is None:
-            check_ids(input_ids, self.spec.vocab)
+            check_ids(input_ids, self.spec.ids)
             x = self.embed(params, input_ids)
         else:
             x = jnp.asarray(embeddings).astype(self.dtype)
@@ -232,7 +259,7 @@ class LM:
             if positions is None:
                 positions = jnp.maximum(jnp.cumsum(alive, axis=1) - 1, 0).astype(jnp.int32)
         position, segment = (None if a is None else jnp.asarray(a) for a in (positions, packed))
-        return Tokens(self.constrain(x), alive=alive, position=position, segment=segment)
+        return Tokens(self.constrain(x), alive=alive, position=position, segment=segment, memory=memory)
 
     def _run(
         self, params: Params, tokens: Tokens, knobs: Knobs | None, want: tuple[str, ...]

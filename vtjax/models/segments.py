@@ -183,7 +183,10 @@ def run(
         one = body(block)
         if scan and plain and len(layers) > 1:
             stacked = jax.tree.map(lambda *a: jnp.stack(a), *arguments)
-            tokens, _ = jax.lax.scan(functools.partial(_carry, one), tokens, stacked)
+            # What no block changes is not carried: a carry is kept for the backward pass once per layer.
+            memory = tokens.memory
+            tokens, _ = jax.lax.scan(functools.partial(_carry, one, memory), tokens.replace(memory=None), stacked)
+            tokens = tokens.replace(memory=memory)
             auxes.extend({} for _ in layers)
         else:
             for p, k, rate, drop_key in arguments:
@@ -199,8 +202,8 @@ def call_module(module: nn.Module, params: Any, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
 
 
-def _carry(one: Any, tokens: Tokens, layer: tuple[Any, ...]) -> tuple[Tokens, None]:
-    return one(layer[0], tokens, *layer[1:])[0], None
+def _carry(one: Any, memory: Any, tokens: Tokens, layer: tuple[Any, ...]) -> tuple[Tokens, None]:
+    return one(layer[0], tokens.replace(memory=memory), *layer[1:])[0].replace(memory=None), None
 
 
 def _policy(remat: str) -> Any:

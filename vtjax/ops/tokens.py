@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vtjax.errors import InputError
+from vtjax.ops.cross_attention import Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Tokens:
       position: `[B, N]` int32, place in the text, which decoders turn by; None = slot i is at place i.
       segment: `[B, N]` int32, which of several packed texts a token belongs to, 0 = the prefix that all of them share;
         decoders only; None = one text.
+      memory: visual tokens that a decoder's cross-attention reads; None = it adds nothing.
     """
 
     x: Float[Array, "B N D"]
@@ -37,6 +39,7 @@ class Tokens:
     source: Int[Array, "B N0"] | None = None
     position: Int[Array, "B N"] | None = None
     segment: Int[Array, "B N"] | None = None
+    memory: Memory | None = None
 
     def replace(self, **fields: Any) -> Tokens:
         """A copy with some fields replaced."""
@@ -51,7 +54,7 @@ class Tokens:
 
 
 jax.tree_util.register_dataclass(
-    Tokens, data_fields=["x", "size", "alive", "source", "position", "segment"], meta_fields=[]
+    Tokens, data_fields=["x", "size", "alive", "source", "position", "segment", "memory"], meta_fields=[]
 )
 
 

@@ -15,20 +15,26 @@ from vtjax.errors import InputError
 from vtjax.spec import fields
 from vtjax.spec.base import FORMAT, Lineage, ModelSpec, is_backbone
 from vtjax.spec.fields import diff
-from vtjax.spec.lm import DecoderBlockSpec, LMSpec, RopeScaling
+from vtjax.spec.lm import DecoderBlockSpec, LMSpec, LoRASpec, RopeScaling
 from vtjax.spec.vit import BlockSpec, Preprocess, ViTSpec
+from vtjax.spec.vlm import BridgeSpec, CrossSpec, TextSpec, VLMSpec
 
 __all__ = [
     "FORMAT",
     "KINDS",
     "BlockSpec",
+    "BridgeSpec",
+    "CrossSpec",
     "DecoderBlockSpec",
     "LMSpec",
     "Lineage",
+    "LoRASpec",
     "ModelSpec",
     "Preprocess",
     "RopeScaling",
     "Spec",
+    "TextSpec",
+    "VLMSpec",
     "ViTSpec",
     "diff",
     "from_dict",
@@ -40,10 +46,10 @@ if TYPE_CHECKING:
     # What a file holds shows when it is read: a union would ask every reader of a ViT's weights for a cast.
     Spec = Any
 else:
-    Spec = ViTSpec | LMSpec
+    Spec = ViTSpec | LMSpec | VLMSpec
 """Any model spec."""
 
-KINDS: dict[str, type] = {"ViTSpec": ViTSpec, "LMSpec": LMSpec}
+KINDS: dict[str, type] = {"ViTSpec": ViTSpec, "LMSpec": LMSpec, "VLMSpec": VLMSpec}
 
 
 def from_dict(data: Any) -> Spec:

@@ -75,6 +75,30 @@ class RopeScaling:
         return frequency * (kept + (1.0 - kept) / self.factor)
 
 
+LORA_SITES = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRASpec:
+    """Low-rank updates beside the projections of every block (Hu et al. 2021): x W + (alpha / rank) (x A) B, B from 0.
+
+    Attributes:
+      rank: of the product A B.
+      alpha: scale, times the rank.
+      sites: which projections, of `LORA_SITES`.
+    """
+
+    rank: int
+    alpha: float
+    sites: tuple[str, ...] = LORA_SITES
+
+    def __post_init__(self) -> None:
+        if self.rank <= 0 or not math.isfinite(self.alpha):
+            raise InputError(f"LoRASpec needs a rank above 0 and a finite alpha, found {self.rank} and {self.alpha}")
+        if not self.sites or set(self.sites) - set(LORA_SITES):
+            raise InputError(f"LoRASpec.sites must be some of {', '.join(LORA_SITES)}, found {', '.join(self.sites)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class LMSpec(ModelSpec):
     """A decoder of the Llama family: Llama 2 and 3, SmolLM, Qwen2, Qwen3.
@@ -84,6 +108,7 @@ class LMSpec(ModelSpec):
 
     Attributes:
       vocab: V, rows of the embedding; a tokenizer may use fewer.
+      extra: further rows of the embedding, of tokens that are read and never said; only where the head is not tied.
       width: D, the width of the residual stream.
       blocks: one `DecoderBlockSpec` per layer.
       context: positions that the model was trained for; generation refuses to go beyond.
@@ -94,6 +119,7 @@ class LMSpec(ModelSpec):
       qk_norm: "none" or "head" (RMSNorm of every query and key head before the rotation, Qwen3).
       tied: the head is the transposed embedding; else it has a kernel of its own.
       eos: token ids that end a generated text; may be empty.
+      lora: low-rank updates beside the projections; None = none. `models.lora` adds and merges them.
       lineage: surgery history, oldest first.
     """
 
@@ -110,7 +136,14 @@ class LMSpec(ModelSpec):
     qk_norm: str = "none"
     tied: bool = True
     eos: tuple[int, ...] = ()
+    lora: LoRASpec | None = None
+    extra: int = 0
     lineage: tuple[Lineage, ...] = ()
+
+    @property
+    def ids(self) -> int:
+        """How many token ids can be read."""
+        return self.vocab + self.extra
 
     @classmethod
     def uniform(
@@ -143,6 +176,8 @@ class LMSpec(ModelSpec):
         for name in ("vocab", "width", "context"):
             if getattr(self, name) <= 0:
                 raise InputError(f"LMSpec.{name} must be positive, found {getattr(self, name)}")
+        if self.extra < 0 or (self.extra and self.tied):
+            raise InputError(f"LMSpec.extra must be 0 or more, and 0 for a tied head, found {self.extra}")
         check_blocks(self)
         for i, block in enumerate(self.blocks):
             if block.attn and (block.kv_heads <= 0 or block.heads % block.kv_heads):

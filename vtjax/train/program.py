@@ -166,7 +166,13 @@ class Program:
         count = float(totals["count"].total) if "count" in totals else 0.0
         if not count:
             raise InputError("the evaluation saw no valid examples, expected a split with at least one")
+        # A sum over a part of the examples, `name@part`, is divided by `count@part`.
+        sizes = {name: float(average.total) for name, average in totals.items() if name.startswith("count@")}
         means = {name: float(average.compute()) for name, average in totals.items() if name != "count"}
+        means = {name: mean for name, mean in means.items() if name not in sizes}
+        for name in means:
+            if size := sizes.get(f"count@{name.partition('@')[2]}"):
+                means[name] = float(totals[name].total) / size
         return {**means, "count": int(count)}
 
     def decide(self, params: Any, frozen: Any, extra: Any, batches: Iterable[Batch]) -> Iterator[dict[str, np.ndarray]]:
@@ -187,7 +193,7 @@ class Program:
         knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in self._numbers}
         state = self.abstract
         sums, _ = jax.eval_shape(self._evaluate, state.params, self._frozen_shapes, state.extra, knobs, rows)
-        return sorted(set(sums) - {"count"})
+        return sorted(name for name in sums if name.partition("@")[0] != "count")
 
     def _init(self, key: jax.Array) -> tuple[Any, Any, Any]:
         params, frozen, extra = self.task.init(key)

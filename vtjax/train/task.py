@@ -36,7 +36,8 @@ class Task:
         and a flat dict of scalars. `batch` holds device arrays. With `accumulate = A` it sees 1/A of the batch (every
         A-th row) and its own key.
       evaluate: `(params, frozen, extra, knobs, batch) -> sums`: flat dict of scalar sums over the rows with
-        `batch["valid"]`; `sums["count"]` is the number of these. The reported metric m is `sums[m] / sums["count"]`.
+        `batch["valid"]`; `sums["count"]` is the number of these. The reported metric m is `sums[m] / sums["count"]`;
+        one of a part of the examples is called `m@part` and divided by `sums["count@part"]`.
       trainable: parameter path (`block_00/attn/query/kernel`) -> name of its optimiser group, or None: untrained,
         without gradient or optimiser state, still saved. Usually `optim.group_of(config.optim)`.
       after_step: `(state, frozen, draw) -> state`, on the host after every step where a task has one; `draw(split,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import LMSpec, ModelSpec, Spec, from_json
+from vtjax.spec import LMSpec, ModelSpec, Spec, VLMSpec, from_json
 from vtjax.weights import registry, store
 from vtjax.weights.names import Params, flatten
 
@@ -114,6 +114,14 @@ def _lm_inputs(spec: Spec, inputs: dict[str, np.ndarray], path: Path) -> tuple[n
     return (ids.astype(np.int32),) if mask is None else (ids.astype(np.int32), mask.astype(np.int32))
 
 
+def _vlm_inputs(spec: Spec, inputs: dict[str, np.ndarray], path: Path) -> tuple[Any, ...]:
+    """Ids, images and mask; the model checks that they fit each other."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if "images" not in inputs:
+        raise InputError(f"{path} must hold images beside input_ids, found none")
+    return ids.astype(np.int32), inputs["images"].astype(np.float32), None if mask is None else mask.astype(np.int32)
+
+
 def _replay(forward: Forward, spec: Spec, params: Params, path: Path, atol: float) -> dict[str, Any]:
     try:
         file = np.load(path, allow_pickle=False)
@@ -128,11 +136,12 @@ def _replay(forward: Forward, spec: Spec, params: Params, path: Path, atol: floa
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path} must be an npz file: {error}") from None
     inputs = {k: recorded.pop(k) for k in _INPUTS if k in recorded}
-    first = "input_ids" if isinstance(spec, LMSpec) else "images"
+    kinds: dict[type, tuple[str, Any]] = {LMSpec: ("input_ids", _lm_inputs), VLMSpec: ("input_ids", _vlm_inputs)}
+    first, read = kinds.get(type(spec), ("images", _images))
     if first not in inputs or not recorded:
         held = ", ".join([*inputs, *recorded])
         raise InputError(f"{path} must hold {first} and logits or features, found {held or 'neither'}")
-    y, aux = forward(params, *(_lm_inputs if first == "input_ids" else _images)(spec, inputs, path))
+    y, aux = forward(params, *read(spec, inputs, path))
     found = {"logits": np.asarray(y), "features": np.asarray(aux["features"])}
     differences = {}
     for name in recorded:

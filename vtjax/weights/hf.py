@@ -99,7 +99,7 @@ def spec_from_config(
     if kind in _WHOLE:
         kind, config = _WHOLE[kind], config.get("vision_config") or {}
     if kind not in FAMILIES:
-        known = ", ".join([*FAMILIES, *_WHOLE, *hf_lm.FAMILIES])
+        known = ", ".join([*FAMILIES, *_WHOLE, *hf_lm.FAMILIES, "llava"])
         raise InputError(f"{where}: model_type must be one of {known}, found {config.get('model_type')!r}")
     table, defaults = FAMILIES[kind]
     get = {**defaults, **{k: v for k, v in config.items() if v is not None}}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import LMSpec, Spec, ViTSpec, is_backbone
+from vtjax.spec import LMSpec, Spec, ViTSpec, VLMSpec, is_backbone
 from vtjax.weights.tables import TABLES, Row, Table
 
 Params = dict[str, Any]
@@ -52,17 +52,66 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 def shapes(spec: Spec) -> dict[str, Shape]:
     """Shape of every parameter of the backbone of `spec`, by our names; the same tree as the model's `init`."""
+    if isinstance(spec, VLMSpec):
+        parts = {"tower": shapes(spec.tower), "bridge": bridge_shapes(spec), "decoder": shapes(spec.decoder)}
+        return {f"{part}/{name}": shape for part, found in parts.items() for name, shape in found.items()}
     return _lm_shapes(spec) if isinstance(spec, LMSpec) else _vit_shapes(spec)
+
+
+def bridge_shapes(spec: VLMSpec) -> dict[str, Shape]:
+    """Shape of every parameter of the bridge, by its name below `bridge/`."""
+    bridge, d, e = spec.bridge, spec.decoder.width, spec.visual_width
+    out: dict[str, Shape] = {}
+
+    def dense(name: str, rows: int, columns: int, bias: bool = False) -> None:
+        out[f"{name}/kernel"] = (rows, columns)
+        if bias:
+            out[f"{name}/bias"] = (columns,)
+
+    if bridge.projector == "mlp":
+        dense("projector/up", spec.tower.width, bridge.hidden, bridge.bias)
+    if bridge.projector != "none":
+        dense("projector/down", bridge.hidden or spec.tower.width, d, bridge.bias)
+    cross = bridge.cross
+    for layer in () if cross is None else cross.layers:
+        assert cross is not None
+        b = f"block_{layer:02d}"
+        if cross.form == "hyper":
+            block = spec.decoder.blocks[layer]
+            for name in ("key", "value"):
+                dense(f"{b}/{name}", e, block.kv_heads * block.head_dim, True)
+            out[f"{b}/gate"] = (block.heads * block.head_dim,)
+            continue
+        inner = {"query": cross.heads, "key": cross.kv_heads, "value": cross.kv_heads}
+        for number in (1, 2) if cross.mlp else (1,):
+            out[f"{b}/gate{number}"] = (1,)
+            out[f"{b}/norm{number}/scale"] = (d,)
+            if cross.norm == "layernorm":
+                out[f"{b}/norm{number}/bias"] = (d,)
+        for name, heads in inner.items():
+            dense(f"{b}/attn/{name}", d if name == "query" else e, heads * cross.head_dim)
+        if cross.qk_norm:
+            out |= {f"{b}/attn/{name}_norm/scale": (cross.head_dim,) for name in ("query", "key")}
+        dense(f"{b}/attn/out", cross.heads * cross.head_dim, d)
+        if cross.mlp:
+            for name in ("up", "gate") if cross.activation == "swiglu" else ("up",):
+                dense(f"{b}/mlp/{name}", d, cross.mlp)
+            dense(f"{b}/mlp/down", cross.mlp, d)
+    return out
 
 
 def _lm_shapes(spec: LMSpec) -> dict[str, Shape]:
     d = spec.width
-    out: dict[str, Shape] = {"embed/tokens": (spec.vocab, d)}
+    out: dict[str, Shape] = {"embed/tokens": (spec.vocab + spec.extra, d)}
+    lora = spec.lora
 
     def dense(name: str, rows: int, columns: int, bias: bool) -> None:
         out[f"{name}/kernel"] = (rows, columns)
         if bias:
             out[f"{name}/bias"] = (columns,)
+        if lora is not None and name.split("/")[-1] in lora.sites and "/adapter/" not in name:
+            out[f"{name}/lora_in/kernel"] = (rows, lora.rank)
+            out[f"{name}/lora_out/kernel"] = (lora.rank, columns)
 
     for i, block in enumerate(spec.blocks):
         b, heads = f"block_{i:02d}", {"query": block.heads, "key": block.kv_heads, "value": block.kv_heads}

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import LMSpec, Spec, from_json
-from vtjax.weights import gguf, hf, hf_lm, io, names, registry, timm
+from vtjax.spec import LMSpec, Spec, VLMSpec, from_json
+from vtjax.weights import gguf, hf, hf_lm, hf_vlm, io, names, registry, timm
 from vtjax.weights.names import Params
 from vtjax.weights.tables import TABLES
 
@@ -122,9 +122,12 @@ def _load_foreign(folder: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Spec
     try:
         if "architecture" in config:
             spec, candidates = timm.spec_from_config(config, where), [n for n in TABLES if n.startswith("timm")]
+        elif config.get("model_type") in hf_vlm.FAMILIES:
+            images = io.read_json(processor) if processor.exists() else None
+            spec = hf_vlm.spec_from_config(config, tensors, images, where, _generation(folder))
+            return spec, hf_vlm.to_ours(spec, tensors, f"the weights of {where}")
         elif config.get("model_type") in hf_lm.FAMILIES:
-            generation = folder / "generation_config.json"
-            spec = hf_lm.spec_from_config(config, where, io.read_json(generation) if generation.exists() else None)
+            spec = hf_lm.spec_from_config(config, where, _generation(folder))
             candidates = [hf_lm.TABLE]
         elif "model_type" in config:
             images = io.read_json(processor) if processor.exists() else None
@@ -140,10 +143,17 @@ def _load_foreign(folder: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Spec
     return _load_bare(tensors, spec, where, candidates)
 
 
+def _generation(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "generation_config.json"
+    return io.read_json(path) if path.exists() else None
+
+
 def _load_bare(
     tensors: Mapping[str, np.ndarray], spec: Spec | None, where: str, candidates: list[str] | None = None
 ) -> tuple[Spec, Params]:
     """Arrays with foreign names, or with ours but without our metadata."""
+    if isinstance(spec, VLMSpec) and not any(names.is_own(n) for n in tensors):
+        return spec, hf_vlm.to_ours(spec, tensors, f"the weights of {where}")
     if candidates is None and any(names.is_own(n) for n in tensors):
         if spec is None:
             raise InputError(f"{where} holds vtjax names without a spec; give its spec.json ({_GIVE})")
@@ -180,8 +190,8 @@ def _own_arrays(spec: Spec, params: Params) -> dict[str, np.ndarray]:
 
 
 def _save_timm(path: Path, spec: Spec, params: Params, is_file: bool) -> None:
-    if isinstance(spec, LMSpec):
-        raise InputError("timm has no language models, found an LMSpec; use the layout hf or vtjax")
+    if isinstance(spec, LMSpec | VLMSpec):
+        raise InputError(f"timm has no language models, found a {type(spec).__name__}; use the layout hf or vtjax")
     spec, params = names.with_pos_prefix(spec, params, spec.prefix if spec.pos_prefix == spec.prefix else 0)
     spec, params = names.with_head_bias(spec, params, True)
     tensors = names.to_foreign(spec, params, timm.table(spec), "")
@@ -192,6 +202,8 @@ def _save_timm(path: Path, spec: Spec, params: Params, is_file: bool) -> None:
 
 
 def _save_hf(path: Path, spec: Spec, params: Params) -> None:
+    if isinstance(spec, VLMSpec):
+        raise InputError("a VLMSpec is written in the layout vtjax only, found hf; its parts can be in either")
     if isinstance(spec, LMSpec):
         config = hf_lm.config(spec)
         _write_folder(path, names.to_foreign(spec, params, TABLES[hf_lm.TABLE], "model."), {"config.json": config})

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about images: next-token loss of the answers; accuracy counts answers that greedy decoding says whole.
+
+The model is put together from a tower and a decoder, each described by `config.model` or loaded by name, and a fresh
+bridge; or it is the one of `config.init_from`. Stages are chained runs whose optimiser groups say what is trained.
+Letters: B rows, S tokens, Q questions of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import vtjax
+from experiments.vit import main as vit
+from vtjax import answer
+from vtjax.account import bench, flops
+from vtjax.data import conversation, marked_shapes, question_loader, question_sets
+from vtjax.data.tokenizer import WordTokenizer
+from vtjax.errors import InputError, check_choice
+from vtjax.models import lora
+from vtjax.models.vlm import VLM
+from vtjax.ops import packing
+from vtjax.parallel import mesh as mesh_lib
+from vtjax.parallel import rules
+from vtjax.spec import BridgeSpec, CrossSpec, Lineage, LMSpec, LoRASpec, TextSpec, ViTSpec, VLMSpec
+from vtjax.train import checkpoint, optim
+from vtjax.train.state import params_sha256
+from vtjax.train.task import Data, Task
+
+TYPES = {"easy_vqa": question_sets.EASY_VQA_TYPES, "marked_shapes": marked_shapes.TYPES}
+
+
+def build(config: ConfigDict) -> Task:
+    """The task of a config.
+
+    Raises:
+      InputError: a spec that is not defined, weights that are missing or of another kind, or optimiser groups that do
+        not fit the model.
+    """
+    spec, init = source(config)
+    model = VLM(spec, **options(config))
+    types = TYPES.get(config.data.name, ())
+
+    def apply(params: Any, batch: Any) -> jax.Array:
+        return model.apply(
+            params, batch["input_ids"], batch["images"], positions=batch["positions"], segments=batch["segments"]
+        )[0]
+
+    def per_question(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """`[B, Q]`: the summed loss of an answer's tokens, and how many of them greedy decoding would not say."""
+        logp = jax.nn.log_softmax(logits)
+        loss = -jnp.take_along_axis(logp, batch["labels"][:, :, None], axis=-1)[:, :, 0]
+        wrong = (logits.argmax(-1) != batch["labels"]).astype(jnp.float32)
+        count = batch["question"].shape[1]
+        summed = (packing.per_question(x * batch["weights"], batch["segments"], count) for x in (loss, wrong))
+        return tuple(summed)  # type: ignore[return-value]
+
+    def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
+        asked = (batch["question"] >= 0).astype(jnp.float32)
+        losses, wrong = per_question(apply(params, batch), batch)
+        count = jnp.maximum(asked.sum(), 1.0)
+        return (losses * asked).sum() / count, {"train_top1": ((wrong == 0) * asked).sum() / count}
+
+    def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
+        asked = ((batch["question"] >= 0) & batch["valid"][:, None]).astype(jnp.float32)
+        losses, wrong = per_question(apply(params, batch), batch)
+        right = (wrong == 0) * asked
+        sums = {"count": asked.sum(), "top1": right.sum(), "loss": (losses * asked).sum()}
+        kinds = {
+            name: packing.per_type(x, batch["type"], len(types)) for name, x in (("count", asked), ("top1", right))
+        }
+        return sums | {f"{name}@{kind}": x[i] for name, x in kinds.items() for i, kind in enumerate(types)}
+
+    rows = flops.layers(spec)
+    return Task(
+        spec=spec,
+        init=init,
+        loss=loss,
+        evaluate=evaluate,
+        trainable=optim.group_of(config.optim),
+        summary={
+            "macs_per_prompt": sum(row.macs for row in rows),
+            "params": sum(row.params for row in rows),
+            "init_from": config.init_from,
+            **({"stand_ins": list(spec.stand_ins)} if spec.stand_ins else {}),
+        },
+    )
+
+
+def options(config: ConfigDict) -> dict[str, Any]:
+    """The options of `VLM`."""
+    found = {name: config.model[name] for name in ("remat", "scan", "attention")}
+    return {**found, "dtype": jnp.dtype(config.dtype), "constrain": rules.constrain}
+
+
+def data(config: ConfigDict, task: Task) -> Data:
+    """The questions, in the words of the task's model.
+
+    Raises:
+      InputError: a model that does not say how texts are written; as `question_loader.from_config`.
+    """
+    spec: Any = task.spec
+    several = jax.process_count() > 1
+    found, _ = question_loader.from_config(
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        image_size=spec.image_size,
+        visual_tokens=spec.placeholders,
+        tokenizer=answer.tokenizer(spec),
+        template=answer.template_of(spec),
+        preprocess=spec.preprocess,
+        rows=mesh_lib.local_rows(mesh_lib.make(config.mesh), config.batch_size) if several else None,
+    )
+    return found
+
+
+def batch_shapes(config: ConfigDict, task: Task, training: bool) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """For `vtjax aot`: the arrays of a global batch whose rows are as long as `config.data.limit` says."""
+    return question_loader.batch_shapes(config.data, batch_size=config.batch_size, image_size=task.spec.image_size)
+
+
+def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench.Candidate, bench.Candidate]:
+    """Both sides of `vtjax bench`, a forward pass over rows of questions: the model, and that of `--dense` or itself
+    without token reducers. MACs are those of one image and the row's tokens, with logits for all of them.
+
+    Raises:
+      InputError: a `--dense` that takes other ids or images.
+    """
+    params, _, _ = task.init(jax.random.key(config.seed))
+    length = rows["input_ids"].shape[1]
+
+    def candidate(name: str, spec: VLMSpec, params: Any) -> bench.Candidate:
+        model = VLM(spec, **options(config))
+
+        def apply(p: Any, ids: Any, images: Any, positions: Any, segments: Any) -> jax.Array:
+            return model.apply(p, ids, images, positions=positions, segments=segments)[0]
+
+        inputs = ("input_ids", "images", "positions", "segments")
+        macs = flops.macs(spec, length) + (length - 1) * spec.decoder.width * spec.decoder.vocab
+        return bench.Candidate(name, apply, params, macs, inputs=lambda batch: tuple(batch[n] for n in inputs))
+
+    before, held = (task.spec, params) if dense is None else (_multimodal(dense.spec, "--dense"), dense.params)
+    for field in ("image_size", "placeholders", "image_token"):
+        if (here := getattr(task.spec, field)) != (there := getattr(before, field)):
+            raise InputError(f"--dense must have {field} {here}, as the model has, found {there}")
+    return candidate("the model", task.spec, params), candidate("itself" if dense is None else "--dense", before, held)
+
+
+def source(config: ConfigDict) -> tuple[VLMSpec, Any]:
+    """The spec, and `init` of the task. A run from `config.init_from` that goes on in `config.workdir` has both in
+    its checkpoint."""
+    rank, alpha, sites = (config.model.lora[name] for name in ("rank", "alpha", "sites"))
+    updates = LoRASpec(rank, alpha, tuple(sites)) if rank else None
+    if not config.init_from:
+        return _with_updates(config, *composed(config), updates)
+    if (begun := checkpoint.begun(config.workdir)) is not None:
+        spec = _multimodal(begun, config.workdir)
+        return spec, lambda key: (VLM(spec).init(key), {}, {})
+    m = vtjax.load(config.init_from)
+    spec = _multimodal(m.spec, config.init_from)
+    if spec.text is None and config.model.text.tokenizer not in ("none", "words"):
+        spec = spec.edit(text=written(config)[0])
+    name = Path(config.init_from).name if Path(config.init_from).is_absolute() else config.init_from
+    step = Lineage(params_sha256(m.params), "init_from", json.dumps({"source": name}))
+    return _with_updates(config, spec.edit(lineage=(*spec.lineage, step)), m.params, updates)
+
+
+def _with_updates(
+    config: ConfigDict, spec: VLMSpec, loaded: Mapping[str, Any], updates: LoRASpec | None
+) -> tuple[VLMSpec, Any]:
+    """Adds the decoder's low-rank updates, or merges those that are there and not wanted."""
+    present = spec.decoder.lora
+    if present is not None and updates is None:
+        decoder, merged = lora.merge(spec.decoder, loaded["decoder"])
+        spec, loaded = spec.edit(decoder=decoder), {**loaded, "decoder": merged}
+    if updates is not None and present is not None and updates != present:
+        raise InputError(
+            f"config.model.lora must be that of {config.init_from!r}, {present}, or have rank 0 to merge it"
+        )
+    plain = spec
+    if updates is not None and present is None:
+        spec = spec.edit(decoder=lora.install(spec.decoder, updates))
+
+    def init(key: jax.Array) -> tuple[Any, Any, Any]:
+        made = {} if set(loaded) == {"tower", "bridge", "decoder"} else VLM(plain).init(key)
+        params = {**made, **loaded}
+        if spec is not plain:
+            params["decoder"] = lora.add(spec.decoder, params["decoder"], jax.random.fold_in(key, 1))
+        return params, {}, {}
+
+    return spec, init
+
+
+def _multimodal(spec: Any, where: str) -> VLMSpec:
+    if not isinstance(spec, VLMSpec):
+        raise InputError(f"{where!r} must hold a VLMSpec, found {type(spec).__name__}")
+    return spec
+
+
+def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
+    """The spec of a tower, a bridge and a decoder, and the parameters of those that are loaded by name.
+
+    Raises:
+      InputError: a part of another kind, a set of questions that is missing, or a spec that is not defined.
+    """
+    model, loaded = config.model, {}
+    parts: dict[str, Any] = {}
+    for part, kind in (("tower", ViTSpec), ("decoder", LMSpec)):
+        if not (name := model[part].get("name", "")):
+            continue
+        m = vtjax.load(name)
+        if not isinstance(m.spec, kind):
+            raise InputError(
+                f"config.model.{part}.name={name!r} must hold a {kind.__name__}, found {type(m.spec).__name__}"
+            )
+        parts[part], loaded[part] = m.spec, m.params
+    text, words = written(config)
+    if "tower" not in parts:
+        fields = {name: value for name, value in model.tower.items() if name not in ("feature_layer", "name")}
+        parts["tower"] = vit.described(ConfigDict({**fields, "classes": 1, "pooling": "none"})).edit(classes=0)
+    parts["tower"] = parts["tower"].edit(feature_layer=model.tower.feature_layer or None)
+    if "decoder" not in parts:
+        fields = {name: value for name, value in model.decoder.items() if name not in ("name", "empty")}
+        if words is not None:
+            fields |= {"vocab": words.vocabulary, "eos": tuple(words.encode(conversation.PLAIN.end))}
+        parts["decoder"] = LMSpec.uniform(**fields).edit(
+            blocks={layer: {"attn": False, "ffn": False} for layer in model.decoder.empty}
+        )
+    image_token = model.image_token
+    if words is not None and image_token == -1:
+        image_token = words.image
+    return (
+        VLMSpec(
+            tower=parts["tower"],
+            bridge=bridge(config, parts["decoder"]),
+            decoder=parts["decoder"],
+            image_token=parts["decoder"].ids if image_token == -1 else image_token,
+            text=text,
+            stand_ins=tuple(model.stand_ins),
+        ),
+        loaded,
+    )
+
+
+def bridge(config: ConfigDict, decoder: LMSpec) -> BridgeSpec:
+    """The bridge that `config.model.bridge` describes."""
+    wanted = config.model.bridge
+    layers, heads, kv_heads, head_dim, mlp = (
+        wanted[name] for name in ("layers", "heads", "kv_heads", "head_dim", "mlp")
+    )
+    forms: dict[str, Any] = {
+        "none": lambda: None,
+        "hyper": lambda: CrossSpec.hyper(tuple(layers)),
+        "flamingo": lambda: CrossSpec.flamingo(tuple(layers), decoder.width, heads, head_dim),
+        "mllama": lambda: CrossSpec.mllama(tuple(layers), heads, kv_heads, head_dim, mlp),
+    }
+    check_choice("config.model.bridge.cross", wanted.cross, forms)
+    return BridgeSpec(
+        projector=wanted.projector,
+        hidden=decoder.width if wanted.projector == "mlp" else 0,
+        bias=wanted.bias,
+        prefix=wanted.prefix,
+        cross=forms[wanted.cross](),
+    )
+
+
+def written(config: ConfigDict) -> tuple[TextSpec | None, WordTokenizer | None]:
+    """How texts are written, and the word tokenizer where it is one: of the words of the training split."""
+    text = config.model.text
+    if text.tokenizer == "none":
+        return None, None
+    if text.tokenizer != "words":
+        return TextSpec(tokenizer=text.tokenizer, template=text.template), None
+    if not config.data.train_split:
+        raise InputError("config.data.train_split must name the split whose words make the vocabulary, found none")
+    words = question_loader.vocabulary(question_loader.open_split(config.data, config.data.train_split))
+    assert isinstance(words, WordTokenizer)
+    return TextSpec("words", words.words, words.extra, text.template), words

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment on questions: a run and its stages, low-rank updates, answers; published models; what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from PIL import Image
+
+import vtjax as package
+from configs import vlm as configs
+from vtjax.account import flops, params
+from vtjax.cli import assemble, main
+from vtjax.cli import config as config_lib
+from vtjax.errors import InputError
+from vtjax.models.vlm import VLM
+from vtjax.parallel import rules
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/vlm.py:tiny"
+COUNTS = json.loads((ROOT / "tests" / "oracle" / "vlm_counts.json").read_text())
+PUBLISHED = [name for name in configs.VARIANTS if name not in ("tiny", "easyvqa", "smollm2")]
+
+
+def vtjax(capsys: Any, *arguments: str) -> dict[str, Any]:
+    """A command in this process; the JSON of its last line."""
+    assert main.main(list(arguments)) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def config(name: str = CONFIG, **overrides: Any) -> config_lib.Config:
+    return config_lib.load_config(name, overrides={k.replace("__", "."): str(v) for k, v in overrides.items()})
+
+
+def test_a_run_its_stages_and_an_answer(tmp_path, capsys):
+    """Everything, then the decoder's low-rank updates, then, merged, the bridge alone."""
+    first = vtjax(capsys, "run", f"--config={CONFIG}", f"--workdir={tmp_path}/all")
+    lines = [json.loads(line) for line in (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "grad_norm" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    assert first["count"] == 72 and np.mean([first[f"top1@{kind}"] for kind in ("coarse", "relation", "fine")]) == (
+        pytest.approx(first["top1"])
+    )
+
+    again = vtjax(capsys, "run", f"--config={CONFIG}", f"--workdir={tmp_path}/all")  # finished: keeps its result
+    assert again["params_sha256"] == first["params_sha256"]
+
+    options = [f"--config={CONFIG},steps=2,stage=decoder,lora=2", f"--config.init_from={tmp_path}/all"]
+    vtjax(capsys, "run", *options, f"--workdir={tmp_path}/decoder")
+    before, after = (package.load(tmp_path / name) for name in ("all", "decoder"))
+    assert after.spec.decoder.lora is not None and after.spec.lineage[-1].operation == "init_from"
+    moved = {
+        part: max(
+            float(np.abs(a - b).max())
+            for a, b in zip(jax.tree.leaves(before.params[part]), jax.tree.leaves(after.params[part]), strict=True)
+        )
+        for part in ("tower", "bridge")
+    }
+    assert moved["tower"] == 0.0 < moved["bridge"]
+    updated = after.params["decoder"]["block_00"]["attn"]["query"]
+    assert np.abs(updated["lora_out"]["kernel"]).max() > 0
+    np.testing.assert_array_equal(updated["kernel"], before.params["decoder"]["block_00"]["attn"]["query"]["kernel"])
+
+    options = [f"--config={CONFIG},steps=2,stage=bridge", f"--config.init_from={tmp_path}/decoder"]
+    vtjax(capsys, "run", *options, f"--workdir={tmp_path}/bridge")
+    m = package.load(tmp_path / "bridge")
+    assert m.spec.decoder.lora is None and m.spec.decoder.lineage[-1].operation == "lora.merge"
+    picture = np.random.default_rng(0).integers(0, 255, (60, 50, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    said = m.answer(picture, "what shape is the large object?", new_tokens=3)
+    assert said == m.answer(tmp_path / "picture.png", "What shape is the large object?", new_tokens=3)
+    with pytest.raises(InputError, match="control tokens, found '<answer>'"):
+        m.answer(picture, "<answer> red")
+    with pytest.raises(InputError, match=r"uint8 \[H, W, 3\], found float64"):
+        m.answer(picture / 255, "what?")
+    with pytest.raises(InputError, match="must fit the model's context of 256"):
+        m.answer(picture, "what " * 260, new_tokens=3)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_parameters_and_every_one_has_its_place(name):
+    """Counts of transformers on the meta device; what stands in for another part is named."""
+    task = assemble.task(config(f"configs/vlm.py:{name}"))
+    spec: Any = task.spec
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
+    found = {part: params.count(shapes[part]) for part in shapes}
+    assert params.count(shapes) == sum(row.params for row in flops.layers(spec))
+    if name in COUNTS:
+        expected = dict(COUNTS[name])
+        projector = params.count(shapes["bridge"]["projector"])
+        assert projector == expected["projector"] and found["bridge"] - projector == expected["cross"]
+        assert found["decoder"] == expected["decoder"]
+        if not spec.stand_ins:
+            assert sum(found.values()) == expected["total"] and found["tower"] == expected["tower"]
+    assert name.startswith("llava15") != bool(spec.stand_ins)
+    mesh = AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor"))
+    laid = rules.shardings(shapes, mesh)
+    for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(laid), strict=True):
+        assert leaf.size <= 2**22 or leaf.size // np.prod(sharding.shard_shape(leaf.shape)) >= 2, leaf.shape
+
+
+def test_a_batch_for_ahead_of_time_compiles_is_what_the_task_takes():
+    made = config("configs/vlm.py:llava15_7b", batch_size=16)
+    task, module = assemble.task(made), assemble.experiment("vlm")
+    batch = {n: jax.ShapeDtypeStruct(*found) for n, found in module.batch_shapes(made, task, True).items()}
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
+    loss, _ = jax.eval_shape(lambda p, b: task.loss(p, {}, {}, {}, b, None, 0), shapes, batch)
+    assert loss.shape == () and VLM(task.spec).spec.placeholders == 576
+
+
+@pytest.mark.parametrize(
+    "overrides,says",
+    [
+        (
+            {"model__bridge__cross": "perceiver"},
+            "bridge.cross must be one of none, hyper, flamingo, mllama",
+        ),
+        ({"model__bridge__cross": "hyper", "model__bridge__layers": "(7,)"}, r"layers must be in 0\.\.1, found 7"),
+        ({"data__train_split": ""}, "config.data.train_split must name the split whose words"),
+        ({"init_from": "vit_ti16_augreg"}, "must hold a VLMSpec, found ViTSpec"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(overrides, says, shared_data):
+    if "init_from" in overrides:
+        shared_data("vit_ti16_augreg.safetensors")
+    with pytest.raises(InputError, match=says):
+        assemble.task(config(**overrides))

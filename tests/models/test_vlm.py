@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tower, bridge and decoder together, for the projector and the three forms of cross-attention."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtjax import models, spec, weights
+from vtjax.account import params
+from vtjax.errors import InputError
+from vtjax.models import lora
+from vtjax.models.lm import LM
+from vtjax.models.vlm import VLM
+from vtjax.ops import cross_attention
+from vtjax.ops.cross_attention import Memory
+from vtjax.spec import BridgeSpec, CrossSpec, LMSpec, LoRASpec, ViTSpec, VLMSpec
+from vtjax.weights import names
+
+TOWER = ViTSpec.uniform(depth=2, width=12, heads=2, mlp=16, image_size=8, patch=4, feature_layer=-2)
+TEXT = LMSpec.uniform(depth=2, width=16, heads=4, kv_heads=2, mlp=24, vocab=29, context=40)
+IMAGE, NEW = 5, 3
+FORMS = {
+    "projector": BridgeSpec(hidden=20),
+    "flamingo": BridgeSpec("none", cross=CrossSpec.flamingo((0,), 16, 2, 6)),
+    "hyper": BridgeSpec(hidden=16, cross=CrossSpec.hyper((1,))),
+    "mllama": BridgeSpec("linear", prefix=True, cross=CrossSpec.mllama((1,), 4, 2, 4, 24)),
+}
+IMAGES = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 3)).astype(np.float32)
+IMAGE_MASK = np.array([[1, 1], [1, 0]])
+
+
+def described(form):
+    text = TEXT.edit(blocks={1: {"attn": False, "ffn": False}}) if form == "mllama" else TEXT
+    return VLMSpec(TOWER, FORMS[form], text, IMAGE)
+
+
+def texts(model_spec, room=0):
+    """Two texts, of two images and of one, padded right."""
+    run, words = [IMAGE] * model_spec.placeholders, iter(np.random.default_rng(1).integers(6, 29, 99).tolist())
+    made = [[next(words), *run, next(words), *run, next(words)], [next(words), *run, next(words), next(words)]]
+    width = max(map(len, made)) + room
+    ids, mask = np.full((2, width), 7, np.int32), np.zeros((2, width), np.int32)
+    for row, text in enumerate(made):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    return ids, mask
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def made(request):
+    """(spec, model, parameters, jitted apply); gates open."""
+    model_spec = described(request.param)
+    model = models.build(model_spec)
+
+    @jax.jit
+    def apply(params, ids, mask, images):
+        return model.apply(params, ids, images, mask, image_mask=IMAGE_MASK)[0]
+
+    return model_spec, model, drawn(model_spec), apply
+
+
+def drawn(model_spec):
+    """Parameters at random, which a compile of `init` would take seconds for."""
+    noise = np.random.default_rng(2)
+    flat = {name: 0.3 * noise.normal(size=shape).astype(np.float32) for name, shape in names.shapes(model_spec).items()}
+    return names.unflatten({name: a + (name.endswith("scale")) for name, a in flat.items()})
+
+
+def test_the_spec_names_every_parameter_and_survives_json(made):
+    model_spec, model, _, _ = made
+    fresh = dict(names.flatten(jax.eval_shape(model.init, jax.random.key(0))))
+    assert {n: a.shape for n, a in fresh.items()} == names.shapes(model_spec)
+    assert params.count(model_spec) == params.count(fresh)
+    again = spec.from_json(model_spec.to_json())
+    assert again == model_spec and again.edit(image_token=6).diff(model_spec) == {"image_token": (6, 5)}
+
+
+def test_texts_depend_on_their_own_images_only(made):
+    model_spec, _, weights, apply = made
+    ids, mask = texts(model_spec, NEW)
+    y = np.asarray(apply(weights, ids, mask, IMAGES))
+    first = model_spec.placeholders + 1  # what comes before the first image sees none
+    spoilt = np.stack([np.stack([IMAGES[0, 0], -IMAGES[0, 1]]), np.stack([IMAGES[1, 0], IMAGES[1, 1] + 9])])
+    other = np.asarray(apply(weights, ids, mask, spoilt))
+    np.testing.assert_array_equal(y[1][mask[1] > 0], other[1][mask[1] > 0])  # its second image is filling
+    np.testing.assert_array_equal(y[0, : first + 1], other[0, : first + 1])
+    assert np.abs(y[0] - other[0])[mask[0] > 0][-1].max() > 1e-3
+    assert np.abs(y[0] - np.asarray(apply(weights, ids, mask, IMAGES[:, ::-1]))[0])[first].max() > 1e-3
+
+
+def test_generation_over_the_cache_is_full_recomputation_token_for_token(made):
+    model_spec, model, weights, apply = made
+    ids, mask = texts(model_spec)
+    tokens, _ = model.generate(weights, ids, IMAGES, mask, image_mask=IMAGE_MASK, new_tokens=NEW)
+    left = [np.stack([np.roll(row, -kept.sum()) for row, kept in zip(a, mask, strict=True)]) for a in (ids, mask)]
+    again, _ = model.generate(weights, left[0], IMAGES, left[1], image_mask=IMAGE_MASK, new_tokens=NEW)
+    assert again.tolist() == tokens.tolist()
+    grown, alive = texts(model_spec, NEW)
+    for _ in range(NEW):
+        y = np.asarray(apply(weights, grown, alive, IMAGES))
+        for row, at in enumerate(alive.sum(1)):
+            grown[row, at], alive[row, at] = y[row, at - 1].argmax(), 1
+    assert tokens.tolist() == [row[kept > 0][-NEW:].tolist() for row, kept in zip(grown, alive, strict=True)]
+
+
+def crossed(cross, depth):
+    """(decoder, its parameters, ids, memory) with two images in every text, which is at 2 and 4."""
+    text = TEXT.edit(blocks=TEXT.blocks[:1] * depth)
+    one = dataclasses.replace(described("hyper"), decoder=text, bridge=BridgeSpec(hidden=16, cross=cross))
+    ids = np.random.default_rng(3).integers(6, 29, (2, 6)).astype(np.int32)
+    ids[:, [2, 4]] = IMAGE
+    low, high = cross_attention.interval(jnp.asarray(ids == IMAGE), cross.sees)
+    number = jnp.array([[1, 1, 2, 2], [1, 2, 2, 0]])
+    memory = Memory(jax.random.normal(jax.random.key(1), (2, 4, 16)), number, 2 * number, low, high)
+    return VLM(one).lm, VLM(one).decoder_params(drawn(one)), ids, memory
+
+
+class Drop:
+    """Removes the last token of an image from what is alive."""
+
+    def __call__(self, tokens, aux, knobs):
+        return tokens.replace(alive=jnp.ones(tokens.x.shape[:2]).at[:, -1].set(0.0)), {}
+
+
+def test_tokens_that_the_tower_drops_are_not_read():
+    """Cross-attention leaves them out; in a text each has its place."""
+    model_spec = described("flamingo")
+    reduced = VLM(model_spec, tower_reducers=((0, Drop()),))
+    weights = drawn(model_spec)
+    ids, _ = texts(model_spec)
+    entered = jax.jit(lambda p: reduced.enter(p, ids, IMAGES, IMAGE_MASK)[0]["memory"])(weights)
+    assert entered.number.tolist() == [[1, 1, 1, 0, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert entered.position[0].tolist() == [1] * 4 + [3] * 4
+    with pytest.raises(InputError, match="for a bridge with cross-attention only, found projector"):
+        VLM(described("projector"), tower_reducers=((0, Drop()),))
+
+
+def test_a_closed_gate_leaves_the_decoder_alone():
+    """Gates of 0: the decoder says what it would alone; and they learn."""
+    lm, weights, ids, memory = crossed(CrossSpec.flamingo((0,), 16, 2, 6), 1)
+    cross = {**weights["block_00"]["cross"], "gate1": np.zeros(1, np.float32), "gate2": np.zeros(1, np.float32)}
+    weights["block_00"] = {**weights["block_00"], "cross": cross}
+
+    def said(p, memory):
+        y = lm.apply(p, ids, memory=memory)[0]
+        return y.sum(), y
+
+    grads, y = jax.jit(jax.grad(said, has_aux=True))(weights, memory)
+    np.testing.assert_array_equal(y, jax.jit(lambda p: lm.apply(p, ids)[0])(weights))
+    assert abs(float(grads["block_00"]["cross"]["gate1"][0])) > 1e-3
+
+
+@pytest.mark.slow
+def test_remat_and_scan_change_nothing():
+    """Three equal layers, of which the last has cross-attention; the memory goes past the others."""
+    lm, weights, ids, memory = crossed(CrossSpec.hyper((2,)), 3)
+    found = []
+    for model in (lm, dataclasses.replace(lm, remat="full", scan=True)):
+
+        def loss(p, x, model=model):
+            seen = dataclasses.replace(memory, x=x)
+            return (model.apply(p, ids, memory=seen)[0] ** 2).mean()
+
+        found.append(jax.jit(jax.value_and_grad(loss, (0, 1)))(weights, memory.x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), *found)
+
+
+def test_low_rank_updates_change_nothing_at_first_and_merge_into_the_weights():
+    plain_params = drawn(TEXT)
+    edited = lora.install(TEXT, LoRASpec(2, 4.0, ("query", "down")))
+    updated = lora.add(edited, plain_params, jax.random.key(4))
+    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
+    run = jax.jit(lambda p: LM(edited).apply(p, ids)[0])
+    plain = jax.jit(lambda p: LM(TEXT).apply(p, ids)[0])
+    np.testing.assert_array_equal(run(updated), plain(plain_params))
+    assert {n: a.shape for n, a in names.flatten(updated)} == names.shapes(edited)
+    moved = jax.tree.map(lambda a: a + 0.1, updated)
+    merged_spec, merged = lora.merge(edited, moved)
+    np.testing.assert_allclose(plain(merged), run(moved), atol=2e-5)
+    assert merged_spec.lora is None and [step.operation for step in merged_spec.lineage] == [
+        "lora.install",
+        "lora.merge",
+    ]
+    with pytest.raises(InputError, match="only low-rank updates can be merged"):
+        lora.merge(TEXT, plain_params)
+    with pytest.raises(InputError, match="low-rank updates once, found some"):
+        lora.install(edited, LoRASpec(2, 4.0))
+
+
+def test_a_file_holds_the_whole_model(tmp_path):
+    model_spec = described("mllama")
+    made = drawn(model_spec)
+    weights.save(tmp_path / "vlm.safetensors", model_spec, made)
+    again, loaded = weights.load(tmp_path / "vlm.safetensors")
+    assert again == model_spec
+    jax.tree.map(np.testing.assert_array_equal, loaded, made)
+    for layout in ("hf", "timm"):
+        with pytest.raises(InputError, match="layout"):
+            weights.save(tmp_path / "folder", model_spec, made, layout=layout)
+
+
+GOOD = {"input_ids": texts(described("projector"))[0], "images": IMAGES, "image_mask": IMAGE_MASK}
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        ({"image_mask": None}, r"text 1 must hold 4 placeholders \(token 5\) for each of its 2 images, found 4"),
+        ({"images": None, "image_mask": None}, "for each of its 0 images, found 8"),
+        ({"image_mask": np.array([[1, 1], [0, 1]])}, "before what fills it up"),
+        ({"image_mask": np.ones((2, 3), int)}, r"image_mask must be \[2, 2\], found \[2, 3\]"),
+        ({"images": IMAGES[:, :, :4]}, r"images must be \[2, 8, 8, 3\], .*found \[2, 2, 4, 8, 3\]"),
+        ({"images": IMAGES[:1]}, r"images must be \[2, .*found \[1, "),
+        ({"input_ids": GOOD["input_ids"] + 25}, r"must be in 0\.\.28 \(the vocabulary\), found"),
+    ],
+)
+def test_bad_inputs_are_one_line(change, says):
+    with pytest.raises(InputError, match=says) as caught:
+        VLM(described("projector")).check(**{**GOOD, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    model = VLM(described("projector"))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), shapes)
+    with pytest.raises(InputError, match="must fit the model's context of 40, found 11 and 39"):
+        model.generate(zeros, **GOOD, new_tokens=40)
+
+
+@pytest.mark.parametrize(
+    "make,says",
+    [
+        (lambda: VLMSpec(TOWER, FORMS["projector"], TEXT, -1), "image_token must be 0 or more"),
+        (lambda: VLMSpec(TOWER, FORMS["flamingo"], TEXT, 29), "below 29 where the decoder reads it, found 29"),
+        (
+            lambda: VLMSpec(TOWER, BridgeSpec(hidden=4, cross=CrossSpec.hyper((2,))), TEXT, 5),
+            r"layers must be in 0\.\.1",
+        ),
+        (lambda: VLMSpec(TOWER, BridgeSpec("none", cross=CrossSpec.hyper((1,))), TEXT, 5), "must be 16 wide, found 12"),
+        (lambda: VLMSpec(TOWER, BridgeSpec("none"), TEXT, 5), "tower of the decoder's width 16, found 12"),
+        (lambda: described("mllama").edit(bridge=FORMS["hyper"]), "needs self-attention at layer 1"),
+        (lambda: CrossSpec.flamingo((1, 0), 16), "layers must ascend"),
+        (lambda: CrossSpec.mllama((1,), 4, 3, 4, 8), "kv_heads that divide heads"),
+        (lambda: BridgeSpec("linear", hidden=3), "hidden is the width inside projector='mlp'"),
+        (lambda: LoRASpec(0, 1.0), "rank above 0"),
+        (lambda: LoRASpec(1, 1.0, ("head",)), "sites must be some of"),
+    ],
+)
+def test_specs_that_no_model_can_have_are_refused(make, says):
+    with pytest.raises(InputError, match=says):
+        make()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random multimodal models, recorded from transformers: names, logits, and the counts of published ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import vtjax
+from vtjax.errors import InputError
+from vtjax.models.lm import LM
+from vtjax.ops import cross_attention
+from vtjax.ops.cross_attention import Memory
+from vtjax.spec import CrossSpec, LMSpec
+from vtjax.weights import names
+
+ORACLE = Path(__file__).resolve().parents[1] / "oracle"
+
+
+def arrays_of(name):
+    with np.load(ORACLE / f"vlm_{name}.npz") as data:
+        return {n: data[n] for n in data.files}
+
+
+def folder_of(path, arrays, rename=lambda n: n, **changes):
+    (path / "config.json").write_text(json.dumps({**json.loads(str(arrays["config"])), **changes}))
+    save_file({rename(n[2:]): a for n, a in arrays.items() if n.startswith("w:")}, path / "model.safetensors")
+    return path
+
+
+def renamed(name):
+    """As releases that keep the head beside the decoder write it."""
+    if name.startswith("language_model.lm_head"):
+        return name.removeprefix("language_model.")
+    stem = name.replace("language_model.model.", "language_model.").replace(
+        "vision_tower.", "vision_tower.vision_model."
+    )
+    return f"model.{stem}"
+
+
+def test_a_llava_folder_gives_the_logits_of_transformers(tmp_path):
+    arrays = arrays_of("llava")
+    m = vtjax.load(folder_of(tmp_path, arrays))
+    assert m.spec.tower.feature_layer == -2 and m.spec.placeholders == 4 and m.spec.image_token == 31
+    images = np.zeros((2, 2, 8, 8, 3), np.float32)
+    images[0], images[1, 0] = arrays["images"][:2], arrays["images"][2]
+    run = jax.jit(lambda p: m.apply(p, arrays["input_ids"], images, image_mask=np.array([[1, 1], [1, 0]])))
+    y, aux = run(m.params)
+    np.testing.assert_allclose(y, arrays["logits"], atol=2e-5)
+    assert aux["visual"].shape == (2, 8, 16)
+    (tmp_path / "new").mkdir()
+    other = vtjax.load(folder_of(tmp_path / "new", arrays, renamed))
+    jax.tree.map(np.testing.assert_array_equal, m.params, other.params)
+
+
+@pytest.mark.parametrize(
+    "changes,says",
+    [
+        ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer must be one number"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act must be one of gelu, found 'relu'"),
+        ({"image_token_index": None, "text_config": {"model_type": "mamba"}}, "text_config.model_type must be one of"),
+        ({"multimodal_projector_bias": False}, "2 extra: linear_1.bias, linear_2.bias"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, changes, says):
+    with pytest.raises(InputError, match=says):
+        vtjax.load(folder_of(tmp_path, arrays_of("llava"), **changes))
+
+
+def test_cross_attention_layers_are_those_of_llama_vision():
+    arrays = arrays_of("mllama")
+    text = LMSpec.uniform(
+        depth=3, width=16, heads=4, kv_heads=2, mlp=24, vocab=32, extra=8, eps=1e-5, tied=False, rope_base=500_000.0
+    ).edit(blocks={1: {"attn": False, "ffn": False}})
+    model = LM(text, cross=CrossSpec.mllama((1,), 4, 2, 4, 24))
+    ids, visual = arrays["input_ids"], arrays["visual"]
+    low, high = cross_attention.interval(jnp.asarray(ids == 32), "run")
+    number = jnp.repeat(jnp.array([[1, 2, 3], [1, 2, 0]]), 5, axis=1)
+    memory = Memory(jnp.asarray(visual.reshape(2, 15, 16)), number, 0 * number, low, high)
+    y, _ = jax.jit(lambda p: model.apply(p, ids, memory=memory))(mllama_params(arrays, text))
+    np.testing.assert_allclose(y, arrays["logits"], atol=2e-5)
+
+
+def mllama_params(arrays, text):
+    """The recorded weights by our names."""
+    found = {n[2:].removeprefix("model."): a for n, a in arrays.items() if n.startswith("w:")}
+    flat = {"embed/tokens": found["embed_tokens.weight"], "norm/scale": found["norm.weight"]}
+    flat["head/kernel"] = found["lm_head.weight"].T
+    dense = {"attn/query": "q_proj", "attn/key": "k_proj", "attn/value": "v_proj", "attn/out": "o_proj"}
+    for layer in range(text.depth):
+        crossing = layer == 1
+        own, stem = f"block_{layer:02d}/" + ("cross/" if crossing else ""), f"layers.{layer}."
+        attention = stem + ("cross_attn." if crossing else "self_attn.")
+        flat |= {f"{own}{ours}/kernel": found[f"{attention}{theirs}.weight"].T for ours, theirs in dense.items()}
+        flat |= {f"{own}mlp/{n}/kernel": found[f"{stem}mlp.{n}_proj.weight"].T for n in ("gate", "up", "down")}
+        flat[f"{own}norm1/scale"] = found[f"{stem}input_layernorm.weight"]
+        flat[f"{own}norm2/scale"] = found[f"{stem}post_attention_layernorm.weight"]
+        if crossing:
+            flat |= {f"{own}attn/{n}_norm/scale": found[f"{attention}{n[0]}_norm.weight"] for n in ("query", "key")}
+            flat[f"{own}gate1"] = found[f"{stem}cross_attn_attn_gate"]
+            flat[f"{own}gate2"] = found[f"{stem}cross_attn_mlp_gate"]
+    return names.unflatten(flat)

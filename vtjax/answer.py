@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about pictures, in words: `answer(model, params, image, "What colour is the shape?")`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vtjax.errors import InputError
+from vtjax.spec import VLMSpec
+
+if TYPE_CHECKING:
+    from vtjax.data.conversation import Template
+    from vtjax.data.tokenizer import Tokenizer
+
+ROUND = 16  # prompts are padded to a multiple of it, so that few lengths are compiled
+
+
+def answer(model: Any, params: Any, image: Any, question: str, *, new_tokens: int = 16) -> str:
+    """What the model says to a question about one picture, taking the likeliest token each time.
+
+    Args:
+      model, params: a `models.vlm.VLM`.
+      image: a path, a PIL image, or uint8 `[H, W, 3]`; the whole of it is resized to what the tower sees.
+      question: in words.
+      new_tokens: most tokens of the answer.
+
+    Raises:
+      InputError: the spec does not say how texts are written, an image that cannot be read, control tokens in the
+        question, or a prompt that does not fit the decoder's context.
+    """
+    from vtjax.data import conversation, transforms
+    from vtjax.data.conversation import Turn
+
+    spec = model.spec
+    words, template = tokenizer(spec), template_of(spec)
+    turns = [Turn("user", f"{conversation.IMAGE}\n{question}")]
+    made = conversation.encode(turns, words, template, visual_tokens=spec.placeholders, images=1)
+    pixels = transforms.evaluate(_pixels(image), spec.image_size, 1.0, squash=True)
+    pixels = transforms.normalise(pixels, spec.preprocess.mean, spec.preprocess.std)
+    length = min(-(-len(made.ids) // ROUND) * ROUND, max(spec.decoder.context - new_tokens + 1, len(made.ids)))
+    ids, mask = np.full((1, length), words.pad, np.int32), np.zeros((1, length), np.int32)
+    ids[0, length - len(made.ids) :], mask[0, length - len(made.ids) :] = made.ids, 1
+    tokens, count = model.generate(params, ids, pixels[None], mask, new_tokens=new_tokens)
+    said = [int(token) for token in np.asarray(tokens)[0, : int(count[0])] if int(token) not in spec.decoder.eos]
+    return words.decode(said).strip()
+
+
+def tokenizer(spec: VLMSpec) -> Tokenizer:
+    """The tokenizer of a spec, in the form that `vtjax.data` takes.
+
+    Raises:
+      InputError: the spec names none, or one that is not found.
+    """
+    if spec.text is None:
+        raise InputError("the spec must say how texts are written (VLMSpec.text), found nothing")
+    if spec.text.tokenizer == "words":
+        from vtjax.data.tokenizer import WordTokenizer
+
+        return WordTokenizer(spec.text.words, spec.text.control)
+    return _pretrained(spec.text.tokenizer, spec.image_token)
+
+
+def template_of(spec: VLMSpec) -> Template:
+    """What stands around the turns of a conversation with a model of this spec."""
+    from vtjax.data import conversation
+
+    assert spec.text is not None
+    known = {"plain": conversation.PLAIN, "smollm2": conversation.SMOLLM2, "vicuna": conversation.VICUNA}
+    return known[spec.text.template]
+
+
+@dataclasses.dataclass
+class Pretrained:
+    """A language model's tokenizer in the form of `vtjax.data.tokenizer.Tokenizer`, with a placeholder for images."""
+
+    backend: Any
+    vocabulary: int
+    control: Mapping[str, int]
+    pad: int
+    image: int
+    unknown: int = -1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; control tokens written out in the text are one id each."""
+        return self.backend.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens left out."""
+        return self.backend.decode(ids)
+
+
+@functools.lru_cache(maxsize=4)
+def _pretrained(name: str, image: int) -> Pretrained:
+    from vtjax.weights import tokenizer as tokenizers
+
+    found = tokenizers.load(name)
+    added = {token.content: number for number, token in found.backend.get_added_tokens_decoder().items()}
+    return Pretrained(found, found.backend.get_vocab_size(), added, found.padding, image)
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """uint8 `[H, W, 3]` of a path, a PIL image or an array."""
+    if isinstance(image, str | Path):
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(image) as opened:
+                return np.asarray(opened.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"image {image} cannot be read: {' '.join(str(error).split())}") from None
+    pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise InputError(
+            f"an image must be a path, a PIL image or uint8 [H, W, 3], found {pixels.dtype} {pixels.shape}"
+        )
+    return pixels

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The multimodal language model of a `VLMSpec`: a ViT and an LM around a bridge.
+
+Visual tokens either take the place of placeholders in the text, or are what the text's cross-attention reads.
+Letters: B batch, I images of a sample, T visual tokens of an image, N tokens of the text, E visual width, D width of
+the decoder, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vtjax.errors import InputError
+from vtjax.models import generate as generate_lib
+from vtjax.models.bridge import Projector
+from vtjax.models.layers import Adapter, Knobs, Reducer
+from vtjax.models.lm import LM, Ids, Mask, Params, check_ids
+from vtjax.models.segments import block_name, call_module
+from vtjax.models.vit import ViT
+from vtjax.ops import cross_attention, splice
+from vtjax.ops.cross_attention import Attend, Memory
+from vtjax.spec import VLMSpec
+
+Images = Float[Array | np.ndarray, "B H W C"] | Float[Array | np.ndarray, "B I H W C"]
+ImageMask = Int[Array | np.ndarray, "B I"] | Bool[Array | np.ndarray, "B I"]
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class VLM:
+    """A buildable model. Hashable, so it may be a static argument.
+
+    Attributes:
+      spec: what to build.
+      dtype: compute dtype of all parts; parameters stay float32.
+      remat, scan: see `models.segments`; of tower and decoder.
+      attention: of the decoder, see `LM`.
+      reducers, adapters: of the decoder, see `LM`.
+      tower_reducers, tower_adapters: of the tower, see `ViT`.
+      constrain: applied to activations `[B,N,D]`; sharding is injected here.
+      attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
+
+    Raises:
+      InputError: what `ViT` and `LM` refuse, or a tower that reduces its tokens where each has its placeholder.
+    """
+
+    spec: VLMSpec
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    scan: bool = False
+    attention: str = "auto"
+    reducers: tuple[tuple[int, Reducer], ...] = ()
+    adapters: tuple[tuple[int, str, Adapter], ...] = ()
+    tower_reducers: tuple[tuple[int, Reducer], ...] = ()
+    tower_adapters: tuple[tuple[int, str, Adapter], ...] = ()
+    constrain: Callable[[Array], Array] = _identity
+    attend: Attend = cross_attention.attend
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.spec, VLMSpec):
+            raise InputError(f"a VLM is built from a VLMSpec, found {type(self.spec).__name__}")
+        self.tower.blocks()
+        if self.tower_reducers and self.spec.bridge.cross is None:
+            raise InputError("a tower may drop tokens for a bridge with cross-attention only, found projector")
+        self.lm.blocks()
+
+    @property
+    def tower(self) -> ViT:
+        """The tower up to the tokens that are taken: what comes after them is not computed."""
+        spec = self.spec.tower
+        last = spec.depth if spec.feature_layer is None else spec.feature_layer % spec.depth + 1
+        used = dataclasses.replace(
+            spec,
+            blocks=spec.blocks[:last],
+            norm_after=spec.norm_after and spec.feature_layer is None,
+            fc_norm=False,
+            pooling="none",
+            classes=0,
+            feature_layer=None,
+        )
+        return ViT(
+            used,
+            dtype=self.dtype,
+            remat=self.remat,
+            scan=self.scan,
+            reducers=tuple(r for r in self.tower_reducers if r[0] < last),
+            adapters=tuple(a for a in self.tower_adapters if a[0] < last),
+            constrain=self.constrain,
+        )
+
+    @property
+    def lm(self) -> LM:
+        """The decoder, with the bridge's cross-attention in it; its parameters are `decoder_params`."""
+        return LM(
+            self.spec.decoder,
+            dtype=self.dtype,
+            remat=self.remat,
+            scan=self.scan,
+            attention=self.attention,
+            reducers=self.reducers,
+            adapters=self.adapters,
+            constrain=self.constrain,
+            cross=self.spec.bridge.cross,
+            attend=self.attend,
+        )
+
+    def init(self, key: Array) -> Params:
+        """Fresh float32 parameters `tower`, `bridge`, `decoder`; jit it."""
+        spec, (tower, bridge, decoder) = self.spec, jax.random.split(key, 3)
+        # The whole tower, as a file of it has it.
+        whole = ViT(spec.tower).init(tower)
+        text = self.lm.init(decoder, spec.visual_width)
+        layers = () if spec.bridge.cross is None else spec.bridge.cross.layers
+        crossing: Params = {block_name(i): text[block_name(i)].pop("cross") for i in layers}
+        projector: Params = {}
+        if spec.bridge.projector != "none":
+            visual = jnp.zeros((1, 1, spec.tower.width), self.dtype)
+            projector = {"projector": self._projector.init(bridge, visual)["params"]}
+        text = {name: tree for name, tree in text.items() if tree}
+        return {"tower": whole, "bridge": {**projector, **crossing}, "decoder": text}
+
+    def apply(
+        self,
+        params: Params,
+        input_ids: Ids,
+        images: Images | None = None,
+        attention_mask: Mask | None = None,
+        *,
+        image_mask: ImageMask | None = None,
+        positions: Ids | None = None,
+        segments: Ids | None = None,
+        knobs: Knobs | None = None,
+        want: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B M V"], dict[str, Any]]:
+        """Runs the model over whole texts with their images.
+
+        Args:
+          params: as from `init` or `vtjax.load` (jax or numpy arrays). Parameters of methods are beside the part that
+            they act in (`params["decoder"]["<method>"]`).
+          input_ids: token ids, with `spec.placeholders` tokens `spec.image_token` for each image, in the order of the
+            images.
+          images: float32, already normalised, of the tower's size; one per sample, or I of them; None = none.
+          attention_mask, positions, segments, knobs, want: as in `LM.apply`; they belong to the decoder.
+          image_mask: 1 for images, 0 for what fills samples with fewer up, after them; None = all are images.
+
+        Returns:
+          logits: float32, of every slot of the text; padding's mean nothing.
+          aux: as of `LM.apply`, and `visual [B, I * T, E]`, what the tower and the projector made of the images.
+
+        Raises:
+          InputError: what `LM.apply` refuses; images of another size; placeholders that do not fit the images (where
+            the values are known, which they are not inside `jit`).
+        """
+        entered, visual = self.enter(params, input_ids, images, image_mask, attention_mask, positions)
+        y, aux = self.lm.apply(
+            self.decoder_params(params),
+            attention_mask=attention_mask,
+            positions=positions,
+            segments=segments,
+            knobs=knobs,
+            want=want,
+            **entered,
+        )
+        return y, aux if visual is None else {**aux, "visual": visual}
+
+    def generate(
+        self,
+        params: Params,
+        input_ids: Ids,
+        images: Images | None = None,
+        attention_mask: Mask | None = None,
+        *,
+        image_mask: ImageMask | None = None,
+        new_tokens: int,
+        **options: Any,
+    ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+        """Continues prompts with images, over a cache; jitted. `options` as in `models.generate.generate`.
+
+        Returns:
+          The new tokens, and how many of them are the text's, as there.
+
+        Raises:
+          InputError: as `apply` and `models.generate.generate`.
+        """
+        self.check(input_ids, images, image_mask)
+        given = (jnp.asarray(input_ids), images, image_mask, attention_mask, options.get("positions"))
+        options = {"attention_mask": attention_mask, "new_tokens": new_tokens, **options}
+        entered = _entered(self, params, *given)
+        return generate_lib.generate(self.lm, self.decoder_params(params), **entered, **options)
+
+    def decoder_params(self, params: Params) -> Params:
+        """The decoder's parameters with the bridge's cross-attention in the blocks, where `LM` looks for it."""
+        tree = dict(params["decoder"])
+        for layer in () if self.spec.bridge.cross is None else self.spec.bridge.cross.layers:
+            name = block_name(layer)
+            tree[name] = {**tree.get(name, {}), "cross": params["bridge"][name]}
+        return tree
+
+    def look(self, params: Params, images: Images) -> tuple[Float[Array, "B M E"], Int[Array, "B M"]]:
+        """What tower and projector make of the images `[B, I, H, W, C]` (or `[B, H, W, C]`): visual tokens, image by
+        image, and 1 where they live (0 where the tower dropped them)."""
+        spec = self.spec
+        many = images[:, None] if images.ndim == 4 else images
+        flat = jnp.asarray(many).reshape(-1, *many.shape[2:])
+        _, aux = self.tower.apply(params["tower"], flat)
+        x, alive = aux["features"], aux["tokens"].alive
+        live = jnp.ones(x.shape[:2], jnp.int32) if alive is None else (alive > 0.5).astype(jnp.int32)
+        if not spec.bridge.prefix:
+            x, live = x[:, spec.tower.prefix :], live[:, spec.tower.prefix :]
+        if spec.bridge.projector != "none":
+            x = call_module(self._projector, jax.tree.map(jnp.asarray, params["bridge"]["projector"]), x)
+        return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live.reshape(len(many), -1)
+
+    def enter(
+        self,
+        params: Params,
+        input_ids: Ids,
+        images: Images | None,
+        image_mask: ImageMask | None = None,
+        attention_mask: Mask | None = None,
+        positions: Ids | None = None,
+    ) -> tuple[dict[str, Any], Float[Array, "B M E"] | None]:
+        """What `LM.apply` takes of text and images (`embeddings`, `memory`), and the visual tokens.
+
+        Raises:
+          InputError: as `apply`.
+        """
+        self.check(input_ids, images, image_mask)
+        placeholder = jnp.asarray(input_ids) == self.spec.image_token
+        # What stands for an image may be a number that the decoder does not have.
+        ids = jnp.where(placeholder, jnp.minimum(self.spec.image_token, self.spec.decoder.ids - 1), input_ids)
+        x = self.lm.embed(params["decoder"], ids)
+        if images is None:
+            return {"embeddings": x}, None
+        visual, live = self.look(params, images)
+        cross = self.spec.bridge.cross
+        if cross is None:
+            return {"embeddings": splice.splice(x, placeholder, visual)}, visual
+        count = 1 if images.ndim == 4 else images.shape[1]
+        number = jnp.arange(1, count + 1)[None] * (1 if image_mask is None else jnp.asarray(image_mask, jnp.int32))
+        number = jnp.broadcast_to(number, (len(visual), count))
+        low, high = cross_attention.interval(placeholder, cross.sees)
+        # As the decoder counts.
+        place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]) if positions is None else jnp.asarray(positions)
+        if positions is None and attention_mask is not None:
+            place = jnp.cumsum(jnp.asarray(attention_mask), axis=1, dtype=jnp.int32) - 1
+        place = jnp.take_along_axis(place, splice.places(placeholder, count), axis=1).astype(jnp.int32)
+        memory = Memory(
+            x=visual,
+            number=jnp.repeat(number, visual.shape[1] // count, axis=1) * live,
+            position=jnp.repeat(place, visual.shape[1] // count, axis=1),
+            low=low,
+            high=high,
+        )
+        return {"embeddings": x, "memory": memory}, visual
+
+    def check(self, input_ids: Any, images: Any, image_mask: Any = None) -> None:
+        """Raises InputError for ids, images and placeholders that do not fit each other, as far as they are known."""
+        spec = self.spec
+        check_ids(input_ids, max(spec.decoder.ids, spec.image_token + 1))
+        size = (*spec.image_size, spec.tower.channels)
+        count = 0
+        if images is not None:
+            if images.ndim not in (4, 5) or tuple(images.shape[-3:]) != size or len(images) != len(input_ids):
+                raise InputError(
+                    f"images must be [{len(input_ids)}, {', '.join(map(str, size))}], or several of them per text, "
+                    f"found {list(images.shape)}"
+                )
+            count = 1 if images.ndim == 4 else images.shape[1]
+        if image_mask is not None and tuple(image_mask.shape) != (len(input_ids), count):
+            raise InputError(f"image_mask must be {[len(input_ids), count]}, found {list(image_mask.shape)}")
+        if isinstance(input_ids, jax.core.Tracer) or isinstance(image_mask, jax.core.Tracer):
+            return
+        ids = np.asarray(input_ids)
+        if (other := ids[(ids >= spec.decoder.ids) & (ids != spec.image_token)]).size:
+            raise InputError(f"input_ids must be in 0..{spec.decoder.ids - 1} (the vocabulary), found {other[0]}")
+        given = np.full(len(ids), count) if image_mask is None else np.asarray(image_mask).astype(int).sum(1)
+        if image_mask is not None and (np.diff(np.asarray(image_mask).astype(int), axis=1) > 0).any():
+            raise InputError("image_mask must hold the images of a sample before what fills it up, found another order")
+        found = (ids == spec.image_token).sum(1)
+        if (wrong := np.flatnonzero(found != given * spec.placeholders)).size:
+            row = wrong[0]
+            raise InputError(
+                f"text {row} must hold {spec.placeholders} placeholders (token {spec.image_token}) for each of its "
+                f"{given[row]} images, found {found[row]}"
+            )
+
+    @property
+    def _projector(self) -> Projector:
+        return Projector(self.spec.bridge, self.spec.decoder.width, self.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _entered(model: VLM, params: Params, ids: Array, images: Any, *more: Any) -> Mapping[str, Any]:
+    return model.enter(params, ids, images, *more)[0]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of text to visual tokens, and which row of the text sees which images.
+
+Letters: B batch, N rows of the text, M visual tokens, H query heads, K key and value heads (a divisor of H), D head
+width, E width of the visual tokens, I images.
+
+One form of mask says it all: a row sees the images `low .. high`, a visual token has the number of its image, counted
+from 1 in its sample; 0 is padding. A row that sees nothing gives 0, with a log-sum-exp of -inf and no gradients.
+(Hugging Face's Llama 3.2 Vision lets such rows attend to everything evenly.) Scores and statistics are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vtjax.ops import linear
+
+Attend = Callable[..., tuple[Array, Array]]
+"""`(q, k, v, *, low, high, number) -> (y, lse)` with the meaning that `attend` gives them; a distributed form takes its
+place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the rows of a text may look at. Rows and visual tokens may come in any order.
+
+    Attributes:
+      x: `[B, M, E]` visual tokens; None where keys and values are known (a cache).
+      number: `[B, M]` int32, the image of each, from 1; 0 = padding.
+      position: `[B, M]` int32, place of that image in the text.
+      low, high: `[B, N]` int32: the images that a row sees, first to last; high < low = none.
+    """
+
+    x: Float[Array, "B M E"] | None
+    number: Int[Array, "B M"]
+    position: Int[Array, "B M"]
+    low: Int[Array, "B N"]
+    high: Int[Array, "B N"]
+
+    def seeing(self) -> Bool[Array, "B N"]:
+        """Which rows see an image."""
+        return self.high >= self.low
+
+
+jax.tree_util.register_dataclass(Memory, data_fields=["x", "number", "position", "low", "high"], meta_fields=[])
+
+
+def attend(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B M K D"],
+    v: Float[Array, "B M K D"],
+    *,
+    low: Int[Array, "B N"],
+    high: Int[Array, "B N"],
+    number: Int[Array, "B M"],
+) -> tuple[Float[Array, "B N H D"], Float[Array, "B N H"]]:
+    """Softmax attention, scaled by D ** -0.5, on this device.
+
+    Args:
+      q, k, v: float32 or bfloat16; query heads h K / H .. share key head floor(h K / H).
+      low, high: the images that a row sees.
+      number: the image of each key, from 1; padding (0) is never read, whatever it holds.
+
+    Returns:
+      y in q's dtype, and the natural log-sum-exp of the scores, float32, -inf where a row sees nothing.
+    """
+    b, n, heads, d = q.shape
+    kv_heads = k.shape[2]
+    read = (number > 0)[:, :, None, None]
+    k, v = jnp.where(read, k, 0), jnp.where(read, v, 0)
+    grouped = (q * d**-0.5).reshape(b, n, kv_heads, heads // kv_heads, d)
+    precision = linear.precision(q)
+    scores = jnp.einsum("bnkgd,bmkd->bkgnm", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    image = number[:, None]
+    seen = (image > 0) & (low[:, :, None] <= image) & (image <= high[:, :, None])
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    weight = jnp.exp(scores - largest)
+    total = weight.sum(-1, keepdims=True)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    y = jnp.einsum(
+        "bkgnm,bmkd->bkgnd", weight.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+    )
+    lse = jnp.where(some, largest + jnp.log(safe), -jnp.inf)[..., 0]
+    y = jnp.where(some, y / safe, 0.0).transpose(0, 3, 1, 2, 4).reshape(b, n, heads, d)
+    return y.astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(b, n, heads)
+
+
+def interval(placeholder: Bool[Array, "B N"], sees: str) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
+    """`low, high` of every row, from where the images stand in the text.
+
+    Args:
+      placeholder: True at the one token that stands for an image.
+      sees: "all" images of the sample; "before": those at or before the row; "latest": the last one of these; "run":
+        of these the last ones that follow each other without text between them (Llama 3.2 Vision).
+    """
+    count = jnp.cumsum(placeholder, axis=1, dtype=jnp.int32)
+    if sees == "all":
+        return jnp.ones_like(count), jnp.broadcast_to(count[:, -1:], count.shape)
+    if sees == "before":
+        return jnp.ones_like(count), count
+    if sees == "latest":
+        return jnp.maximum(count, 1), count
+    begins = placeholder & ~jnp.pad(placeholder, ((0, 0), (1, 0)))[:, :-1]
+    first = jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
+    return jnp.maximum(first, 1), count

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The spec of a multimodal language model: a vision tower, a bridge, a decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from vtjax.errors import InputError
+from vtjax.spec import fields
+from vtjax.spec.base import Lineage, ModelSpec
+from vtjax.spec.lm import LMSpec
+from vtjax.spec.vit import Preprocess, ViTSpec
+
+FORMS = ("block", "hyper")
+SEES = ("all", "before", "latest", "run")
+TEMPLATES = ("plain", "smollm2", "vicuna")
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossSpec:
+    """Gated cross-attention of a decoder's text to visual tokens, at some layers. A gate starts at 0.
+
+    The published forms are settings: `mllama`, `hyper` and `flamingo` below make them.
+
+    Attributes:
+      layers: decoder layers, ascending.
+      form: "block": a block before the decoder's block of that number, x + tanh(g) attention, x + tanh(g) MLP, each
+        behind a norm. "hyper": inside that block's self-attention, whose queries and norm it shares: by the gate g of
+        each channel, the context becomes (1 - sigmoid(g)) text + sigmoid(g) visual, before the output projection;
+        keys turn by the place of their image in the text, and key and value projections have biases.
+      heads, kv_heads, head_dim: of the block form; the hyper form has those of the decoder's block, found 0 here.
+      sees: which images a row of text attends to: "all"; "before", those at or before it; "latest" of these; or "run",
+        the latest run of images without text between them. A row that sees none gets 0.
+      norm, eps: of the block form, before each branch.
+      qk_norm: RMSNorm on every query and key head.
+      mlp: hidden width of the block form's MLP; 0 = none.
+      activation: of it, as in `ViTSpec`; it has no biases.
+      mlp_everywhere: rows that see no image go through the MLP, too.
+    """
+
+    layers: tuple[int, ...]
+    form: str
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    sees: str = "before"
+    norm: str = "rmsnorm"
+    eps: float = 1e-5
+    qk_norm: bool = False
+    mlp: int = 0
+    activation: str = "swiglu"
+    mlp_everywhere: bool = False
+
+    @classmethod
+    def mllama(cls, layers: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, mlp: int) -> CrossSpec:
+        """Llama 3.2 Vision: whole blocks, whose layers the decoder leaves empty (`attn=False, ffn=False`)."""
+        return cls(layers, "block", heads, kv_heads, head_dim, sees="run", qk_norm=True, mlp=mlp)
+
+    @classmethod
+    def hyper(cls, layers: tuple[int, ...]) -> CrossSpec:
+        """mPLUG-Owl3 (240728): hyper-attention."""
+        return cls(layers, "hyper")
+
+    @classmethod
+    def flamingo(cls, layers: tuple[int, ...], width: int, heads: int = 8, head_dim: int = 64) -> CrossSpec:
+        """OpenFlamingo: LayerNorm, one image at a time, an MLP of four times the decoder's width with exact GELU."""
+        form = {"sees": "latest", "norm": "layernorm", "activation": "gelu", "mlp_everywhere": True}
+        return cls(layers, "block", heads, heads, head_dim, mlp=4 * width, **form)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        fields.choice(self, "form", FORMS)
+        fields.choice(self, "sees", SEES)
+        fields.choice(self, "norm", ("layernorm", "rmsnorm"))
+        fields.choice(self, "activation", ("gelu", "gelu_tanh", "quick_gelu", "swiglu"))
+        if list(self.layers) != sorted(set(self.layers)):
+            raise InputError(f"CrossSpec.layers must ascend, found {self.layers}")
+        if not 0 <= self.eps < math.inf:
+            raise InputError(f"CrossSpec.eps must be 0 or more, found {self.eps}")
+        own = (self.heads, self.kv_heads, self.head_dim)
+        if self.form == "hyper":
+            if any(own) or self.mlp or self.qk_norm:
+                raise InputError(
+                    f"CrossSpec.form='hyper' has no heads, qk_norm or mlp of its own, found {own}, {self.mlp}"
+                )
+            return
+        if min(own) <= 0 or self.heads % self.kv_heads or self.mlp < 0:
+            raise InputError(
+                f"CrossSpec needs kv_heads that divide heads, head_dim > 0 and mlp >= 0, found {own}, {self.mlp}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class BridgeSpec:
+    """How the tower's tokens reach the decoder.
+
+    Attributes:
+      projector: to the decoder's width: "mlp" (two layers with exact GELU between them, LLaVA), "linear", or "none"
+        (for cross-attention, which then reads the tower's width).
+      hidden: width between the two layers.
+      bias: the projector's layers have biases.
+      prefix: the tower's class token and registers go along; False = patches only, as in LLaVA.
+      cross: the decoder attends to the visual tokens. None = they take the place of placeholders in the text.
+    """
+
+    projector: str = "mlp"
+    hidden: int = 0
+    bias: bool = True
+    prefix: bool = False
+    cross: CrossSpec | None = None
+
+    def __post_init__(self) -> None:
+        fields.choice(self, "projector", ("mlp", "linear", "none"))
+        if (self.projector == "mlp") != (self.hidden > 0):
+            raise InputError(
+                f"BridgeSpec.hidden is the width inside projector='mlp', found {self.hidden} for {self.projector!r}"
+            )
+
+    @property
+    def kind(self) -> str:
+        """ "projector" or "cross"."""
+        return "projector" if self.cross is None else "cross"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSpec:
+    """How questions and answers are written.
+
+    Attributes:
+      tokenizer: "words" (`data.tokenizer.WordTokenizer`), or what `weights.tokenizer.load` takes: a name, a file.
+      words, control: of the word tokenizer, in the order of their ids.
+      template: what stands around the turns of a conversation: "plain", "smollm2" or
+        "vicuna".
+    """
+
+    tokenizer: str = "words"
+    words: tuple[str, ...] = ()
+    control: tuple[str, ...] = ()
+    template: str = "plain"
+
+    def __post_init__(self) -> None:
+        fields.choice(self, "template", TEMPLATES)
+        if (self.tokenizer == "words") != bool(self.words):
+            raise InputError(
+                f"TextSpec.words belong to tokenizer='words', found {len(self.words)} for {self.tokenizer!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMSpec(ModelSpec):
+    """A multimodal language model: LLaVA, Llama 3.2 Vision, mPLUG-Owl3, OpenFlamingo, and small ones.
+
+    Its parameters are `tower/...` and `decoder/...`, each as the model alone has them, and `bridge/...`.
+
+    Attributes:
+      tower: vision transformer; its `feature_layer` says which tokens are taken (None = after the final norm). Its head
+        and what comes after that layer are kept and not computed.
+      bridge: from its tokens to the decoder.
+      decoder: language model.
+      image_token: id of the placeholder in the text, one per visual token, or with cross-attention one per image. Where
+        visual tokens take its place, it may lie outside the vocabulary.
+      text: how questions are written; None = the model is given ids.
+      stand_ins: which parts stand in for others of about their shape: "tower: ViT for ConvNeXt", ...
+      lineage: surgery history, oldest first; those of the parts are in the parts.
+    """
+
+    tower: ViTSpec
+    bridge: BridgeSpec
+    decoder: LMSpec
+    image_token: int
+    text: TextSpec | None = None
+    stand_ins: tuple[str, ...] = ()
+    lineage: tuple[Lineage, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.image_token < 0 or (self.bridge.cross is not None and self.image_token >= self.decoder.ids):
+            raise InputError(
+                f"VLMSpec.image_token must be 0 or more, and below {self.decoder.ids} where the decoder reads "
+                f"it, found {self.image_token}"
+            )
+        if self.bridge.projector == "none" and self.bridge.cross is None and self.tower.width != self.decoder.width:
+            raise InputError(
+                f"BridgeSpec.projector='none' needs a tower of the decoder's width {self.decoder.width}, "
+                f"found {self.tower.width}"
+            )
+        cross = self.bridge.cross
+        for layer in () if cross is None else cross.layers:
+            if not 0 <= layer < self.decoder.depth:
+                raise InputError(f"CrossSpec.layers must be in 0..{self.decoder.depth - 1}, found {layer}")
+            if cross is not None and cross.form == "hyper" and not self.decoder.blocks[layer].attn:
+                raise InputError(f"CrossSpec.form='hyper' needs self-attention at layer {layer}, which was removed")
+        if cross is not None and cross.form == "hyper" and self.visual_width != self.decoder.width:
+            raise InputError(
+                f"CrossSpec.form='hyper' norms visual tokens as text, so they must be {self.decoder.width} wide, "
+                f"found {self.visual_width}"
+            )
+
+    @property
+    def blocks(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """The decoder's."""
+        return self.decoder.blocks
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels, the tower's."""
+        return self.tower.image_size
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The tower's."""
+        return self.tower.preprocess
+
+    @property
+    def visual_tokens(self) -> int:
+        """T: tokens of one image that reach the decoder."""
+        rows, columns = self.tower.grid
+        return rows * columns + (self.tower.prefix if self.bridge.prefix else 0)
+
+    @property
+    def placeholders(self) -> int:
+        """Tokens that stand for an image in the text."""
+        return self.visual_tokens if self.bridge.cross is None else 1
+
+    @property
+    def visual_width(self) -> int:
+        """E: width of the visual tokens that reach the decoder."""
+        return self.tower.width if self.bridge.projector == "none" else self.decoder.width
+
+    def unreduced(self) -> VLMSpec:
+        """The same model without token reducers in tower and decoder."""
+        return self.edit(tower=self.tower.unreduced(), decoder=self.decoder.unreduced())
