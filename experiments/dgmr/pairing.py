@@ -268,7 +268,7 @@ def check(config: ConfigDict) -> None:
     ):
         check_choice(f"config.dgmr.{name}", settings[name], known)
     # Files are looked at before anything is selected.
-    if settings.indices:
+    if settings.indices and config.init_from:
         _read(settings.indices)
     if settings.images:
         images_lib.unlabelled(settings.images)

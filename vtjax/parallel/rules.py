@@ -50,8 +50,8 @@ def path_of(keys: Sequence[Any]) -> str:
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT) -> Any:
     """A NamedSharding for every leaf.
 
-    A dimension that its mesh axes do not divide stays whole (logged, once per rule). So does an array with fewer
-    dimensions than its rule names, such as a factored second moment.
+    A dimension that its mesh axes do not divide is split over the largest of them that does, or stays whole (logged,
+    once per rule). So does an array with fewer dimensions than its rule names, such as a factored second moment.
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s: parameters, or a whole train state.
@@ -79,7 +79,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT) -> A
     for pattern, paths in fallen.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         logger.warning(
-            "sharding rule %r does not divide %s%s over %s: kept whole", pattern, paths[0], more, dict(mesh.shape)
+            "sharding rule %r does not divide %s%s over %s: less split", pattern, paths[0], more, dict(mesh.shape)
         )
     return out
 
@@ -108,9 +108,14 @@ def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[P,
     """The part of `spec` that `shape` allows, and whether a dimension had to stay whole for want of divisibility."""
     if len(spec) > len(shape):
         return P(), False
-    entries: list[Any] = []
-    for size, entry in zip(shape, spec, strict=False):
-        axes = entry if isinstance(entry, tuple) else (entry,)
-        whole = entry is not None and size % math.prod(mesh.shape[axis] for axis in axes) != 0
-        entries.append(None if whole else entry)
+    entries = [_dividing(size, entry, mesh) for size, entry in zip(shape, spec, strict=False)]
     return P(*entries), entries != list(spec)
+
+
+def _dividing(size: int, entry: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The entry where its axes divide `size`; of several axes else the largest one that does; else None."""
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    if entry is None or size % math.prod(mesh.shape[axis] for axis in axes) == 0:
+        return entry
+    fitting = [axis for axis in axes if size % mesh.shape[axis] == 0 and mesh.shape[axis] > 1]
+    return max(fitting, key=lambda axis: mesh.shape[axis]) if len(axes) > 1 and fitting else None
