@@ -99,9 +99,7 @@ class ImageData:
         ]:
             if value < least:
                 raise InputError(f"{name} must be at least {least}, found {value}")
-        mine = list(range(batch_size)) if rows is None else list(rows)
-        if sorted(set(mine)) != mine or not mine or mine[0] < 0 or mine[-1] >= batch_size:
-            raise InputError(f"rows must ascend within 0..{batch_size - 1}, found {mine[:8]}")
+        mine = stream.own_rows(batch_size, rows)
         if augment.mixes and (
             len(mine) % 2 or any(a % 2 for a in mine[::2]) or mine[1::2] != [a + 1 for a in mine[::2]]
         ):

@@ -92,9 +92,7 @@ class QuestionData:
         ]:
             if value < least:
                 raise InputError(f"{name} must be at least {least}, found {value}")
-        mine = list(range(batch_size)) if rows is None else list(rows)
-        if sorted(set(mine)) != mine or not mine or mine[0] < 0 or mine[-1] >= batch_size:
-            raise InputError(f"rows must ascend within 0..{batch_size - 1}, found {mine[:8]}")
+        mine = stream.own_rows(batch_size, rows)
         if train is not None and (train.answers, train.types) != (eval.answers, eval.types):
             raise InputError("both splits must have the same answers and types, found those of two sets")
         for split in (train, eval):

@@ -10,11 +10,13 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+
+from vtjax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 ENDLESS = 2**62
@@ -103,3 +105,11 @@ def _start_worker(index: int, count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def own_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
+    """This process's rows of every global batch, all of them for None; raises InputError unless they ascend in it."""
+    mine = list(range(batch_size)) if rows is None else list(rows)
+    if sorted(set(mine)) != mine or not mine or mine[0] < 0 or mine[-1] >= batch_size:
+        raise InputError(f"rows must ascend within 0..{batch_size - 1}, found {mine[:8]}")
+    return mine
