@@ -257,7 +257,7 @@ class LM:
             check_mask(attention_mask)
             alive = jnp.asarray(attention_mask).astype(jnp.float32)
             if positions is None:
-                positions = jnp.maximum(jnp.cumsum(alive, axis=1) - 1, 0).astype(jnp.int32)
+                positions = counted(alive)
         position, segment = (None if a is None else jnp.asarray(a) for a in (positions, packed))
         return Tokens(self.constrain(x), alive=alive, position=position, segment=segment, memory=memory)
 
@@ -291,6 +291,11 @@ class LM:
         contract = (((x.ndim - 1,), (axis,)), ((), ()))
         table = table.astype(x.dtype)
         return jax.lax.dot_general(x, table, contract, precision=precision(x), preferred_element_type=jnp.float32)
+
+
+def counted(mask: Array) -> Int[Array, "B N"]:
+    """Positions where none are given: the tokens of a mask, from 0."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
 
 
 def check_ids(ids: Any, vocab: int) -> None:

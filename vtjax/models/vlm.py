@@ -22,7 +22,7 @@ from vtjax.errors import InputError
 from vtjax.models import generate as generate_lib
 from vtjax.models.bridge import Projector
 from vtjax.models.layers import Adapter, Knobs, Reducer
-from vtjax.models.lm import LM, Ids, Mask, Params, check_ids
+from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, counted
 from vtjax.models.segments import block_name, call_module
 from vtjax.models.vit import ViT
 from vtjax.ops import cross_attention, splice
@@ -251,10 +251,9 @@ class VLM:
         number = jnp.arange(1, count + 1)[None] * (1 if image_mask is None else jnp.asarray(image_mask, jnp.int32))
         number = jnp.broadcast_to(number, (len(visual), count))
         low, high = cross_attention.interval(placeholder, cross.sees)
-        # As the decoder counts.
         place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]) if positions is None else jnp.asarray(positions)
         if positions is None and attention_mask is not None:
-            place = jnp.cumsum(jnp.asarray(attention_mask), axis=1, dtype=jnp.int32) - 1
+            place = counted(jnp.asarray(attention_mask, jnp.int32))
         place = jnp.take_along_axis(place, splice.places(placeholder, count), axis=1).astype(jnp.int32)
         memory = Memory(
             x=visual,
