@@ -69,6 +69,19 @@ def test_a_cached_token_is_the_last_row():
     np.testing.assert_allclose(y, whole[:, -1:], atol=2e-6)
 
 
+def test_weights_are_what_causal_attention_takes_of_each_slot():
+    q, k, v = arrays(7, 6, 2)
+    kinds = {
+        "alive": np.array([[1] * 7, [0, 1, 1, 1, 0, 1, 1]], np.float32),
+        "segment": np.array([[0, 0, 1, 1, 2, 2, 2]] * 2),
+    }
+    weight = jax.jit(lambda q, k: ops.weights(q, k, **kinds))(q, k)
+    np.testing.assert_allclose(weight.sum(-1), 1.0, atol=1e-6)
+    assert (np.asarray(weight)[:, :, 4:, 2:4] == 0).all(), "a question sees another one"
+    whole = np.einsum("bhnm,bmhd->bnhd", weight, np.repeat(v, 3, axis=2))
+    np.testing.assert_allclose(whole, jax.jit(lambda *a: ops.causal(*a, **kinds))(q, k, v), atol=2e-6)
+
+
 def test_half_precision_keeps_float32_statistics():
     q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in arrays(40, 2, 1, b=1))
     y = ops.causal(q, k, v)

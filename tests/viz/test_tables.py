@@ -117,11 +117,12 @@ def test_read_jsonl_forgives_a_torn_last_line_only(tmp_path: Path) -> None:
         tables.read_jsonl(file)
 
 
-def test_tables_are_made_of_the_records_that_exist(tmp_path: Path) -> None:
+def test_a_table_without_records_says_so(tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
     makers = (
         ("sum", "some", lambda records: str(sum(r["a"] for r in records))),
         ("nothing to say", "some", lambda records: ""),
         ("no file", "other", lambda records: "never"),
     )
-    assert tables.from_records(tmp_path, makers) == {"sum": "3"}
+    none = tables.NOTHING
+    assert tables.from_records(tmp_path, makers) == {"sum": "3", "nothing to say": none, "no file": none}

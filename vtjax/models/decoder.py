@@ -26,8 +26,8 @@ from vtjax.ops import decoder_attention, rope
 from vtjax.ops.tokens import Tokens
 from vtjax.spec import CrossSpec, DecoderBlockSpec, LMSpec
 
-WANTS = ("keys", "values", *cross_attention.WANTS)
-"""Attention outputs that a caller may ask for: `[B, N, K, d]`, keys after their rotation; and those of
+WANTS = ("queries", "keys", "values", *cross_attention.WANTS)
+"""Attention outputs that a caller may ask for: `[B, N, H or K, d]`, queries and keys after their rotation; and those of
 `cross_attention.WANTS`."""
 
 Mix = Callable[[Array, Array], Array]
@@ -85,7 +85,8 @@ class DecoderAttention(nn.Module):
             y = decoder_attention.causal(
                 q, k, v, alive=tokens.alive, segment=tokens.segment, implementation=self.implementation
             )
-            aux: dict[str, Any] = {name: a for name, a in (("keys", k), ("values", v)) if name in want}
+            found = (("queries", q), ("keys", k), ("values", v))
+            aux: dict[str, Any] = {name: a for name, a in found if name in want}
         else:
             keys, values = (
                 jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, cache.slot, 0))

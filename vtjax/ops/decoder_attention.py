@@ -73,6 +73,20 @@ def cached(
     return _ungrouped(_attend(q, k, v, alive[:, None]))
 
 
+def weights(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N K D"],
+    *,
+    alive: Float[Array, "B N"] | None = None,
+    segment: Int[Array, "B N"] | None = None,
+) -> Float[Array, "B H N N"]:
+    """What each row of `causal` takes of each slot, float32; rows sum to 1. To look at: all N x N are kept."""
+    n, kv_heads = q.shape[1], k.shape[2]
+    q = _grouped(q * q.shape[-1] ** -0.5, kv_heads)
+    weight = _weights(q, k.swapaxes(1, 2), _seen(0, n, None if alive is None else alive > 0.5, segment))
+    return (weight / weight.sum(-1, keepdims=True)).reshape(len(q), -1, n, n)
+
+
 def _grouped(x: Array, kv_heads: int) -> Array:
     """`[B, N, H, D]` -> `[B, K, H / K, N, D]`."""
     b, n, heads, d = x.shape
@@ -100,11 +114,16 @@ def _seen(start: int, stop: int, live: Array | None, segment: Array | None) -> A
 
 def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
     """Softmax attention of `q [B,K,G,N,D]` on `k, v [B,K,M,D]` where `seen [B,N,M]`; every row sees something."""
-    scores = jnp.einsum("bkgnd,bkmd->bkgnm", q, k, precision=linear.precision(q), preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    weight = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    weight = _weights(q, k, seen)
     y = jnp.einsum(
         "bkgnm,bkmd->bkgnd", weight.astype(v.dtype), v, precision=linear.precision(v),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     return (y / weight.sum(-1, keepdims=True)).astype(q.dtype)
+
+
+def _weights(q: Array, k: Array, seen: Array) -> Array:
+    """Float32 `[B,K,G,N,M]`, not yet divided by their sum."""
+    scores = jnp.einsum("bkgnd,bkmd->bkgnm", q, k, precision=linear.precision(q), preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    return jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))

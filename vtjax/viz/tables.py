@@ -20,6 +20,9 @@ from vtjax.errors import InputError
 _NUMBER = re.compile(r"[-+]?[\d,.]*\d(e[-+]?\d+)?\s?(%|x|s|ms|MB|GB)?")
 _MARKER = re.compile(r"<!-- (table:\S+|/table) -->")
 
+NOTHING = "*Not recorded.*"
+"""What stands in a README for a table without records."""
+
 
 def text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned plain text without a final newline; columns of numbers are set flush right.
@@ -83,7 +86,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def from_records(
     folder: str | os.PathLike[str], makers: Iterable[tuple[str, str, Callable[[list[dict[str, Any]]], str]]]
 ) -> dict[str, str]:
-    """Markdown by table name, each made from the records of a file; absent where there is no file, or nothing to say.
+    """Markdown by table name, each made from the records of a file; `NOTHING` where there are none of its kind.
 
     Args:
       folder: of the `.jsonl` files.
@@ -95,8 +98,7 @@ def from_records(
     found = {}
     for name, file, make in makers:
         path = Path(folder) / f"{file}.jsonl"
-        if path.exists() and (text := make(read_jsonl(path))):
-            found[name] = text
+        found[name] = (make(read_jsonl(path)) if path.exists() else "") or NOTHING
     return found
 
 
