@@ -93,9 +93,9 @@ def bridge(**leaves: Any) -> ConfigDict:
     return common.with_leaves(ConfigDict(config), leaves)
 
 
-def named(name: str, feature_layer: int | None = None) -> ConfigDict:
+def named(name: str, **leaves: Any) -> ConfigDict:
     """A tower or decoder with its weights."""
-    return ConfigDict({"name": name} if feature_layer is None else {"name": name, "feature_layer": feature_layer})
+    return ConfigDict({"name": name, **leaves})
 
 
 def tiny(steps: int, batch_size: int) -> ConfigDict:
@@ -149,7 +149,8 @@ def smollm2(steps: int, batch_size: int) -> ConfigDict:
     config.checkpoint.every = 50
     config.optim.update(lr=1e-3, warmup=config.steps // 10, clip=1.0)
     config.data.update(name="easy_vqa", pack=12)
-    config.model.tower = named("vit_ti16_augreg", 0)
+    # At 128 pixels an image of 64 has 8 x 8 visual tokens; at 224 it would have 196, which show no more.
+    config.model.tower = named("vit_ti16_augreg", feature_layer=0, image_size=(128, 128))
     config.model.decoder = named("smollm2_135m")
     config.model.text.update(tokenizer="smollm2_135m", template="smollm2")
     config.model.remat = "names"

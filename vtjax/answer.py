@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import VLMSpec
+from vtjax.spec import TextSpec, VLMSpec
 
 if TYPE_CHECKING:
     from vtjax.data.conversation import Template
@@ -21,44 +21,74 @@ if TYPE_CHECKING:
 ROUND = 16  # prompts are padded to a multiple of it, so that few lengths are compiled
 
 
-def answer(model: Any, params: Any, image: Any, question: str, *, new_tokens: int = 16) -> str:
+def answer(
+    model: Any,
+    params: Any,
+    image: Any,
+    question: str,
+    *,
+    new_tokens: int = 16,
+    tokenizer: str | Path | None = None,
+    template: str | None = None,
+) -> str:
     """What the model says to a question about one picture, taking the likeliest token each time.
 
     Args:
       model, params: a `models.vlm.VLM`.
-      image: a path, a PIL image, or uint8 `[H, W, 3]`; the whole of it is resized to what the tower sees.
+      image: a path, a PIL image, or uint8 `[H, W, 3]`; made ready as `model.spec.preprocess` says.
       question: in words.
       new_tokens: most tokens of the answer.
+      tokenizer, template: how texts are written, as in `TextSpec`; None = as `model.spec.text` says. A folder of
+        Hugging Face says neither: `answer(..., tokenizer=FOLDER, template="vicuna")`.
 
     Raises:
-      InputError: the spec does not say how texts are written, an image that cannot be read, control tokens in the
-        question, or a prompt that does not fit the decoder's context.
+      InputError: it is not known how texts are written, an image that cannot be read, control tokens in the question,
+        or a prompt that does not fit the decoder's context.
     """
-    from vtjax.data import conversation, transforms
-    from vtjax.data.conversation import Turn
-
-    spec = model.spec
-    words, template = tokenizer(spec), template_of(spec)
-    turns = [Turn("user", f"{conversation.IMAGE}\n{question}")]
-    made = conversation.encode(turns, words, template, visual_tokens=spec.placeholders, images=1)
-    pixels = transforms.evaluate(_pixels(image), spec.image_size, 1.0, squash=True)
-    pixels = transforms.normalise(pixels, spec.preprocess.mean, spec.preprocess.std)
-    length = min(-(-len(made.ids) // ROUND) * ROUND, max(spec.decoder.context - new_tokens + 1, len(made.ids)))
-    ids, mask = np.full((1, length), words.pad, np.int32), np.zeros((1, length), np.int32)
-    ids[0, length - len(made.ids) :], mask[0, length - len(made.ids) :] = made.ids, 1
-    tokens, count = model.generate(params, ids, pixels[None], mask, new_tokens=new_tokens)
+    spec = _with_text(model.spec, tokenizer, template)
+    words = tokenizer_of(spec)
+    ids, mask, pixels = prompt(spec, image, question, new_tokens)
+    tokens, count = model.generate(params, ids, pixels, mask, new_tokens=new_tokens)
     said = [int(token) for token in np.asarray(tokens)[0, : int(count[0])] if int(token) not in spec.decoder.eos]
     return words.decode(said).strip()
 
 
-def tokenizer(spec: VLMSpec) -> Tokenizer:
+def prompt(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `VLM.apply` and `VLM.generate` take of a question about one picture, padded left: ids and mask, int32
+    `[1, N]`, and float32 images `[1, H, W, C]`. Arguments and errors as of `answer`."""
+    from vtjax.data import conversation, transforms
+    from vtjax.data.conversation import Turn
+
+    words, ready = tokenizer_of(spec), spec.preprocess
+    turns = [Turn("user", f"{conversation.IMAGE}\n{question}")]
+    made = conversation.encode(turns, words, template_of(spec), visual_tokens=spec.placeholders, images=1)
+    shape = {"crop": ready.crop, "interpolation": ready.interpolation, "squash": ready.squash}
+    pixels = transforms.evaluate(_pixels(image), spec.image_size, **shape)
+    length = min(-(-len(made.ids) // ROUND) * ROUND, max(spec.decoder.context - new_tokens + 1, len(made.ids)))
+    ids, mask = np.full((1, length), words.pad, np.int32), np.zeros((1, length), np.int32)
+    ids[0, length - len(made.ids) :], mask[0, length - len(made.ids) :] = made.ids, 1
+    return ids, mask, transforms.normalise(pixels, ready.mean, ready.std)[None]
+
+
+def _with_text(spec: VLMSpec, tokenizer: str | Path | None, template: str | None) -> VLMSpec:
+    given: dict[str, Any] = {}
+    if tokenizer is not None:
+        given = {"tokenizer": str(tokenizer), "words": (), "control": ()}
+    if template is not None:
+        given["template"] = template
+    if not given:
+        return spec
+    return spec.edit(text=dataclasses.replace(spec.text or TextSpec(tokenizer=""), **given))
+
+
+def tokenizer_of(spec: VLMSpec) -> Tokenizer:
     """The tokenizer of a spec, in the form that `vtjax.data` takes.
 
     Raises:
       InputError: the spec names none, or one that is not found.
     """
-    if spec.text is None:
-        raise InputError("the spec must say how texts are written (VLMSpec.text), found nothing")
+    if spec.text is None or not spec.text.tokenizer:
+        raise InputError("a tokenizer must be known, by VLMSpec.text or answer(..., tokenizer=...), found none")
     if spec.text.tokenizer == "words":
         from vtjax.data.tokenizer import WordTokenizer
 

@@ -8,6 +8,7 @@ Letters: B rows, S tokens, Q questions of a row, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from vtjax.spec import BridgeSpec, CrossSpec, Lineage, LMSpec, LoRASpec, TextSpe
 from vtjax.train import checkpoint, optim
 from vtjax.train.state import params_sha256
 from vtjax.train.task import Data, Task
+from vtjax.weights import resample
 
 TYPES = {"easy_vqa": question_sets.EASY_VQA_TYPES, "marked_shapes": marked_shapes.TYPES}
 
@@ -115,7 +117,7 @@ def data(config: ConfigDict, task: Task) -> Data:
         batch_size=config.batch_size,
         image_size=spec.image_size,
         visual_tokens=spec.placeholders,
-        tokenizer=answer.tokenizer(spec),
+        tokenizer=answer.tokenizer_of(spec),
         template=answer.template_of(spec),
         preprocess=spec.preprocess,
         rows=mesh_lib.local_rows(mesh_lib.make(config.mesh), config.batch_size) if several else None,
@@ -223,11 +225,15 @@ def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
                 f"config.model.{part}.name={name!r} must hold a {kind.__name__}, found {type(m.spec).__name__}"
             )
         parts[part], loaded[part] = m.spec, m.params
+        if size := model[part].get("image_size", ()):
+            parts[part], loaded[part] = resample.resize(m.spec, m.params, tuple(size))
     text, words = written(config)
     if "tower" not in parts:
         fields = {name: value for name, value in model.tower.items() if name not in ("feature_layer", "name")}
         parts["tower"] = vit.described(ConfigDict({**fields, "classes": 1, "pooling": "none"})).edit(classes=0)
-    parts["tower"] = parts["tower"].edit(feature_layer=model.tower.feature_layer or None)
+    # Questions are about the whole of an image.
+    whole = dataclasses.replace(parts["tower"].preprocess, crop=1.0, squash=True)
+    parts["tower"] = parts["tower"].edit(feature_layer=model.tower.feature_layer or None, preprocess=whole)
     if "decoder" not in parts:
         fields = {name: value for name, value in model.decoder.items() if name not in ("name", "empty")}
         if words is not None:

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 import vtjax
+from vtjax.data import transforms
 from vtjax.errors import InputError
 from vtjax.models.lm import LM
 from vtjax.ops import cross_attention
@@ -57,6 +59,26 @@ def test_a_llava_folder_gives_the_logits_of_transformers(tmp_path):
     (tmp_path / "new").mkdir()
     other = vtjax.load(folder_of(tmp_path / "new", arrays, renamed))
     jax.tree.map(np.testing.assert_array_equal, m.params, other.params)
+
+
+def test_a_llava_folder_answers_in_words(tmp_path):
+    m = vtjax.load(folder_of(tmp_path, arrays_of("llava")))
+    words = ["[UNK]", "what", "colour", "?", *map(str, range(4, 29))]
+    known = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+    known.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    known.add_special_tokens(["<answer>", "<end>"])
+    known.save(str(tmp_path / "tokenizer.json"))
+    picture = np.random.default_rng(0).integers(0, 255, (20, 12, 3)).astype(np.uint8)
+    with pytest.raises(InputError, match="a tokenizer must be known, by VLMSpec.text or"):
+        m.answer(picture, "what ?", template="plain")
+    said = m.answer(picture, "what colour ?", new_tokens=3, tokenizer=tmp_path, template="plain")
+    ids = np.array([[0] * 8 + [31] * 4 + [1, 2, 3, known.token_to_id("<answer>")]], np.int32)
+    ready = m.spec.preprocess
+    assert not ready.squash  # what it was trained on: the middle of the picture
+    small = transforms.evaluate(picture, (8, 8), ready.crop, ready.interpolation)
+    images = transforms.normalise(small, ready.mean, ready.std)[None]
+    tokens, count = m.generate(m.params, ids, images, (np.arange(16)[None] >= 8).astype(np.int32), new_tokens=3)
+    assert said == known.decode(np.asarray(tokens)[0, : int(count[0])].tolist())
 
 
 @pytest.mark.parametrize(
