@@ -62,8 +62,8 @@ def prompt(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> tup
     words, ready = tokenizer_of(spec), spec.preprocess
     turns = [Turn("user", f"{conversation.IMAGE}\n{question}")]
     made = conversation.encode(turns, words, template_of(spec), visual_tokens=spec.placeholders, images=1)
-    shape = {"crop": ready.crop, "interpolation": ready.interpolation, "squash": ready.squash}
-    pixels = transforms.evaluate(_pixels(image), spec.image_size, **shape)
+    how = ready.crop, ready.interpolation, True, ready.squash
+    pixels = transforms.evaluate(_pixels(image), spec.image_size, *how)
     length = min(-(-len(made.ids) // ROUND) * ROUND, max(spec.decoder.context - new_tokens + 1, len(made.ids)))
     ids, mask = np.full((1, length), words.pad, np.int32), np.zeros((1, length), np.int32)
     ids[0, length - len(made.ids) :], mask[0, length - len(made.ids) :] = made.ids, 1

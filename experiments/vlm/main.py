@@ -49,7 +49,7 @@ def build(config: ConfigDict) -> Task:
     """
     spec, init = source(config)
     model = VLM(spec, **options(config))
-    types = TYPES.get(config.data.name, ())
+    types, balance = TYPES.get(config.data.name, ()), answer_weights(config)
 
     def apply(params: Any, batch: Any) -> jax.Array:
         return model.apply(
@@ -69,7 +69,8 @@ def build(config: ConfigDict) -> Task:
         asked = (batch["question"] >= 0).astype(jnp.float32)
         losses, wrong = per_question(apply(params, batch), batch)
         count = jnp.maximum(asked.sum(), 1.0)
-        return (losses * asked).sum() / count, {"train_top1": ((wrong == 0) * asked).sum() / count}
+        weight = asked if balance is None else asked * balance[batch["answer"]]
+        return (losses * weight).sum() / count, {"train_top1": ((wrong == 0) * asked).sum() / count}
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         asked = ((batch["question"] >= 0) & batch["valid"][:, None]).astype(jnp.float32)
@@ -95,6 +96,23 @@ def build(config: ConfigDict) -> Task:
             **({"stand_ins": list(spec.stand_ins)} if spec.stand_ins else {}),
         },
     )
+
+
+def answer_weights(config: ConfigDict) -> jax.Array | None:
+    """`[A]`: how much a training question weighs by its answer, `frequency ** -config.loss.balance`, 1 on average; None
+    where all weigh the same.
+
+    Raises:
+      InputError: a balance below 0, or one without questions to count.
+    """
+    if (power := config.loss.balance) < 0 or (power and not (config.data.name and config.data.train_split)):
+        raise InputError(f"config.loss.balance must be at least 0, and 0 without training questions, found {power}")
+    if not power:
+        return None
+    train = question_loader.open_split(config.data, config.data.train_split)
+    count = np.bincount(train.answer, minlength=len(train.answers))
+    weight = np.maximum(count, 1.0) ** -power
+    return jnp.asarray(weight * count.sum() / (weight * count).sum(), jnp.float32)
 
 
 def options(config: ConfigDict) -> dict[str, Any]:
@@ -225,7 +243,7 @@ def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
                 f"config.model.{part}.name={name!r} must hold a {kind.__name__}, found {type(m.spec).__name__}"
             )
         parts[part], loaded[part] = m.spec, m.params
-        if size := model[part].get("image_size", ()):
+        if isinstance(m.spec, ViTSpec) and (size := model[part].get("image_size", ())):
             parts[part], loaded[part] = resample.resize(m.spec, m.params, tuple(size))
     text, words = written(config)
     if "tower" not in parts:

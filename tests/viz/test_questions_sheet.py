@@ -29,3 +29,16 @@ def test_a_sheet_says_all_of_it(tmp_path: Path) -> None:
 def test_sheets_that_cannot_be_drawn(samples: dict) -> None:
     with pytest.raises(InputError, match="equally many of each type, at least one"):
         questions.sheet(samples)
+
+
+def test_where_an_answer_looked_is_lit(tmp_path: Path) -> None:
+    image, weights = np.full((8, 8, 3), 200, np.uint8), np.array([[0.0, 0.5], [0.25, 0.0]])
+    figure = questions.looks([(image, "what is it?", "nothing", weights)] * 2, "looks")
+    above, below = figure.axes[0].images[0].get_array(), figure.axes[1].images[0].get_array()
+    assert (above == 200).all()
+    assert below[0, 4, 0] == pytest.approx(200 / 255) and below[7, 7, 0] == pytest.approx(0.12 * 200 / 255)
+    assert below[0, 0, 0] < below[4, 0, 0] < below[0, 4, 0]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["what is it?", "nothing"]
+    curves.save(figure, tmp_path / "looks.png", dpi=50)
+    with pytest.raises(InputError, match="at least one image, found none"):
+        questions.looks([])

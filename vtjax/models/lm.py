@@ -103,7 +103,9 @@ class LM:
         """Fresh float32 parameters; jit it. Equal blocks share one traced initialiser. `visual_width`: E of the visual
         tokens that cross-attention reads; without it none is initialised."""
         spec, (embed, blocks, head) = self.spec, jax.random.split(key, 3)
-        params: Params = {"embed": {"tokens": 0.02 * jax.random.normal(embed, (spec.ids, spec.width))}}
+        # Logits of a tied head then begin at unit variance, and a token is not lost in what attention adds to it.
+        scale = spec.width**-0.5
+        params: Params = {"embed": {"tokens": scale * jax.random.normal(embed, (spec.ids, spec.width))}}
         one, memory = jnp.zeros((1, 1), jnp.int32), None
         if self.cross is not None and visual_width:
             memory = Memory(jnp.zeros((1, 1, visual_width), self.dtype), one, one, one, one)
@@ -111,7 +113,7 @@ class LM:
         params |= segments.init(self.blocks(), blocks, tokens)
         params["norm"] = {"scale": jnp.ones(spec.width)}
         if not spec.tied:
-            params["head"] = {"kernel": 0.02 * jax.random.normal(head, (spec.width, spec.vocab))}
+            params["head"] = {"kernel": scale * jax.random.normal(head, (spec.width, spec.vocab))}
         return params
 
     def apply(

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of experiments/vlm/README.md and of the notebook.
+
+python -m experiments.vlm.figures     writes results/*.png, from the records and the run runs/vlm/easyvqa_0
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import vtjax
+from experiments.vlm import accuracy
+from vtjax import answer
+from vtjax.data.questions import Questions, open_questions
+from vtjax.errors import InputError
+from vtjax.models import build
+from vtjax.ops import decoder_attention
+from vtjax.viz import curves, questions
+from vtjax.viz.tables import read_jsonl
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main() -> int:
+    """See the module's text."""
+    records = [r for r in read_jsonl(RESULTS / "accuracy.jsonl") if r["kind"] == "easyvqa"]
+    model = vtjax.load(accuracy.folder(records[0]["name"]))
+    test = open_questions("easy_vqa", "test")
+    chosen = [place for kind in range(len(test.types)) for place in some(test, kind, 1)]
+    shown = [looked(model, test, place) for place in chosen]
+    written = [
+        curves.save(learned(records), RESULTS / "learned.png"),
+        curves.save(questions.looks(shown, "Where the answer looked, easyvqa"), RESULTS / "looks.png"),
+    ]
+    for path in written:
+        print(f"{path.relative_to(RESULTS.parent)}: {path.stat().st_size // 1000} kB", file=sys.stderr)
+    return 0
+
+
+def some(asked: Questions, kind: int, count: int) -> list[int]:
+    """Numbers of questions of a type, about images that are far apart."""
+    places = np.flatnonzero(asked.type == kind)
+    return [int(place) for place in places[:: max(1, len(places) // count)][:count]]
+
+
+def looked(model: vtjax.Model, asked: Questions, place: int) -> tuple[np.ndarray, str, str, np.ndarray]:
+    """A question of a split with what the model says, right or wrong, and where it looked: for `questions.looks`."""
+    assert model.answer is not None
+    image, text, right = asked.images[asked.image[place]], asked.texts[place], asked.answers[asked.answer[place]]
+    said = model.answer(image, text)
+    verdict = said if said == right else f"{said} (wrong: {right})"
+    return image, text, verdict, attention(model, image, text)
+
+
+def attention(model: vtjax.Model, image: Any, question: str) -> np.ndarray:
+    """Weight of each patch where the first token of the answer is decided, `[h, w]`: the mean over heads and layers.
+
+    Raises:
+      InputError: visual tokens do not stand in the text, but are read by cross-attention; or are no patches alone.
+    """
+    spec: Any = model.spec
+    if spec.bridge.cross is not None or spec.bridge.prefix:
+        raise InputError(f"attention to patches needs a projector and no prefix, found {spec.bridge.kind}")
+    ids, mask, pixels = answer.prompt(spec, image, question)
+    weights = np.asarray(_weights(build(spec), model.params, ids, mask, pixels))[0]
+    return weights[ids[0] == spec.image_token].reshape(spec.tower.grid)
+
+
+def _weights(model: Any, params: Any, ids: Any, mask: Any, pixels: Any) -> Any:
+    @jax.jit
+    def last(params: Any, ids: Any, mask: Any, pixels: Any) -> Any:
+        _, aux = model.apply(params, ids, pixels, mask, want=("queries", "keys"))
+        alive = jax.numpy.asarray(mask, jax.numpy.float32)
+        layers = [side for side in aux["blocks"] if side]
+        each = [decoder_attention.weights(side["queries"], side["keys"], alive=alive) for side in layers]
+        return sum(layer[:, :, -1].mean(1) for layer in each) / len(each)
+
+    return last(params, ids, mask, pixels)
+
+
+def learned(records: Sequence[Mapping[str, Any]]) -> Any:
+    """Accuracy of each type on the test questions over the steps, every seed, beside the best blind answers."""
+    figure = curves.new_figure(6.4, 3.6)
+    axes = figure.add_subplot()
+    kinds = [kind for kind in records[0]["evaluations"] if kind != "top1"]
+    for kind, color in zip(["top1", *kinds], [curves.INK, *curves.COLORS], strict=False):
+        for number, r in enumerate(records):
+            steps, values = r["evaluations"][kind]
+            name = "all questions" if kind == "top1" else kind.partition("@")[2]
+            width = 2.0 if kind == "top1" else 1.2
+            axes.plot(steps, values, color=color, lw=width, alpha=0.85, label=name if not number else None)
+    axes.axhline(accuracy.BLIND["per text"], color=curves.MUTED, lw=1.0, ls="--", label="all, without looking")
+    curves.quiet(axes, "step")
+    curves.set_title(axes, f"Accuracy on easy-VQA's test questions, {len(records)} seeds")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
