@@ -161,7 +161,7 @@ def test_bad_input_is_one_line(given, says):
 
 
 def test_a_model_that_cannot_run_is_refused():
-    with pytest.raises(InputError, match="want must be a tuple of keys, values, .*tokens, found 'importance'"):
+    with pytest.raises(InputError, match="want must be a tuple of queries, keys, values, .*tokens, found 'importance'"):
         MODEL.apply(PARAMS, IDS, want=("importance",))
     with pytest.raises(InputError, match="attention must be one of auto, square, blocks, found 'splash'"):
         LM(SPEC, attention="splash")
