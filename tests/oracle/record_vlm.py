@@ -9,6 +9,8 @@ Run by hand in an environment with torch and transformers (never a dependency of
 and every weight under `w:` plus its name in the library's own file. Weights are random multiples of 1/64.
 `vlm_mllama.npz`: the text model of Llama 3.2 Vision with one cross-attention layer: `input_ids`, `visual` [B,I,T,D],
 `logits`, `config`, weights. Every text begins with an image: rows before one attend to everything evenly there.
+`vlm_mllama_tiled.npz`: all of Llama 3.2 Vision, tiled tower and projector included, with every gate open: two images in the first
+text (3 x 1 and 1 x 1 tiles), one in the second (2 x 2): `input_ids`, `images` [B,I,tiles,H,W,C], `aspect_ratio` [B,I], `logits`.
 `vlm_counts.json`: parameters of published models, built on the meta device from the configs below, by part.
 """
 
@@ -19,6 +21,10 @@ import platform
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torchfix  # noqa: F401  before transformers
+
+# isort: split
 
 import numpy as np
 import torch
@@ -99,6 +105,50 @@ def mllama() -> None:
     save("mllama", model, arrays)
 
 
+def tiled() -> None:
+    """Three images of three aspect ratios; the second text has one, and padding for another."""
+    generator = torch.Generator().manual_seed(2)
+    vision = MllamaVisionConfig(
+        **{"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_global_layers": 2},
+        **{"attention_heads": 2, "image_size": 8, "patch_size": 4, "intermediate_layers_indices": [0, 2]},
+        vision_output_dim=24,
+    )
+    text = MllamaTextConfig(**TEXT, cross_attention_layers=[1], pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=32)
+    config._attn_implementation = "eager"
+    model = transformers.MllamaForConditionalGeneration(config).eval()
+    randomise(model, generator)
+    with torch.no_grad():
+        for number, (name, p) in enumerate(model.named_parameters()):
+            if "gate" in name.split(".")[-1]:
+                p.fill_(0.25 + number % 5 / 8)
+    ids = torch.randint(3, 30, (2, 9), generator=generator)
+    ids[0, [0, 4]], ids[1, 0] = 32, 32
+    supported = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
+    ratio = torch.tensor([[7, 1], [6, 0]])
+    tiles = [[supported[i - 1][0] * supported[i - 1][1] for i in row if i] for row in ratio.tolist()]
+    live = torch.zeros(2, 2, 4, dtype=torch.long)
+    live[:, :, 0] = 1  # as the processor does, for padding too
+    for b, row in enumerate(tiles):
+        for i, count in enumerate(row):
+            live[b, i, :count] = 1
+    images = torch.round(torch.randn(2, 2, 4, 3, 8, 8, generator=generator) * 8) / 8
+    images *= live[:, :, :, None, None, None] * (ratio > 0)[:, :, None, None, None, None]
+    sparse = [get_cross_attention_token_mask(row.tolist(), 32) for row in ids]
+    dense = convert_sparse_cross_attention_mask_to_dense(sparse, tiles, 4, 9)
+    with torch.inference_mode():
+        logits = model(
+            input_ids=ids,
+            pixel_values=images,
+            aspect_ratio_ids=ratio,
+            aspect_ratio_mask=live,
+            cross_attention_mask=torch.tensor(dense),
+        ).logits
+    arrays = {"input_ids": ids.numpy().astype(np.int32), "images": images.permute(0, 1, 2, 4, 5, 3).numpy()}
+    arrays |= {"aspect_ratio": ratio.numpy().astype(np.int32), "logits": logits.numpy()}
+    save("mllama_tiled", model, arrays)
+
+
 def counts() -> None:
     """Parameters by part, on the meta device."""
     clip = CLIPVisionConfig(
@@ -152,4 +202,5 @@ def parts(model: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     llava()
     mllama()
+    tiled()
     counts()

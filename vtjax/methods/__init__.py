@@ -7,7 +7,7 @@ from typing import Any
 
 from vtjax import models
 from vtjax.errors import InputError
-from vtjax.spec import Spec, VLMSpec
+from vtjax.spec import Spec, TiledViTSpec, VLMSpec
 
 
 def build(spec: Spec, **options: Any) -> Any:
@@ -17,8 +17,8 @@ def build(spec: Spec, **options: Any) -> Any:
       InputError: a reducer of no method here.
     """
     if isinstance(spec, VLMSpec):
-        tower, decoder = build(spec.tower), build(spec.decoder)
-        return models.build(spec, reducers=decoder.reducers, tower_reducers=tower.reducers, **options)
+        tower_reducers = () if isinstance(spec.tower, TiledViTSpec) else build(spec.tower).reducers
+        return models.build(spec, reducers=build(spec.decoder).reducers, tower_reducers=tower_reducers, **options)
     names = {block.reduce.partition(":")[0] for block in spec.blocks if block.reduce is not None}
     if not names:
         return models.build(spec, **options)

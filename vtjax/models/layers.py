@@ -7,6 +7,7 @@ Letters: B batch, N tokens, D width, H heads, M hidden width. Parameters are flo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -168,6 +169,7 @@ class Block(nn.Module):
       reducer: called between attention and MLP as `reducer(tokens, aux, knobs) -> (tokens, decisions)`; its `wants`
         attribute, a tuple, names the attention outputs it reads. `aux` may alias traced arrays: do not mutate it.
       adapters: `(site, function)` pairs, `function(x, knobs) -> array`, sites as in `ADAPTER_SITES`.
+      gated: each branch is multiplied by the tanh of a learned gate (the global blocks of Llama 3.2 Vision's tower).
     """
 
     family: ViTSpec
@@ -176,6 +178,7 @@ class Block(nn.Module):
     adapters: tuple[tuple[str, Adapter], ...] = ()
     dtype: Any = jnp.float32
     implementation: str | AttentionFn = "auto"
+    gated: bool = False
 
     @nn.compact
     def __call__(
@@ -213,6 +216,9 @@ class Block(nn.Module):
             if family.layer_scale is not None:
                 gamma = self.param(f"layer_scale{number}", nn.initializers.constant(family.layer_scale), (x.shape[-1],))
                 y = y * gamma.astype(y.dtype)
+            if self.gated:
+                gate = self.param(f"gate{number}", nn.initializers.constant(math.pi / 4), (1,))
+                y = y * jnp.tanh(gate).astype(y.dtype)
             y = drop(y, number - 1)
             parallel = "attn" if number == 1 else "mlp"
             return y + adapters[parallel](x, knobs) if parallel in adapters else y
@@ -260,11 +266,9 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B N D"]:
         spec, d = self.spec, self.spec.width
-        (rows, columns), p = spec.grid, spec.patch
-        x = images.astype(self.dtype).reshape(-1, rows, p, columns, p, spec.channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, p * p * spec.channels)
+        rows, columns = spec.grid
         lecun = nn.initializers.lecun_normal()
-        x = Dense(d, spec.patch_bias, self.dtype, lecun, name="patch")(x)
+        x = Dense(d, spec.patch_bias, self.dtype, lecun, name="patch")(patches(images.astype(self.dtype), spec.patch))
 
         small = nn.initializers.normal(0.02)
         prefix = []
@@ -284,6 +288,13 @@ class Embed(nn.Module):
             x = x + jnp.asarray(sincos2d(rows, columns, d), x.dtype)
         leading = jnp.broadcast_to(leading.astype(x.dtype), (x.shape[0], *leading.shape))
         return jnp.concatenate([leading, x], axis=1)
+
+
+def patches(images: Float[Array, "B H W C"], side: int) -> Float[Array, "B N P"]:
+    """The pixels of each patch, row by row, ordered row, column, channel."""
+    _, height, width, channels = images.shape
+    x = images.reshape(-1, height // side, side, width // side, side, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height * width // side**2, side**2 * channels)
 
 
 def sincos2d(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -123,7 +123,7 @@ def run(
     *,
     knobs: Knobs | None = None,
     want: tuple[str, ...] = (),
-    keep: int | None = None,
+    keep: Collection[int] = (),
     remat: str = "none",
     scan: bool = False,
     drop_path: float = 0.0,
@@ -137,7 +137,7 @@ def run(
       params: `{block_name: parameters}`; other names are ignored.
       knobs: traced method parameters, leaves `[L, ...]` or scalars.
       want: attention outputs to return per block, and "tokens" for the `Tokens` that leave it.
-      keep: a layer whose aux holds "tokens" whatever `want` says; it ends a scan.
+      keep: layers whose aux holds "tokens" whatever `want` says; each ends a scan.
       remat, scan: see `check`. Scan applies to runs of at least two equal blocks without reducer, adapters and `want`.
       drop_path: stochastic depth rate of the last block; the rate grows linearly from 0. Needs `key`.
       key: random key for stochastic depth.
@@ -172,7 +172,7 @@ def run(
 
     auxes: list[dict[str, Any]] = []
     for (block, _), members in itertools.groupby(
-        range(len(blocks)), key=lambda i: (blocks[i], keep is not None and i > keep)
+        range(len(blocks)), key=lambda i: (blocks[i], sum(i > layer for layer in keep))
     ):
         layers = list(members)
         plain = block.reducer is None and not block.adapters and not want
@@ -192,7 +192,7 @@ def run(
             for p, k, rate, drop_key in arguments:
                 tokens, aux = one(p, tokens, k, rate, drop_key)
                 auxes.append(aux)
-        if layers[-1] == keep:
+        if layers[-1] in keep:
             auxes[-1]["tokens"] = tokens
     return tokens, auxes
 

@@ -165,7 +165,7 @@ class ViT:
             self.embed(params, images),
             knobs=segments.method_knobs(params) | dict(knobs or {}),
             want=want,
-            keep=feature_layer,
+            keep=() if feature_layer is None else (feature_layer,),
             remat=self.remat,
             scan=self.scan,
             drop_path=drop_path,

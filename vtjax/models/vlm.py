@@ -2,8 +2,8 @@
 """The multimodal language model of a `VLMSpec`: a ViT and an LM around a bridge.
 
 Visual tokens either take the place of placeholders in the text, or are what the text's cross-attention reads.
-Letters: B batch, I images of a sample, T visual tokens of an image, N tokens of the text, E visual width, D width of
-the decoder, V vocabulary.
+Letters: B batch, I images of a sample, t tiles of an image, T visual tokens of an image, N tokens of the text, E visual
+width, D width of the decoder, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from vtjax.models.bridge import Projector
 from vtjax.models.layers import Adapter, Knobs, Reducer
 from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, counted
 from vtjax.models.segments import block_name, call_module
+from vtjax.models.tiled import TiledViT, check_tiles
 from vtjax.models.vit import ViT
 from vtjax.ops import cross_attention, splice
 from vtjax.ops.cross_attention import Attend, Memory
-from vtjax.spec import VLMSpec
+from vtjax.spec import TiledViTSpec, VLMSpec
 
-Images = Float[Array | np.ndarray, "B H W C"] | Float[Array | np.ndarray, "B I H W C"]
+Images = (
+    Float[Array | np.ndarray, "B H W C"]
+    | Float[Array | np.ndarray, "B I H W C"]
+    | Float[Array | np.ndarray, "B I t H W C"]
+)
+Ratio = Int[Array | np.ndarray, "B I"]
 ImageMask = Int[Array | np.ndarray, "B I"] | Bool[Array | np.ndarray, "B I"]
 
 
@@ -47,12 +53,13 @@ class VLM:
       remat, scan: see `models.segments`; of tower and decoder.
       attention: of the decoder, see `LM`.
       reducers, adapters: of the decoder, see `LM`.
-      tower_reducers, tower_adapters: of the tower, see `ViT`.
+      tower_reducers, tower_adapters: of the tower, see `ViT`; a tiled one has neither.
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
       attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
 
     Raises:
-      InputError: what `ViT` and `LM` refuse, or a tower that reduces its tokens where each has its placeholder.
+      InputError: what `ViT`, `TiledViT` and `LM` refuse, or a tower that reduces its tokens where each has its
+        placeholder.
     """
 
     spec: VLMSpec
@@ -76,9 +83,13 @@ class VLM:
         self.lm.blocks()
 
     @property
-    def tower(self) -> ViT:
+    def tower(self) -> ViT | TiledViT:
         """The tower up to the tokens that are taken: what comes after them is not computed."""
         spec = self.spec.tower
+        if isinstance(spec, TiledViTSpec):
+            if self.tower_reducers or self.tower_adapters:
+                raise InputError("a tiled tower takes no reducers and adapters, found some")
+            return TiledViT(spec, self.dtype, self.remat, self.scan, self.constrain)
         last = spec.depth if spec.feature_layer is None else spec.feature_layer % spec.depth + 1
         used = dataclasses.replace(
             spec,
@@ -119,13 +130,14 @@ class VLM:
         """Fresh float32 parameters `tower`, `bridge`, `decoder`; jit it."""
         spec, (tower, bridge, decoder) = self.spec, jax.random.split(key, 3)
         # The whole tower, as a file of it has it.
-        whole = ViT(spec.tower).init(tower)
+        kind = TiledViT if isinstance(spec.tower, TiledViTSpec) else ViT
+        whole = kind(spec.tower).init(tower)
         text = self.lm.init(decoder, spec.visual_width)
         layers = () if spec.bridge.cross is None else spec.bridge.cross.layers
         crossing: Params = {block_name(i): text[block_name(i)].pop("cross") for i in layers}
         projector: Params = {}
         if spec.bridge.projector != "none":
-            visual = jnp.zeros((1, 1, spec.tower.width), self.dtype)
+            visual = jnp.zeros((1, 1, spec.tower_width), self.dtype)
             projector = {"projector": self._projector.init(bridge, visual)["params"]}
         text = {name: tree for name, tree in text.items() if tree}
         return {"tower": whole, "bridge": {**projector, **crossing}, "decoder": text}
@@ -138,6 +150,7 @@ class VLM:
         attention_mask: Mask | None = None,
         *,
         image_mask: ImageMask | None = None,
+        aspect_ratio: Ratio | None = None,
         positions: Ids | None = None,
         segments: Ids | None = None,
         knobs: Knobs | None = None,
@@ -150,9 +163,13 @@ class VLM:
             they act in (`params["decoder"]["<method>"]`).
           input_ids: token ids, with `spec.placeholders` tokens `spec.image_token` for each image, in the order of the
             images.
-          images: float32, already normalised, of the tower's size; one per sample, or I of them; None = none.
+          images: float32, already normalised, of the tower's size; one per sample, or I of them; None = none. For a
+            tiled tower also `[B, I, t, H, W, C]`, as `data.tiles` makes them.
           attention_mask, positions, segments, knobs, want: as in `LM.apply`; they belong to the decoder.
-          image_mask: 1 for images, 0 for what fills samples with fewer up, after them; None = all are images.
+          image_mask: 1 for images, 0 for what fills samples with fewer up, after them; None = all are images, or where
+            there are aspect ratios, those with one.
+          aspect_ratio: number of each image's canvas (`TiledViTSpec.aspect_ratios`, from 1; 0 = no image). Tiles that
+            an image lacks are not read by the text. None = one tile each.
 
         Returns:
           logits: float32, of every slot of the text; padding's mean nothing.
@@ -162,7 +179,7 @@ class VLM:
           InputError: what `LM.apply` refuses; images of another size; placeholders that do not fit the images (where
             the values are known, which they are not inside `jit`).
         """
-        entered, visual = self.enter(params, input_ids, images, image_mask, attention_mask, positions)
+        entered, visual = self.enter(params, input_ids, images, image_mask, attention_mask, positions, aspect_ratio)
         y, aux = self.lm.apply(
             self.decoder_params(params),
             attention_mask=attention_mask,
@@ -182,6 +199,7 @@ class VLM:
         attention_mask: Mask | None = None,
         *,
         image_mask: ImageMask | None = None,
+        aspect_ratio: Ratio | None = None,
         new_tokens: int,
         **options: Any,
     ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
@@ -193,8 +211,8 @@ class VLM:
         Raises:
           InputError: as `apply` and `models.generate.generate`.
         """
-        self.check(input_ids, images, image_mask)
-        given = (jnp.asarray(input_ids), images, image_mask, attention_mask, options.get("positions"))
+        self.check(input_ids, images, image_mask, aspect_ratio)
+        given = (jnp.asarray(input_ids), images, image_mask, attention_mask, options.get("positions"), aspect_ratio)
         options = {"attention_mask": attention_mask, "new_tokens": new_tokens, **options}
         entered = _entered(self, params, *given)
         return generate_lib.generate(self.lm, self.decoder_params(params), **entered, **options)
@@ -207,17 +225,20 @@ class VLM:
             tree[name] = {**tree.get(name, {}), "cross": params["bridge"][name]}
         return tree
 
-    def look(self, params: Params, images: Images) -> tuple[Float[Array, "B M E"], Int[Array, "B M"]]:
-        """What tower and projector make of the images `[B, I, H, W, C]` (or `[B, H, W, C]`): visual tokens, image by
-        image, and 1 where they live (0 where the tower dropped them)."""
+    def look(
+        self, params: Params, images: Images, aspect_ratio: Ratio | None = None
+    ) -> tuple[Float[Array, "B M E"], Int[Array, "B M"]]:
+        """What tower and projector make of the images (and aspect ratios) as `apply` takes them: visual tokens, image
+        by image, and 1 where they live (0 where the tower dropped them, or an image lacks the tile)."""
         spec = self.spec
         many = images[:, None] if images.ndim == 4 else images
         flat = jnp.asarray(many).reshape(-1, *many.shape[2:])
-        _, aux = self.tower.apply(params["tower"], flat)
+        ratio = () if aspect_ratio is None else (jnp.asarray(aspect_ratio).reshape(-1),)
+        _, aux = self.tower.apply(params["tower"], flat, *ratio)
         x, alive = aux["features"], aux["tokens"].alive
         live = jnp.ones(x.shape[:2], jnp.int32) if alive is None else (alive > 0.5).astype(jnp.int32)
         if not spec.bridge.prefix:
-            x, live = x[:, spec.tower.prefix :], live[:, spec.tower.prefix :]
+            x, live = self._without_prefix(x), self._without_prefix(live)
         if spec.bridge.projector != "none":
             x = call_module(self._projector, jax.tree.map(jnp.asarray, params["bridge"]["projector"]), x)
         return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live.reshape(len(many), -1)
@@ -230,20 +251,21 @@ class VLM:
         image_mask: ImageMask | None = None,
         attention_mask: Mask | None = None,
         positions: Ids | None = None,
+        aspect_ratio: Ratio | None = None,
     ) -> tuple[dict[str, Any], Float[Array, "B M E"] | None]:
         """What `LM.apply` takes of text and images (`embeddings`, `memory`), and the visual tokens.
 
         Raises:
           InputError: as `apply`.
         """
-        self.check(input_ids, images, image_mask)
+        self.check(input_ids, images, image_mask, aspect_ratio)
         placeholder = jnp.asarray(input_ids) == self.spec.image_token
         # What stands for an image may be a number that the decoder does not have.
         ids = jnp.where(placeholder, jnp.minimum(self.spec.image_token, self.spec.decoder.ids - 1), input_ids)
         x = self.lm.embed(params["decoder"], ids)
         if images is None:
             return {"embeddings": x}, None
-        visual, live = self.look(params, images)
+        visual, live = self.look(params, images, aspect_ratio)
         cross = self.spec.bridge.cross
         if cross is None:
             return {"embeddings": splice.splice(x, placeholder, visual)}, visual
@@ -264,19 +286,27 @@ class VLM:
         )
         return {"embeddings": x, "memory": memory}, visual
 
-    def check(self, input_ids: Any, images: Any, image_mask: Any = None) -> None:
+    def check(self, input_ids: Any, images: Any, image_mask: Any = None, aspect_ratio: Any = None) -> None:
         """Raises InputError for ids, images and placeholders that do not fit each other, as far as they are known."""
         spec = self.spec
         check_ids(input_ids, max(spec.decoder.ids, spec.image_token + 1))
         size = (*spec.image_size, spec.tower.channels)
-        count = 0
+        count, tiled = 0, isinstance(spec.tower, TiledViTSpec)
+        if aspect_ratio is not None and (not tiled or images is None):
+            raise InputError("aspect_ratio belongs to images of a tiled tower, found it without")
         if images is not None:
-            if images.ndim not in (4, 5) or tuple(images.shape[-3:]) != size or len(images) != len(input_ids):
+            known = images.ndim in ((4, 5, 6) if tiled else (4, 5)) and len(images) == len(input_ids)
+            if not known or tuple(images.shape[-3:]) != size:
                 raise InputError(
                     f"images must be [{len(input_ids)}, {', '.join(map(str, size))}], or several of them per text, "
                     f"found {list(images.shape)}"
                 )
             count = 1 if images.ndim == 4 else images.shape[1]
+            if isinstance(spec.tower, TiledViTSpec):
+                tiles = images.shape[2] if images.ndim == 6 else 1
+                check_tiles(spec.tower, (len(images), count, tiles, *size), aspect_ratio)
+        if image_mask is None and aspect_ratio is not None:
+            image_mask = aspect_ratio > 0
         if image_mask is not None and tuple(image_mask.shape) != (len(input_ids), count):
             raise InputError(f"image_mask must be {[len(input_ids), count]}, found {list(image_mask.shape)}")
         if isinstance(input_ids, jax.core.Tracer) or isinstance(image_mask, jax.core.Tracer):
@@ -294,6 +324,11 @@ class VLM:
                 f"text {row} must hold {spec.placeholders} placeholders (token {spec.image_token}) for each of its "
                 f"{given[row]} images, found {found[row]}"
             )
+
+    def _without_prefix(self, a: Array) -> Array:
+        """`[B, N, ...]` without the tokens of each tile that are not patches."""
+        by_tile = a.reshape(len(a), self.spec.tiles, -1, *a.shape[2:])[:, :, self.spec.tower.prefix :]
+        return by_tile.reshape(len(a), -1, *a.shape[2:])
 
     @property
     def _projector(self) -> Projector:

@@ -21,6 +21,9 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 STATISTICS = ("importance", "lse")
 
+FILLED_FEATURES = 8
+"""Features that `filled` adds to every head."""
+
 # Below this many keys, TPU's fused softmax over materialised scores is as fast as the kernel, and exact in float32.
 _SPLASH_FROM = 1024
 _LANES = 128
@@ -78,6 +81,31 @@ def attention(
     if not fast:
         return reference(q, k, v, size, alive)
     return jax.lax.platform_dependent(q, k, v, size, alive, **fast, default=reference)
+
+
+def filled(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    *,
+    alive: Float[Array, "B N"],
+    size: Float[Array, "B N"] | None = None,
+    want: tuple[str, ...] = (),
+) -> tuple[Float[Array, "B N H D"], dict[str, Array]]:
+    """`attention` where every live query reads all keys, and a dead one the live keys only: Llama 3.2 Vision's tower,
+    whose images are filled up with tokens that they lack (transformers' `_prepare_aspect_ratio_attention_mask`).
+
+    The mask is a product of two flags, so it rides along as one more feature of q and k, and the kernels need no mask.
+    Every row must have a live key.
+    """
+    d = q.shape[-1]
+    # Far below any score; features come in eights, as cuDNN wants them.
+    flag = jnp.broadcast_to((1.0 - alive)[:, :, None, None] * 100.0 * d**0.25, (*q.shape[:3], 1))
+    flag = jnp.pad(flag, ((0, 0), (0, 0), (0, 0), (0, FILLED_FEATURES - 1))).astype(q.dtype)
+    q, k = jnp.concatenate([q, flag], -1), jnp.concatenate([k, -flag], -1)
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, FILLED_FEATURES)))
+    y, aux = attention(q, k, v, size=size, scale=d**-0.5, want=want)
+    return y[..., :d], aux
 
 
 def removed(

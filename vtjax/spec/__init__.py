@@ -16,6 +16,7 @@ from vtjax.spec import fields
 from vtjax.spec.base import FORMAT, Lineage, ModelSpec, is_backbone
 from vtjax.spec.fields import diff
 from vtjax.spec.lm import DecoderBlockSpec, LMSpec, LoRASpec, RopeScaling
+from vtjax.spec.tiled import TiledViTSpec
 from vtjax.spec.vit import BlockSpec, Preprocess, ViTSpec
 from vtjax.spec.vlm import BridgeSpec, CrossSpec, TextSpec, VLMSpec
 
@@ -34,6 +35,7 @@ __all__ = [
     "RopeScaling",
     "Spec",
     "TextSpec",
+    "TiledViTSpec",
     "VLMSpec",
     "ViTSpec",
     "diff",
@@ -46,10 +48,10 @@ if TYPE_CHECKING:
     # What a file holds shows when it is read: a union would ask every reader of a ViT's weights for a cast.
     Spec = Any
 else:
-    Spec = ViTSpec | LMSpec | VLMSpec
+    Spec = ViTSpec | TiledViTSpec | LMSpec | VLMSpec
 """Any model spec."""
 
-KINDS: dict[str, type] = {"ViTSpec": ViTSpec, "LMSpec": LMSpec, "VLMSpec": VLMSpec}
+KINDS: dict[str, type] = {"ViTSpec": ViTSpec, "TiledViTSpec": TiledViTSpec, "LMSpec": LMSpec, "VLMSpec": VLMSpec}
 
 
 def from_dict(data: Any) -> Spec:

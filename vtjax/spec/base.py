@@ -16,7 +16,7 @@ FORMAT = 1
 
 S = TypeVar("S", bound="ModelSpec")
 
-_BACKBONE = re.compile(r"embed|norm_before|block_\d+|norm|fc_norm|pool|head|head_distill|tower|bridge|decoder")
+_BACKBONE = re.compile(r"embed|norm_before|block_\d+|norm|tiles|fc_norm|pool|head|head_distill|tower|bridge|decoder")
 
 
 def is_backbone(name: str) -> bool:

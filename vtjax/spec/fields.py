@@ -89,6 +89,9 @@ def build(cls: type, data: Mapping[str, Any], where: str) -> Any:
 def _value(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type, or an InputError that names the field."""
     args = typing.get_args(hint)
+    if isinstance(value, Mapping) and sum(map(dataclasses.is_dataclass, args)) > 1:
+        # Of several classes the first that has all the fields.
+        hint = next((kind for kind in args if value.keys() <= {f.name for f in dataclasses.fields(kind)}), args[0])
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     if typing.get_origin(hint) is tuple:

@@ -11,6 +11,7 @@ from vtjax.errors import InputError
 from vtjax.spec import fields
 from vtjax.spec.base import Lineage, ModelSpec
 from vtjax.spec.lm import LMSpec
+from vtjax.spec.tiled import TiledViTSpec
 from vtjax.spec.vit import Preprocess, ViTSpec
 
 FORMS = ("block", "hyper")
@@ -155,7 +156,7 @@ class VLMSpec(ModelSpec):
 
     Attributes:
       tower: vision transformer; its `feature_layer` says which tokens are taken (None = after the final norm). Its head
-        and what comes after that layer are kept and not computed.
+        and what comes after that layer are kept and not computed. Or a tiled one, for a bridge with cross-attention.
       bridge: from its tokens to the decoder.
       decoder: language model.
       image_token: id of the placeholder in the text, one per visual token, or with cross-attention one per image. Where
@@ -165,7 +166,7 @@ class VLMSpec(ModelSpec):
       lineage: surgery history, oldest first; those of the parts are in the parts.
     """
 
-    tower: ViTSpec
+    tower: ViTSpec | TiledViTSpec
     bridge: BridgeSpec
     decoder: LMSpec
     image_token: int
@@ -179,6 +180,8 @@ class VLMSpec(ModelSpec):
                 f"VLMSpec.image_token must be 0 or more, and below {self.decoder.ids} where the decoder reads "
                 f"it, found {self.image_token}"
             )
+        if isinstance(self.tower, TiledViTSpec) and self.bridge.cross is None:
+            raise InputError("a TiledViTSpec needs BridgeSpec.cross, which leaves out tiles that an image lacks")
         if self.bridge.projector == "none" and self.bridge.cross is None and self.tower.width != self.decoder.width:
             raise InputError(
                 f"BridgeSpec.projector='none' needs a tower of the decoder's width {self.decoder.width}, "
@@ -203,7 +206,7 @@ class VLMSpec(ModelSpec):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels, the tower's."""
+        """(height, width) in pixels, the tower's; of a tile where it has tiles."""
         return self.tower.image_size
 
     @property
@@ -215,7 +218,17 @@ class VLMSpec(ModelSpec):
     def visual_tokens(self) -> int:
         """T: tokens of one image that reach the decoder."""
         rows, columns = self.tower.grid
-        return rows * columns + (self.tower.prefix if self.bridge.prefix else 0)
+        return self.tiles * (rows * columns + (self.tower.prefix if self.bridge.prefix else 0))
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that the tower sees of each image; 1 where it knows none."""
+        return self.tower.tiles if isinstance(self.tower, TiledViTSpec) else 1
+
+    @property
+    def tower_width(self) -> int:
+        """Width of the tokens that leave the tower."""
+        return self.tower.output_width if isinstance(self.tower, TiledViTSpec) else self.tower.width
 
     @property
     def placeholders(self) -> int:
@@ -225,7 +238,7 @@ class VLMSpec(ModelSpec):
     @property
     def visual_width(self) -> int:
         """E: width of the visual tokens that reach the decoder."""
-        return self.tower.width if self.bridge.projector == "none" else self.decoder.width
+        return self.tower_width if self.bridge.projector == "none" else self.decoder.width
 
     def unreduced(self) -> VLMSpec:
         """The same model without token reducers in tower and decoder."""

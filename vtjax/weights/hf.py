@@ -71,7 +71,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 _WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "internvl_chat": "intern_vit_6b"}
 """Models of which the vision part is taken."""
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     **{"gelu": "gelu", "quick_gelu": "quick_gelu"},
     **{"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"},
 }
@@ -99,13 +99,13 @@ def spec_from_config(
     if kind in _WHOLE:
         kind, config = _WHOLE[kind], config.get("vision_config") or {}
     if kind not in FAMILIES:
-        known = ", ".join([*FAMILIES, *_WHOLE, *hf_lm.FAMILIES, "llava"])
+        known = ", ".join([*FAMILIES, *_WHOLE, *hf_lm.FAMILIES, "llava", "mllama"])
         raise InputError(f"{where}: model_type must be one of {known}, found {config.get('model_type')!r}")
     table, defaults = FAMILIES[kind]
     get = {**defaults, **{k: v for k, v in config.items() if v is not None}}
-    if get["hidden_act"] not in _ACTIVATIONS:
-        raise InputError(f"{where}: hidden_act must be one of {', '.join(_ACTIVATIONS)}, found {get['hidden_act']!r}")
-    side = _square(get["patch_size"], f"{where}: patch_size")
+    if get["hidden_act"] not in ACTIVATIONS:
+        raise InputError(f"{where}: hidden_act must be one of {', '.join(ACTIVATIONS)}, found {get['hidden_act']!r}")
+    side = square(get["patch_size"], f"{where}: patch_size")
     image = get["image_size"]
     height, width = (image, image) if isinstance(image, int) else (int(image[0]), int(image[1]))
     # Pixels right of and below the last whole patch are not seen: SigLIP so400m/14 at 384 reads 378.
@@ -113,7 +113,7 @@ def spec_from_config(
     common: dict[str, Any] = {
         **{"depth": get["num_hidden_layers"], "width": get["hidden_size"], "heads": get["num_attention_heads"]},
         **{"image_size": size, "patch": side, "channels": get["num_channels"], "eps": float(get["layer_norm_eps"])},
-        **{"activation": _ACTIVATIONS[get["hidden_act"]], "preprocess": _preprocess(processor, size[0], where)},
+        **{"activation": ACTIVATIONS[get["hidden_act"]], "preprocess": preprocess(processor, size[0], where)},
     }
     build = {"hf_vit": _vit, "hf_dinov2": _dinov2, "hf_clip": _clip, "hf_siglip": _siglip, "hf_intern": _intern}[table]
     return ViTSpec.uniform(**{**common, **build(get, names, where)}), table
@@ -184,14 +184,14 @@ def _swiglu_width(hidden: int) -> int:
     return (int(hidden * 2 / 3) + 7) // 8 * 8
 
 
-def _square(value: Any, where: str) -> int:
+def square(value: Any, where: str) -> int:
     sides = {value} if isinstance(value, int) else set(value)
     if len(sides) != 1:
         raise InputError(f"{where} must be square, found {value}")
     return int(sides.pop())
 
 
-def _preprocess(processor: Mapping[str, Any] | None, side: int, where: str) -> Preprocess:
+def preprocess(processor: Mapping[str, Any] | None, side: int, where: str) -> Preprocess:
     """Resize and crop of an image processor, as a crop fraction of the resized height, and whether it squashes. An
     image that is larger than the `side` that the model sees (SigLIP so400m/14 reads 378 of 384) is cropped to it."""
     if processor is None:

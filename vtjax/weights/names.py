@@ -7,6 +7,7 @@ Import splits what export joins, so that export is the inverse of import, bit fo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import LMSpec, Spec, ViTSpec, VLMSpec, is_backbone
+from vtjax.spec import LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec, is_backbone
 from vtjax.weights.tables import TABLES, Row, Table
 
 Params = dict[str, Any]
@@ -55,6 +56,8 @@ def shapes(spec: Spec) -> dict[str, Shape]:
     if isinstance(spec, VLMSpec):
         parts = {"tower": shapes(spec.tower), "bridge": bridge_shapes(spec), "decoder": shapes(spec.decoder)}
         return {f"{part}/{name}": shape for part, found in parts.items() for name, shape in found.items()}
+    if isinstance(spec, TiledViTSpec):
+        return _tiled_shapes(spec)
     return _lm_shapes(spec) if isinstance(spec, LMSpec) else _vit_shapes(spec)
 
 
@@ -69,9 +72,9 @@ def bridge_shapes(spec: VLMSpec) -> dict[str, Shape]:
             out[f"{name}/bias"] = (columns,)
 
     if bridge.projector == "mlp":
-        dense("projector/up", spec.tower.width, bridge.hidden, bridge.bias)
+        dense("projector/up", spec.tower_width, bridge.hidden, bridge.bias)
     if bridge.projector != "none":
-        dense("projector/down", bridge.hidden or spec.tower.width, d, bridge.bias)
+        dense("projector/down", bridge.hidden or spec.tower_width, d, bridge.bias)
     cross = bridge.cross
     for layer in () if cross is None else cross.layers:
         assert cross is not None
@@ -201,6 +204,17 @@ def _vit_shapes(spec: ViTSpec) -> dict[str, Shape]:
     return out
 
 
+def _tiled_shapes(spec: TiledViTSpec) -> dict[str, Shape]:
+    out, table = _vit_shapes(spec.plain), (1 + len(spec.aspect_ratios), spec.tiles)
+    out |= {"embed/pos_gate": (1,), "embed/tile_pos": (*table, spec.tile_tokens, spec.width)}
+    for name in ("embed/tiles", "tiles"):
+        out |= {f"{name}/table": (*table, spec.width), f"{name}/gate": (1,)}
+    for i in range(spec.local, spec.depth):
+        gates = {1: spec.blocks[i].attn, 2: spec.blocks[i].ffn}
+        out |= {f"block_{i:02d}/gate{number}": (1,) for number, used in gates.items() if used}
+    return out
+
+
 def rows(spec: Spec, table: Table, prefix: str = "") -> list[Row]:
     """The table's rows for this spec, with full names on both sides; each of our names occurs exactly once.
 
@@ -222,11 +236,17 @@ def rows(spec: Spec, table: Table, prefix: str = "") -> list[Row]:
         take(row, "", "")
     for i in range(spec.depth):
         for row in table.block:
-            take(row, f"block_{i:02d}/", f"{table.stem.format(i)}.")
+            take(row, f"block_{i:02d}/", f"{_stem(spec, table, i)}.")
     left = [n for n in ours if n not in taken]
     if left:
         raise InputError(f"this naming has no place for {listed(left)}, which the spec asks for")
     return out
+
+
+def _stem(spec: Spec, table: Table, block: int) -> str:
+    if isinstance(spec, TiledViTSpec) and block >= spec.local:
+        return table.global_stem.format(block - spec.local)
+    return table.stem.format(block)
 
 
 def foreign_shapes(spec: Spec, table: Table, prefix: str = "") -> dict[str, Shape]:
@@ -385,6 +405,8 @@ def _outward_shape(shape: Shape, kind: str, spec: Spec) -> Shape:
         return shape[::-1]
     if kind == "conv":
         return (shape[1], spec.channels, spec.patch, spec.patch)
+    if kind == "rows":
+        return (shape[0], math.prod(shape[1:]))
     return {"same": shape, "lead": (1, *shape), "token": (1, 1, *shape)}[kind]
 
 

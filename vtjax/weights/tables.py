@@ -18,7 +18,7 @@ class Row:
       ours: our names, in the order in which they lie in the foreign array.
       foreign: its name; with a leading "/" the table's prefix is not put before it.
       kind: "same"; "linear" (transposed); "conv" (`[P*P*C, D]` <-> `[D, C, P, P]`); "lead" (one leading axis of 1);
-        "token" (`[D]` <-> `[1, 1, D]`).
+        "token" (`[D]` <-> `[1, 1, D]`); "rows" (`[A, ...]` <-> `[A, product of the rest]`).
       needs: the row applies only where our tree has these names, too.
     """
 
@@ -35,6 +35,7 @@ class Table:
     Attributes:
       top, block: rows; those of `block` are relative to one block.
       stem: foreign name of block i, with `{}`.
+      global_stem: of global block i of a tiled tower.
       prefixes: what may stand before every name (the class that holds the backbone); the first is written where
         there is a head.
       anchor: name of the patch embedding, by which prefix and table are found.
@@ -51,6 +52,7 @@ class Table:
     marks: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
     fill: tuple[str, ...] = ()
+    global_stem: str = ""
 
 
 def _dense(ours: str, foreign: str, needs: str = "") -> tuple[Row, ...]:
@@ -278,6 +280,38 @@ TABLES: dict[str, Table] = {
         prefixes=("vision_model.", ""),
         marks=("post_layernorm",),
         ignored=_TEXT,
+    ),
+    "hf_mllama": Table(
+        (
+            *_patch("patch_embedding"),
+            Row(("embed/class_token",), "class_embedding"),
+            Row(("embed/pos",), "gated_positional_embedding.embedding"),
+            Row(("embed/pos_gate",), "gated_positional_embedding.gate"),
+            Row(("embed/tile_pos",), "gated_positional_embedding.tile_embedding.weight", "rows"),
+            Row(("embed/tiles/table",), "pre_tile_positional_embedding.embedding.weight", "rows"),
+            Row(("embed/tiles/gate",), "pre_tile_positional_embedding.gate"),
+            *_norm("norm_before", "layernorm_pre"),
+            *_norm("norm", "layernorm_post"),
+            Row(("tiles/table",), "post_tile_positional_embedding.embedding.weight", "rows"),
+            Row(("tiles/gate",), "post_tile_positional_embedding.gate"),
+        ),
+        (
+            *_norm("norm1", "input_layernorm"),
+            *_norm("norm2", "post_attention_layernorm"),
+            *_dense("attn/query", "self_attn.q_proj"),
+            *_dense("attn/key", "self_attn.k_proj"),
+            *_dense("attn/value", "self_attn.v_proj"),
+            *_dense("attn/out", "self_attn.o_proj"),
+            *_dense("mlp/up", "mlp.fc1"),
+            *_dense("mlp/down", "mlp.fc2"),
+            Row(("gate1",), "gate_attn"),
+            Row(("gate2",), "gate_ffn"),
+        ),
+        stem="transformer.layers.{}",
+        global_stem="global_transformer.layers.{}",
+        anchor="patch_embedding.weight",
+        prefixes=("", "vision_model."),
+        marks=("global_transformer.",),
     ),
     "hf_decoder": Table(
         (
