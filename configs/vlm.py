@@ -78,6 +78,13 @@ def tower(**leaves: Any) -> ConfigDict:
     return common.with_leaves(config, leaves)
 
 
+def tiled_tower(**leaves: Any) -> ConfigDict:
+    """A tiled vision tower by the fields of `TiledViTSpec` (`blocks` as depth, of local blocks, heads and mlp)."""
+    config: dict[str, Any] = {"image_size": (560, 560), "patch": 14, "tiles": 4, "width": 1280, "depth": 32}
+    config |= {"global_blocks": 8, "heads": 16, "mlp": 5120, "features": (), "eps": 1e-5, "activation": "gelu"}
+    return common.with_leaves(ConfigDict({**config, "preprocess": TILE_PREPROCESS}), leaves)
+
+
 def decoder(**leaves: Any) -> ConfigDict:
     """A language model by the fields of `LMSpec` (`blocks` as depth, heads, kv_heads and mlp). `vocab=0` and `eos=()`:
     the tokenizer's. `empty`: layers without attention and MLP, which a cross-attention block stands in."""
@@ -173,6 +180,7 @@ def instruction(steps: int, batch_size: int, length: int) -> ConfigDict:
     return config
 
 
+TILE_PREPROCESS = {**dgmr.CLIP_PREPROCESS, "crop": 1.0, "interpolation": "bilinear"}
 CLIP_L14: dict[str, Any] = {
     **{"patch": 14, "width": 1024, "depth": 24, "heads": 16, "mlp": 4096, "eps": 1e-5, "patch_bias": False},
     **{"norm_before": True, "activation": "quick_gelu", "preprocess": dgmr.CLIP_PREPROCESS},
@@ -216,15 +224,11 @@ def llava_hr_7b(steps: int, batch_size: int) -> ConfigDict:
 
 
 def llama32_11b_vision(steps: int, batch_size: int) -> ConfigDict:
-    """Llama-3.2-11B-Vision: 40 layers, of which 8 are cross-attention blocks; decoder and cross-attention exact.
-
-    The tower is a stand-in: one plain block of the width that the projector reads (7680) with about as many parameters,
-    where the original joins six layers of a tiled two-stage encoder of width 1280. Not run.
-    """
+    """Llama-3.2-11B-Vision: a tower of 32 local and 8 global blocks over up to four tiles of 560 pixels, of which six
+    layers side by side are read (width 7680); 40 layers of text, of which 8 are cross-attention blocks. Images of the
+    question loader are one tile each. Not run."""
     config = instruction(steps or 1000, batch_size or 32, 2048)
-    config.model.tower = tower(
-        image_size=(560, 560), patch=14, width=7680, depth=1, heads=16, mlp=39680, patch_bias=False, eps=1e-5
-    )
+    config.model.tower = tiled_tower(features=(3, 7, 15, 23, 30))
     layers = tuple(range(3, 40, 5))
     config.model.bridge = bridge(
         projector="linear", prefix=True, cross="mllama", layers=layers, heads=32, kv_heads=8, head_dim=128, mlp=14336
@@ -232,7 +236,6 @@ def llama32_11b_vision(steps: int, batch_size: int) -> ConfigDict:
     text = {"depth": 40, "width": 4096, "heads": 32, "kv_heads": 8, "mlp": 14336, "vocab": 128256, "extra": 8}
     config.model.decoder = decoder(**text, tied=False, context=131072, rope_base=500_000.0, empty=layers)
     config.model.image_token = 128256
-    config.model.stand_ins = ("tower: a plain ViT of one block and width 7680 for the tiled two-stage encoder",)
     return config
 
 

@@ -66,7 +66,7 @@ def dgmr() -> Iterator[Case]:
 
 
 def vlm() -> Iterator[Case]:
-    """Instruction tuning of LLaVA-1.5-7B, and of Llama-3.2-11B-Vision (its tower a stand-in)."""
+    """Instruction tuning of LLaVA-1.5-7B, and of Llama-3.2-11B-Vision."""
     for topology in ("v5e:4x4", "v5p:4x4x4"):
         yield Case("configs/vlm.py:llava15_7b", "train", topology)
     yield Case("configs/vlm.py:llama32_11b_vision", "train", "v5p:4x4x4")

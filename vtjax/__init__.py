@@ -9,7 +9,7 @@ m = vtjax.load("smollm2_135m")        # a language model: a name, a GGUF file, a
 logits, aux = m.apply(m.params, input_ids, attention_mask)
 tokens, count = m.generate(m.params, input_ids, attention_mask, new_tokens=20)
 
-m = vtjax.load("runs/easyvqa")        # a multimodal model: a workdir, a vtjax file, a folder of LLaVA
+m = vtjax.load("runs/easyvqa")        # a multimodal model: a workdir, a vtjax file, a Hugging Face folder
 m.answer("shapes.png", "What colour is the circle?")
 """
 
@@ -36,9 +36,10 @@ class Model:
       spec: the architecture.
       params: nested dict of float32 arrays.
       apply: not jitted. Of a ViT: `apply(params, images, knobs=None, want=()) -> (y, aux)`, see
-        `vtjax.models.vit.ViT.apply`. Of a language model: `apply(params, input_ids, attention_mask=None) -> (logits,
-        aux)`, see `vtjax.models.lm.LM.apply`. Of a multimodal one: `apply(params, input_ids, images,
-        attention_mask=None)`, see `vtjax.models.vlm.VLM.apply`.
+        `vtjax.models.vit.ViT.apply`; of a tiled one with `aspect_ratio`, see `vtjax.models.tiled.TiledViT.apply`. Of a
+        language model: `apply(params, input_ids, attention_mask=None) -> (logits, aux)`, see
+        `vtjax.models.lm.LM.apply`. Of a multimodal one: `apply(params, input_ids, images, attention_mask=None)`, see
+        `vtjax.models.vlm.VLM.apply`.
       answer: of a multimodal model: `answer(image, question) -> str`, see `vtjax.answer.answer`. None for others.
       generate: of a language model: `generate(params, input_ids, attention_mask=None, new_tokens=...) -> (tokens,
         count)`, see `vtjax.models.generate.generate`; of a multimodal one with the images after the ids.

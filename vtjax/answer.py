@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import TextSpec, VLMSpec
+from vtjax.spec import TextSpec, TiledViTSpec, VLMSpec
 
 if TYPE_CHECKING:
     from vtjax.data.conversation import Template
@@ -35,7 +35,8 @@ def answer(
 
     Args:
       model, params: a `models.vlm.VLM`.
-      image: a path, a PIL image, or uint8 `[H, W, 3]`; made ready as `model.spec.preprocess` says.
+      image: a path, a PIL image, or uint8 `[H, W, 3]`; made ready as `model.spec.preprocess` says, for a tiled tower on
+        the canvas of tiles that suits it best.
       question: in words.
       new_tokens: most tokens of the answer.
       tokenizer, template: how texts are written, as in `TextSpec`; None = as `model.spec.text` says. A folder of
@@ -47,27 +48,38 @@ def answer(
     """
     spec = _with_text(model.spec, tokenizer, template)
     words = tokenizer_of(spec)
-    ids, mask, pixels = prompt(spec, image, question, new_tokens)
-    tokens, count = model.generate(params, ids, pixels, mask, new_tokens=new_tokens)
+    tokens, count = model.generate(params, **inputs(spec, image, question, new_tokens), new_tokens=new_tokens)
     said = [int(token) for token in np.asarray(tokens)[0, : int(count[0])] if int(token) not in spec.decoder.eos]
     return words.decode(said).strip()
 
 
 def prompt(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `VLM.apply` and `VLM.generate` take of a question about one picture, padded left: ids and mask, int32
-    `[1, N]`, and float32 images `[1, H, W, C]`. Arguments and errors as of `answer`."""
-    from vtjax.data import conversation, transforms
+    """Of `inputs`, which says more of a tiled tower: ids, mask and images."""
+    made = inputs(spec, image, question, new_tokens)
+    return made["input_ids"], made["attention_mask"], made["images"]
+
+
+def inputs(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> dict[str, np.ndarray]:
+    """What `VLM.apply` and `VLM.generate` take of a question about one picture, padded left: `input_ids` and
+    `attention_mask`, int32 `[1, N]`, and float32 `images` `[1, H, W, C]`, for a tiled tower `[1, 1, T, H, W, C]` with
+    `aspect_ratio`. Arguments and errors as of `answer`."""
+    from vtjax.data import conversation, tiles, transforms
     from vtjax.data.conversation import Turn
 
     words, ready = tokenizer_of(spec), spec.preprocess
     turns = [Turn("user", f"{conversation.IMAGE}\n{question}")]
     made = conversation.encode(turns, words, template_of(spec), visual_tokens=spec.placeholders, images=1)
-    how = ready.crop, ready.interpolation, True, ready.squash
-    pixels = transforms.evaluate(_pixels(image), spec.image_size, *how)
     length = min(-(-len(made.ids) // ROUND) * ROUND, max(spec.decoder.context - new_tokens + 1, len(made.ids)))
     ids, mask = np.full((1, length), words.pad, np.int32), np.zeros((1, length), np.int32)
     ids[0, length - len(made.ids) :], mask[0, length - len(made.ids) :] = made.ids, 1
-    return ids, mask, transforms.normalise(pixels, ready.mean, ready.std)[None]
+    text = {"input_ids": ids, "attention_mask": mask}
+    if isinstance(spec.tower, TiledViTSpec):
+        canvases = spec.tower.aspect_ratios
+        cut = tiles.cut(_pixels(image), spec.image_size, canvases, ready.mean, ready.std, ready.interpolation)
+        return {**text, "images": cut.tiles[None, None], "aspect_ratio": np.full((1, 1), cut.aspect_ratio, np.int32)}
+    how = ready.crop, ready.interpolation, True, ready.squash
+    pixels = transforms.evaluate(_pixels(image), spec.image_size, *how)
+    return {**text, "images": transforms.normalise(pixels, ready.mean, ready.std)[None]}
 
 
 def _with_text(spec: VLMSpec, tokenizer: str | Path | None, template: str | None) -> VLMSpec:

@@ -31,7 +31,18 @@ from vtjax.models.vlm import VLM
 from vtjax.ops import packing
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.parallel import rules
-from vtjax.spec import BridgeSpec, CrossSpec, Lineage, LMSpec, LoRASpec, TextSpec, ViTSpec, VLMSpec
+from vtjax.spec import (
+    BridgeSpec,
+    CrossSpec,
+    Lineage,
+    LMSpec,
+    LoRASpec,
+    Preprocess,
+    TextSpec,
+    TiledViTSpec,
+    ViTSpec,
+    VLMSpec,
+)
 from vtjax.train import checkpoint, optim
 from vtjax.train.state import params_sha256
 from vtjax.train.task import Data, Task
@@ -247,11 +258,12 @@ def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
             parts[part], loaded[part] = resample.resize(m.spec, m.params, tuple(size))
     text, words = written(config)
     if "tower" not in parts:
-        fields = {name: value for name, value in model.tower.items() if name not in ("feature_layer", "name")}
-        parts["tower"] = vit.described(ConfigDict({**fields, "classes": 1, "pooling": "none"})).edit(classes=0)
+        parts["tower"] = described(model.tower)
     # Questions are about the whole of an image.
     whole = dataclasses.replace(parts["tower"].preprocess, crop=1.0, squash=True)
-    parts["tower"] = parts["tower"].edit(feature_layer=model.tower.feature_layer or None, preprocess=whole)
+    parts["tower"] = parts["tower"].edit(preprocess=whole)
+    if isinstance(parts["tower"], ViTSpec):
+        parts["tower"] = parts["tower"].edit(feature_layer=model.tower.feature_layer or None)
     if "decoder" not in parts:
         fields = {name: value for name, value in model.decoder.items() if name not in ("name", "empty")}
         if words is not None:
@@ -273,6 +285,14 @@ def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
         ),
         loaded,
     )
+
+
+def described(tower: ConfigDict) -> ViTSpec | TiledViTSpec:
+    """The spec of a tower whose fields are the leaves of `config.model.tower`; that of tiles has the leaf `tiles`."""
+    fields = {name: value for name, value in tower.items() if name not in ("feature_layer", "name")}
+    if "tiles" in tower:
+        return TiledViTSpec.uniform(**{**fields, "preprocess": Preprocess(**tower.preprocess)})
+    return vit.described(ConfigDict({**fields, "classes": 1, "pooling": "none"})).edit(classes=0)
 
 
 def bridge(config: ConfigDict, decoder: LMSpec) -> BridgeSpec:

@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import pytest
 
 from vtjax.account import flops, params
+from vtjax.errors import InputError
 from vtjax.models.vlm import VLM
-from vtjax.spec import BridgeSpec, CrossSpec, LMSpec, ViTSpec, VLMSpec
+from vtjax.spec import BridgeSpec, CrossSpec, LMSpec, TiledViTSpec, ViTSpec, VLMSpec
 
 # Sizes without common factors, so that no two terms are equal by chance.
 TOWER = ViTSpec.uniform(depth=3, width=14, heads=2, mlp=22, image_size=10, patch=5, feature_layer=-2)
 TEXT = LMSpec.uniform(depth=3, width=24, heads=6, kv_heads=2, head_dim=10, mlp=44, vocab=37, context=64)
 EMPTY = {1: {"attn": False, "ffn": False}}
+TILED = TiledViTSpec.uniform(
+    depth=2, global_blocks=1, width=14, heads=2, mlp=22, image_size=10, patch=5, tiles=3, features=(0,)
+)
 SPECS = {
     "projector": VLMSpec(TOWER, BridgeSpec(hidden=19), TEXT, 5),
     "low rank": VLMSpec(TOWER, BridgeSpec(hidden=19), TEXT.edit(lora={"rank": 3, "alpha": 1.0, "sites": ["key"]}), 5),
@@ -25,6 +29,9 @@ SPECS = {
         BridgeSpec("linear", bias=False, prefix=True, cross=CrossSpec.mllama((1,), 4, 2, 8, 30)),
         TEXT.edit(blocks=EMPTY),
         5,
+    ),
+    "tiled": VLMSpec(
+        TILED, BridgeSpec("linear", prefix=True, cross=CrossSpec.mllama((1,), 4, 2, 8, 30)), TEXT.edit(blocks=EMPTY), 5
     ),
 }
 
@@ -49,3 +56,9 @@ def test_formulas_equal_the_model(name: str) -> None:
     for group in params.table(tree):
         of_tree[group.kind] = of_tree.get(group.kind, 0) + group.params
     assert of_tree == by_kind
+
+
+def test_a_tiled_tower_has_the_tokens_of_all_its_tiles() -> None:
+    assert flops.macs(TILED, TILED.tokens) == flops.macs(TILED)
+    with pytest.raises(InputError, match="tokens must be those of all 3 tiles, 24 everywhere, found"):
+        flops.layers(TILED, 5)

@@ -21,6 +21,7 @@ from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
 from vtjax.models.vlm import VLM
 from vtjax.parallel import rules
+from vtjax.spec import from_json
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/vlm.py:tiny"
@@ -96,9 +97,9 @@ def test_published_models_have_their_parameters_and_every_one_has_its_place(name
         projector = params.count(shapes["bridge"]["projector"])
         assert projector == expected["projector"] and found["bridge"] - projector == expected["cross"]
         assert found["decoder"] == expected["decoder"]
-        if not spec.stand_ins:
-            assert sum(found.values()) == expected["total"] and found["tower"] == expected["tower"]
-    assert name.startswith("llava15") != bool(spec.stand_ins)
+        assert not spec.stand_ins and from_json(spec.to_json()) == spec
+        assert sum(found.values()) == expected["total"] and found["tower"] == expected["tower"]
+    assert (name in COUNTS) != bool(spec.stand_ins)
     mesh = AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor"))
     laid = rules.shardings(shapes, mesh)
     for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(laid), strict=True):

@@ -99,6 +99,22 @@ def test_dead_keys_do_not_matter_however_large(qkv):
     assert np.isfinite(grad).all()
 
 
+def test_filling_is_read_by_live_queries_only(qkv):
+    """Against a mask that is written out; nothing of it in the gradients."""
+    q, k, v = (a[:, :N] for a in qkv)
+    alive = jnp.ones((B, N)).at[0, 4:].set(0).at[1, 2].set(0)
+    read = (alive[:, :, None] + alive[:, None]) > 0
+
+    def masked(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=read[:, None])
+
+    def both(function):
+        return jax.jit(jax.value_and_grad(lambda *a: (function(*a) ** 2).sum(), (0, 1, 2)))(q, k, v)
+
+    found = both(lambda q, k, v: op.filled(q, k, v, alive=alive)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, both(masked))
+
+
 def test_alive_carries_the_gradient_of_the_masked_softmax(qkv):
     q, k, v = (a.astype(jnp.float32) for a in qkv)
     alive = jnp.ones((B, M)).at[0, 2].set(0.0)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records what transformers' processor of Llama 3.2 Vision makes of small images, and of the sizes of large ones.
 
-Writes tests/data/oracle_tiles.npz: `ratio` and `pixels:NAME` (uint8, before normalisation, existing
-tiles only) per image, whose source is `source:NAME`; `normalised`, all tiles of "small"; `mean_std`. And `sizes` [S, 6]: height, width, canvas rows and columns (in tiles of 560 pixels, 4 of them), fitted height and width.
+Writes tests/data/oracle_tiles.npz: `ratio` and `pixels:NAME` (uint8, before normalisation, existing tiles only) per
+image, whose source is `source:NAME`; `normalised`, all tiles of "small"; `mean_std`. And `sizes` [S, 6]: height, width,
+canvas rows and columns (in tiles of 560 pixels, 4 of them), fitted height and width.
 Needs transformers and Pillow; the tests need only Pillow.
 """
 

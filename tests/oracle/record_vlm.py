@@ -9,8 +9,9 @@ Run by hand in an environment with torch and transformers (never a dependency of
 and every weight under `w:` plus its name in the library's own file. Weights are random multiples of 1/64.
 `vlm_mllama.npz`: the text model of Llama 3.2 Vision with one cross-attention layer: `input_ids`, `visual` [B,I,T,D],
 `logits`, `config`, weights. Every text begins with an image: rows before one attend to everything evenly there.
-`vlm_mllama_tiled.npz`: all of Llama 3.2 Vision, tiled tower and projector included, with every gate open: two images in the first
-text (3 x 1 and 1 x 1 tiles), one in the second (2 x 2): `input_ids`, `images` [B,I,tiles,H,W,C], `aspect_ratio` [B,I], `logits`.
+`vlm_mllama_tiled.npz`: all of Llama 3.2 Vision, tiled tower and projector included, with every gate open: two images
+in the first text (3 x 1 and 1 x 1 tiles), one in the second (2 x 2): `input_ids`, `images` [B,I,tiles,H,W,C],
+`aspect_ratio` [B,I], `logits`.
 `vlm_counts.json`: parameters of published models, built on the meta device from the configs below, by part.
 """
 

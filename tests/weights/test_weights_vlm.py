@@ -81,6 +81,73 @@ def test_a_llava_folder_answers_in_words(tmp_path):
     assert said == known.decode(np.asarray(tokens)[0, : int(count[0])].tolist())
 
 
+def renamed_mllama(name):
+    """As the modules of transformers 5 are called."""
+    if name.startswith("language_model.lm_head"):
+        return name.removeprefix("language_model.")
+    return f"model.{name.replace('language_model.model.', 'language_model.')}"
+
+
+def test_a_folder_of_llama_vision_gives_the_logits_of_transformers(tmp_path):
+    """Tiled tower, projector and cross-attention, all gates open; three aspect ratios, and a text with filling."""
+    arrays = arrays_of("mllama_tiled")
+    m = vtjax.load(folder_of(tmp_path, arrays))
+    tower = m.spec.tower
+    assert (tower.depth, tower.local, tower.features, tower.output_width) == (5, 3, (0, 2), 24)
+    assert (m.spec.image_token, m.spec.decoder.ids, m.spec.visual_tokens) == (32, 40, 20)
+    ratio = arrays["aspect_ratio"]
+    run = jax.jit(lambda p, ratio: m.apply(p, arrays["input_ids"], arrays["images"], aspect_ratio=ratio))
+    y, aux = run(m.params, ratio)
+    np.testing.assert_allclose(y, arrays["logits"], atol=2e-5)
+    assert aux["visual"].shape == (2, 40, 16)
+    assert np.abs(run(m.params, np.array([[8, 1], [6, 0]]))[0] - y)[0].max() > 1e-2  # four rows, not three
+    (tmp_path / "new").mkdir()
+    other = vtjax.load(folder_of(tmp_path / "new", arrays, renamed_mllama))
+    jax.tree.map(np.testing.assert_array_equal, m.params, other.params)
+
+
+@pytest.mark.parametrize(
+    "part,changes,says",
+    [
+        ("vision_config", {"hidden_act": "relu"}, "vision_config.hidden_act must be one of gelu, .*found 'relu'"),
+        ("vision_config", {"intermediate_layers_indices": [0, 3]}, r"indices must be in 0\.\.2, found 3"),
+        ("vision_config", {"intermediate_layers_indices": [-1]}, r"indices must be in 0\.\.2, found -1"),
+        ("vision_config", {"supported_aspect_ratios": [[1, 1], [2, 2]]}, "supported_aspect_ratios must be all of"),
+        ("vision_config", {"vision_output_dim": 32}, "vision_output_dim must be 24, .*found 32"),
+        ("vision_config", {"image_size": 10}, r"positive multiple of patch=4, found \(10, 10\)"),
+        ("text_config", {"cross_attention_layers": [3]}, r"cross_attention_layers must be in 0\.\.2, found 3"),
+        ("text_config", {"tie_word_embeddings": True}, "tie_word_embeddings must be false, found true"),
+        ("text_config", {"hidden_act": "gelu"}, "hidden_act must be one of silu, found 'gelu'"),
+        ("text_config", {"cross_attention_layers": []}, "4 missing: .*layers.1.self_attn.* 8 extra"),
+    ],
+)
+def test_a_folder_of_llama_vision_that_cannot_be_read_is_one_line(tmp_path, part, changes, says):
+    arrays = arrays_of("mllama_tiled")
+    changed = {part: {**json.loads(str(arrays["config"]))[part], **changes}}
+    with pytest.raises(InputError, match=says) as caught:
+        vtjax.load(folder_of(tmp_path, arrays, **changed))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings,says",
+    [
+        ({"max_image_tiles": 6}, "max_image_tiles must be the model's 4, found 6"),
+        ({"size": {"height": 9}}, "size must"),
+    ],
+)
+def test_the_image_processor_must_be_that_of_the_tower(tmp_path, settings, says):
+    mean = [0.25, 0.5, 0.75]
+    good = {"max_image_tiles": 4, "size": {"height": 8, "width": 8}, "resample": 2, "image_mean": mean}
+    folder = folder_of(tmp_path, arrays_of("mllama_tiled"))
+    (folder / "preprocessor_config.json").write_text(json.dumps(good))
+    preprocess = vtjax.load(folder).spec.preprocess
+    assert (preprocess.crop, preprocess.interpolation, preprocess.mean) == (1.0, "bilinear", tuple(mean))
+    (folder / "preprocessor_config.json").write_text(json.dumps({**good, **settings}))
+    with pytest.raises(InputError, match=says):
+        vtjax.load(folder)
+
+
 @pytest.mark.parametrize(
     "changes,says",
     [

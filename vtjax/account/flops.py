@@ -6,7 +6,8 @@ position embeddings and sums are not counted. The two counts are equal integers 
 
 A language model's work is that of one prompt up to the logits of its last token (`LM.prefill`), causal attention
 counted as the full square, as papers do (DPN's and PyramidDrop's counts, which leave out the head); what is not
-computed of its upper triangle is the clock's gain.
+computed of its upper triangle is the clock's gain. A tiled tower's work is that of all its tiles, which it always
+computes, and of the features that carry its mask.
 
 Published figures follow other conventions; three that matter: LTMP counts as here (patch embedding and head included),
 DGMR's "FLOPs" are 2 x parameters x tokens (no attention scores), and fvcore's "GFLOPs" are GMACs.
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 from vtjax.account.walk import Counts, walk
 from vtjax.errors import InputError
-from vtjax.spec import BlockSpec, CrossSpec, DecoderBlockSpec, LMSpec, Spec, ViTSpec, VLMSpec
+from vtjax.spec import BlockSpec, CrossSpec, DecoderBlockSpec, LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec
 
 __all__ = ["KINDS", "Counts", "Row", "by_kind", "layers", "macs", "walk"]
 
@@ -28,6 +29,8 @@ PROMPT = 512
 
 QUESTION = 64
 """Tokens of text beside one image, in a multimodal model's prompt where none are told."""
+
+_MASK_FEATURES = 8  # `ops.attention.FILLED_FEATURES`, on every head of a tiled tower
 
 KINDS = ("embed", "attention", "mlp", "norm", "pool", "bridge", "head", "adapter")
 
@@ -60,6 +63,8 @@ def layers(spec: Spec, tokens: Sequence[int] | int | None = None) -> list[Row]:
         return _lm(spec, tokens)
     if isinstance(spec, VLMSpec):
         return _vlm(spec, tokens)
+    if isinstance(spec, TiledViTSpec):
+        return _tiled(spec, tokens)
     n = _token_counts(spec, tokens)
     d, patches = spec.width, spec.grid[0] * spec.grid[1]
     pixels = spec.patch**2 * spec.channels
@@ -126,18 +131,41 @@ def _lm(spec: LMSpec, tokens: Sequence[int] | int | None) -> list[Row]:
     return [*rows, Row("norm", "norm", d, 0), Row("head", "head", 0 if spec.tied else d * spec.vocab, d * spec.vocab)]
 
 
+def _tiled(spec: TiledViTSpec, tokens: Sequence[int] | int | None) -> list[Row]:
+    n, d, plain = spec.tokens, spec.width, spec.plain
+    if set(counts := _checked(n if tokens is None else tokens, spec.depth)) != {n}:
+        raise InputError(f"tokens must be those of all {spec.tiles} tiles, {n} everywhere, found {counts}")
+    norm, table = _norm(plain, d), (1 + len(spec.aspect_ratios)) * spec.tiles * d
+    tiles = Row("tiles", "embed", table + 1, 0)
+    embed = layers(plain)[0]
+    positions = table * spec.tile_tokens + 1
+    rows = [
+        Row("embed", "embed", embed.params + tiles.params + positions, spec.tiles * embed.macs),
+        Row("norm_before", "norm", norm, 0),
+    ]
+    for index, block in enumerate(spec.blocks):
+        if index == spec.local:
+            rows += [Row("norm", "norm", norm, 0), tiles]
+        gate, mask = int(index >= spec.local), 2 * n**2 * block.heads * _MASK_FEATURES
+        more = {"attention": (gate, mask), "mlp": (gate, 0)}
+        for row in _block(plain, block, f"block_{index:02d}", n, n):
+            params, work = more.get(row.kind, (0, 0))
+            rows.append(row._replace(params=row.params + params, macs=row.macs + work))
+    return rows
+
+
 def _vlm(spec: VLMSpec, tokens: Sequence[int] | int | None) -> list[Row]:
     """Tower, bridge, decoder. What the tower has beyond the layer whose tokens are taken is not computed."""
     n = _checked(spec.placeholders + QUESTION if tokens is None else tokens, spec.decoder.depth)
     tower, used, visual = spec.tower, spec.tower.depth, spec.visual_tokens
-    if tower.feature_layer is not None:
+    if isinstance(tower, ViTSpec) and tower.feature_layer is not None:
         used = tower.feature_layer % tower.depth + 1
     unused = {f"block_{i:02d}" for i in range(used, tower.depth)} | {"pool", "fc_norm", "head", "head_distill"}
     rows = [
         row._replace(name=f"tower/{row.name}", macs=0 if row.name.split("/")[0] in unused else row.macs)
         for row in layers(tower)
     ]
-    e, d, bridge = tower.width, spec.decoder.width, spec.bridge
+    e, d, bridge = spec.tower_width, spec.decoder.width, spec.bridge
     widths = {"mlp": [(e, bridge.hidden), (bridge.hidden, d)], "linear": [(e, d)], "none": []}[bridge.projector]
     if widths:
         params = sum(_linear(a, b, bridge.bias) for a, b in widths)

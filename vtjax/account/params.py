@@ -82,6 +82,7 @@ _TOP_KINDS = {
     "projector": "bridge",
     "norm_before": "norm",
     "norm": "norm",
+    "tiles": "embed",
     "pool": "pool",
     "fc_norm": "norm",
     "head": "head",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiled vision tower of a `TiledViTSpec`: embed, local blocks, global blocks, and the tokens of some layers together.
+"""The tower of a `TiledViTSpec`: embed, local blocks, global blocks, and the tokens of some layers side by side.
 
 Letters: B images, t tiles that are given, T tiles of the spec, N tokens of a tile, D width, E width of the output.
 """
@@ -76,7 +76,7 @@ class TiledViT:
             "embed": TiledEmbed(spec, self.dtype).init(keys[0], images, ratio)["params"],
             **segments.init(self.blocks(), keys[1], Tokens(one, alive=jnp.ones((1, 1)))),
             **{name: self._norm.init(keys[2], one)["params"] for name in ("norm_before", "norm")},
-            "tiles": TileEmbed(spec).init(keys[3], one[:, :, None], ratio)["params"],
+            "tiles": TileEmbed(spec).init(keys[3], jnp.zeros((1, spec.tiles, 1, spec.width)), ratio)["params"],
         }
 
     def apply(
@@ -101,8 +101,6 @@ class TiledViT:
             the values are known, which they are not inside `jit`).
         """
         spec = self.spec
-        if images.ndim not in (4, 5):
-            raise InputError(f"images must be [B, H, W, C] or [B, tiles, H, W, C], found {list(images.shape)}")
         images = images[:, None] if images.ndim == 4 else images
         check_tiles(spec, images.shape, aspect_ratio)
         params, images = jax.tree.map(jnp.asarray, (params, images))
@@ -151,11 +149,11 @@ class TiledViT:
 
 
 def check_tiles(spec: TiledViTSpec, shape: tuple[int, ...], aspect_ratio: Any) -> None:
-    """Raises InputError for images of `shape` `[..., t, H, W, C]` and aspect ratios `[...]` that the tower cannot take."""
-    *lead, given = shape[:-3]
+    """Raises InputError for images of `shape` `[..., t, H, W, C]`, and aspect ratios `[...]`, that do not fit."""
     size = (*spec.image_size, spec.channels)
-    if tuple(shape[-3:]) != size:
-        raise InputError(f"tiles must be [{', '.join(map(str, size))}], found {list(shape[-3:])}")
+    if len(shape) < 4 or tuple(shape[-3:]) != size:
+        raise InputError(f"images must be [..., tiles, {', '.join(map(str, size))}], found {list(shape)}")
+    *lead, given = shape[:-3]
     if not 1 <= given <= spec.tiles:
         raise InputError(f"images must have 1..{spec.tiles} tiles, found {given}")
     if aspect_ratio is None:

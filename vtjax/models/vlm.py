@@ -130,8 +130,8 @@ class VLM:
         """Fresh float32 parameters `tower`, `bridge`, `decoder`; jit it."""
         spec, (tower, bridge, decoder) = self.spec, jax.random.split(key, 3)
         # The whole tower, as a file of it has it.
-        kind = TiledViT if isinstance(spec.tower, TiledViTSpec) else ViT
-        whole = kind(spec.tower).init(tower)
+        model = TiledViT(spec.tower) if isinstance(spec.tower, TiledViTSpec) else ViT(spec.tower)
+        whole = model.init(tower)
         text = self.lm.init(decoder, spec.visual_width)
         layers = () if spec.bridge.cross is None else spec.bridge.cross.layers
         crossing: Params = {block_name(i): text[block_name(i)].pop("cross") for i in layers}

@@ -37,6 +37,8 @@ DEFAULT: Rules = (
     # By rows over both: split by columns over fsdp, a lookup would replicate what the batch splits over it.
     (r"(^|/)embed/tokens$", P(("tensor", "fsdp"))),
     (r"(^|/)embed/(pos|registers)$", P(None, "fsdp")),
+    (r"(^|/)embed/tile_pos$", P(None, None, None, "fsdp")),
+    (r"(^|/)tiles/table$", P(None, None, "fsdp")),
     (r"(^|/)kernel$", P("fsdp")),
     (r"", P()),
 )

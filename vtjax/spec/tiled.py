@@ -92,9 +92,9 @@ class TiledViTSpec(ModelSpec):
                     f"found {self.image_size}"
                 )
         check_blocks(self)
-        if not 0 <= self.global_blocks < self.depth:
+        if not 1 <= self.global_blocks < self.depth:
             raise InputError(
-                f"TiledViTSpec.global_blocks must be in 0..{self.depth - 1} (one block is local), "
+                f"TiledViTSpec.global_blocks must be at least 1 and leave a local one of {self.depth}, "
                 f"found {self.global_blocks}"
             )
         if list(self.features) != sorted(set(self.features)) or not set(self.features) <= set(range(self.local)):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's LLaVA and Llama 3.2 Vision: `config.json` to `VLMSpec`, its arrays to ours. Facts are those of transformers 5.24.
+"""Hugging Face's LLaVA and Llama 3.2 Vision: `config.json` to `VLMSpec`, their arrays to ours.
 
-Its parts are other models of the library, whose names stand behind a prefix that has changed with the releases.
+Facts are those of transformers 5.24. The parts are other models of the library, whose names stand behind a prefix that
+has changed with the releases.
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ def _tiled(vision: Mapping[str, Any], processor: Mapping[str, Any] | None, where
     if processor is not None:
         for name, wanted in (("max_image_tiles", tiles), ("size", {"height": side, "width": side})):
             if (found := processor.get(name, wanted)) != wanted:
-                raise InputError(f"{where}/preprocessor_config.json: {name} must be the model's {wanted}, found {found}")
+                raise InputError(
+                    f"{where}/preprocessor_config.json: {name} must be the model's {wanted}, found {found}"
+                )
         preprocess["preprocess"] = hf.preprocess(processor, side, where)
     spec = TiledViTSpec.uniform(
         depth=depth,

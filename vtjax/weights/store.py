@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import LMSpec, Spec, VLMSpec, from_json
+from vtjax.spec import LMSpec, Spec, TiledViTSpec, VLMSpec, from_json
 from vtjax.weights import gguf, hf, hf_lm, hf_vlm, io, names, registry, timm
 from vtjax.weights.names import Params
 from vtjax.weights.tables import TABLES
@@ -192,6 +192,8 @@ def _own_arrays(spec: Spec, params: Params) -> dict[str, np.ndarray]:
 def _save_timm(path: Path, spec: Spec, params: Params, is_file: bool) -> None:
     if isinstance(spec, LMSpec | VLMSpec):
         raise InputError(f"timm has no language models, found a {type(spec).__name__}; use the layout hf or vtjax")
+    if isinstance(spec, TiledViTSpec):
+        raise InputError("a TiledViTSpec is written in the layout vtjax only, found timm")
     spec, params = names.with_pos_prefix(spec, params, spec.prefix if spec.pos_prefix == spec.prefix else 0)
     spec, params = names.with_head_bias(spec, params, True)
     tensors = names.to_foreign(spec, params, timm.table(spec), "")
@@ -204,6 +206,8 @@ def _save_timm(path: Path, spec: Spec, params: Params, is_file: bool) -> None:
 def _save_hf(path: Path, spec: Spec, params: Params) -> None:
     if isinstance(spec, VLMSpec):
         raise InputError("a VLMSpec is written in the layout vtjax only, found hf; its parts can be in either")
+    if isinstance(spec, TiledViTSpec):
+        raise InputError("a TiledViTSpec is written in the layout vtjax only, found hf")
     if isinstance(spec, LMSpec):
         config = hf_lm.config(spec)
         _write_folder(path, names.to_foreign(spec, params, TABLES[hf_lm.TABLE], "model."), {"config.json": config})
