@@ -53,12 +53,6 @@ def answer(
     return words.decode(said).strip()
 
 
-def prompt(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of `inputs`, which says more of a tiled tower: ids, mask and images."""
-    made = inputs(spec, image, question, new_tokens)
-    return made["input_ids"], made["attention_mask"], made["images"]
-
-
 def inputs(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> dict[str, np.ndarray]:
     """What `VLM.apply` and `VLM.generate` take of a question about one picture, padded left: `input_ids` and
     `attention_mask`, int32 `[1, N]`, and float32 `images` `[1, H, W, C]`, for a tiled tower `[1, 1, T, H, W, C]` with

@@ -6,12 +6,14 @@ python -m experiments.vlm.figures     writes results/*.png, from the records and
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import vtjax
@@ -67,21 +69,18 @@ def attention(model: vtjax.Model, image: Any, question: str) -> np.ndarray:
     spec: Any = model.spec
     if spec.bridge.cross is not None or spec.bridge.prefix:
         raise InputError(f"attention to patches needs a projector and no prefix, found {spec.bridge.kind}")
-    ids, mask, pixels = answer.prompt(spec, image, question)
-    weights = np.asarray(_weights(build(spec), model.params, ids, mask, pixels))[0]
-    return weights[ids[0] == spec.image_token].reshape(spec.tower.grid)
+    made = answer.inputs(spec, image, question)
+    weights = np.asarray(_weights(build(spec), model.params, made))[0]
+    return weights[made["input_ids"][0] == spec.image_token].reshape(spec.tower.grid)
 
 
-def _weights(model: Any, params: Any, ids: Any, mask: Any, pixels: Any) -> Any:
-    @jax.jit
-    def last(params: Any, ids: Any, mask: Any, pixels: Any) -> Any:
-        _, aux = model.apply(params, ids, pixels, mask, want=("queries", "keys"))
-        alive = jax.numpy.asarray(mask, jax.numpy.float32)
-        layers = [side for side in aux["blocks"] if side]
-        each = [decoder_attention.weights(side["queries"], side["keys"], alive=alive) for side in layers]
-        return sum(layer[:, :, -1].mean(1) for layer in each) / len(each)
-
-    return last(params, ids, mask, pixels)
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(model: Any, params: Any, made: Mapping[str, Any]) -> jax.Array:
+    _, aux = model.apply(params, **made, want=("queries", "keys"))
+    alive = jnp.asarray(made["attention_mask"], jnp.float32)
+    layers = [side for side in aux["blocks"] if side]
+    each = [decoder_attention.weights(side["queries"], side["keys"], alive=alive) for side in layers]
+    return jnp.mean(jnp.stack([layer[:, :, -1] for layer in each]), axis=(0, 2))
 
 
 def learned(records: Sequence[Mapping[str, Any]]) -> Any:
