@@ -136,6 +136,7 @@ def questions(**leaves: Any) -> ConfigDict:
             "pack": 1,  # most questions of a row; 1: each has its own
             "buckets": 1,  # most row lengths, each of which is compiled once
             "limit": 0,  # most tokens of a row; 0: what the longest needs
+            "learned": 0,  # slots for learned tokens of a row; 0: what the data needs (without data: the limit)
         }
     )
     return with_leaves(config, leaves)

@@ -39,8 +39,8 @@ def answer(
         the canvas of tiles that suits it best.
       question: in words.
       new_tokens: most tokens of the answer.
-      tokenizer, template: how texts are written, as in `TextSpec`; None = as `model.spec.text` says. A folder of
-        Hugging Face says neither: `answer(..., tokenizer=FOLDER, template="vicuna")`.
+      tokenizer, template: how texts are written, as in `TextSpec`, both or none; None = as `model.spec.text` says. A
+        folder of Hugging Face says neither: `answer(..., tokenizer=FOLDER, template="vicuna")`.
 
     Raises:
       InputError: it is not known how texts are written, an image that cannot be read, control tokens in the question,
@@ -77,14 +77,11 @@ def inputs(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> dic
 
 
 def _with_text(spec: VLMSpec, tokenizer: str | Path | None, template: str | None) -> VLMSpec:
-    given: dict[str, Any] = {}
-    if tokenizer is not None:
-        given = {"tokenizer": str(tokenizer), "words": (), "control": ()}
-    if template is not None:
-        given["template"] = template
-    if not given:
+    if tokenizer is None and template is None:
         return spec
-    return spec.edit(text=dataclasses.replace(spec.text or TextSpec(tokenizer=""), **given))
+    if tokenizer is None or template is None:
+        raise InputError(f"tokenizer and template go together, found tokenizer={tokenizer!r}, template={template!r}")
+    return spec.edit(text=TextSpec(tokenizer=str(tokenizer), template=template))
 
 
 def tokenizer_of(spec: VLMSpec) -> Tokenizer:
@@ -93,8 +90,10 @@ def tokenizer_of(spec: VLMSpec) -> Tokenizer:
     Raises:
       InputError: the spec names none, or one that is not found.
     """
-    if spec.text is None or not spec.text.tokenizer:
-        raise InputError("a tokenizer must be known, by VLMSpec.text or answer(..., tokenizer=...), found none")
+    if spec.text is None:
+        raise InputError(
+            "it must be known how texts are written, by VLMSpec.text or tokenizer= and template= of answer"
+        )
     if spec.text.tokenizer == "words":
         from vtjax.data.tokenizer import WordTokenizer
 

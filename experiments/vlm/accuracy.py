@@ -2,7 +2,8 @@
 """How many questions are answered rightly, and what it takes to learn it.
 
     python -m experiments.vlm.accuracy easyvqa      the small model from scratch, 3 seeds
-    python -m experiments.vlm.accuracy smollm2      ViT-Ti/16 and SmolLM2-135M: the bridge, then low-rank updates
+    python -m experiments.vlm.accuracy smollm2      ViT-Ti/16 and SmolLM2-135M: the bridge, then all, the decoder by
+                                                    low-rank updates
     python -m experiments.vlm.accuracy packing      training with several questions per row, and with one
 
 The first two append one record per run to results/accuracy.jsonl; what was recorded is not run again, and runs lie in

@@ -62,30 +62,29 @@ def build(config: ConfigDict) -> Task:
     model = VLM(spec, **options(config))
     types, balance = TYPES.get(config.data.name, ()), answer_weights(config)
 
-    def apply(params: Any, batch: Any) -> jax.Array:
-        return model.apply(
-            params, batch["input_ids"], batch["images"], positions=batch["positions"], segments=batch["segments"]
-        )[0]
-
-    def per_question(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+    def per_question(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """`[B, Q]`: the summed loss of an answer's tokens, and how many of them greedy decoding would not say."""
-        logp = jax.nn.log_softmax(logits)
-        loss = -jnp.take_along_axis(logp, batch["labels"][:, :, None], axis=-1)[:, :, 0]
-        wrong = (logits.argmax(-1) != batch["labels"]).astype(jnp.float32)
-        count = batch["question"].shape[1]
-        summed = (packing.per_question(x * batch["weights"], batch["segments"], count) for x in (loss, wrong))
-        return tuple(summed)  # type: ignore[return-value]
+        slots = jnp.maximum(batch["learned"], 0)
+        labels, weights, segments = (
+            jnp.take_along_axis(batch[name], slots, axis=1) for name in ("labels", "weights", "segments")
+        )
+        text = {name: batch[name] for name in ("positions", "segments")}
+        logits, _ = model.apply(params, batch["input_ids"], batch["images"], slots=slots, **text)
+        loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, :, None], axis=-1)[:, :, 0]
+        wrong = (logits.argmax(-1) != labels).astype(jnp.float32)
+        weights, count = weights * (batch["learned"] >= 0), batch["question"].shape[1]
+        return tuple(packing.per_question(x * weights, segments, count) for x in (loss, wrong))  # type: ignore[return-value]
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
         asked = (batch["question"] >= 0).astype(jnp.float32)
-        losses, wrong = per_question(apply(params, batch), batch)
+        losses, wrong = per_question(params, batch)
         count = jnp.maximum(asked.sum(), 1.0)
         weight = asked if balance is None else asked * balance[batch["answer"]]
         return (losses * weight).sum() / count, {"train_top1": ((wrong == 0) * asked).sum() / count}
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         asked = ((batch["question"] >= 0) & batch["valid"][:, None]).astype(jnp.float32)
-        losses, wrong = per_question(apply(params, batch), batch)
+        losses, wrong = per_question(params, batch)
         right = (wrong == 0) * asked
         sums = {"count": asked.sum(), "top1": right.sum(), "loss": (losses * asked).sum()}
         kinds = {
@@ -187,8 +186,8 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
 
 
 def source(config: ConfigDict) -> tuple[VLMSpec, Any]:
-    """The spec, and `init` of the task. A run from `config.init_from` that goes on in `config.workdir` has both in
-    its checkpoint."""
+    """The spec, and `init` of the task. A run that goes on in `config.workdir` has both in its checkpoint: what it was
+    put together from need not exist any more."""
     rank, alpha, sites = (config.model.lora[name] for name in ("rank", "alpha", "sites"))
     updates = LoRASpec(rank, alpha, tuple(sites)) if rank else None
     if not config.init_from:
@@ -238,15 +237,20 @@ def _multimodal(spec: Any, where: str) -> VLMSpec:
 
 
 def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
-    """The spec of a tower, a bridge and a decoder, and the parameters of those that are loaded by name.
+    """The spec of a tower, a bridge and a decoder, and the parameters of those that are loaded by name. A run that goes
+    on does without these.
 
     Raises:
       InputError: a part of another kind, a set of questions that is missing, or a spec that is not defined.
     """
-    model, loaded = config.model, {}
+    model, loaded, begun = config.model, {}, checkpoint.begun(config.workdir)
     parts: dict[str, Any] = {}
     for part, kind in (("tower", ViTSpec), ("decoder", LMSpec)):
         if not (name := model[part].get("name", "")):
+            continue
+        size = tuple(model[part].get("image_size", ()))
+        if begun is not None:
+            parts[part] = getattr(_multimodal(begun, config.workdir), part)
             continue
         m = vtjax.load(name)
         if not isinstance(m.spec, kind):
@@ -254,8 +258,8 @@ def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
                 f"config.model.{part}.name={name!r} must hold a {kind.__name__}, found {type(m.spec).__name__}"
             )
         parts[part], loaded[part] = m.spec, m.params
-        if isinstance(m.spec, ViTSpec) and (size := model[part].get("image_size", ())):
-            parts[part], loaded[part] = resample.resize(m.spec, m.params, tuple(size))
+        if isinstance(m.spec, ViTSpec) and size:
+            parts[part], loaded[part] = resample.resize(m.spec, m.params, size)
     text, words = written(config)
     if "tower" not in parts:
         parts["tower"] = described(model.tower)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vtjax.data.conversation import PLAIN, SMOLLM2, Encoded, Template, Turn, encode
+from vtjax.data.conversation import PLAIN, SMOLLM2, VICUNA, Encoded, Template, Turn, encode
 from vtjax.data.tokenizer import CONTROL, Tokenizer, WordTokenizer, split
 from vtjax.errors import InputError
 
@@ -175,6 +175,24 @@ def test_what_cannot_be_cut() -> None:
         written(talk("<image>what"), length=4)
 
 
+class Prefixed(Characters):
+    """As Llama's tokenizer does: what stands between control tokens gets a blank before it."""
+
+    control = {"<s>": 256, "</s>": 257, "<image>": 258}
+
+    def encode(self, text: str) -> list[int]:
+        parts = [p for p in re.split(r"(<s>|</s>|<image>)", text) if p]
+        return [i for p in parts for i in ([self.control[p]] if p in self.control else map(ord, f" {p}"))]
+
+
+def test_what_is_not_learned_is_written_as_one_text() -> None:
+    """The blanks of Vicuna's template belong to the words around them; one piece at a time there would be more."""
+    made = encode(talk("<image>\nwhat?", "two", "why?"), Prefixed(), VICUNA, visual_tokens=2, images=1)
+    said = Prefixed().decode(made.ids.tolist())
+    assert said == f"<s> {VICUNA.system} USER: <image><image> \nwhat? ASSISTANT: two</s> USER: why? ASSISTANT:"
+    assert Prefixed().decode(made.ids[made.learned].tolist()) == " two</s>"
+
+
 # --- one line for each mistake
 
 
@@ -200,8 +218,11 @@ def test_bad_conversations(turns: list[Turn], options: dict, message: str) -> No
 
 
 def test_templates_that_do_not_fit_the_tokenizer() -> None:
-    with one_line("must know what the template says, found unknown tokens"):
+    with one_line(r"must know the control tokens that a template says, found no '<\|im_start\|>'"):
         encode(talk("what", "two"), WORDS, SMOLLM2, visual_tokens=1, images=0)
+    with one_line("must know what the template says, found unknown tokens in 'zebra'"):
+        strange = Template(turns={**PLAIN.turns, "user": ("zebra", "")}, end=PLAIN.end)
+        encode(talk("what", "two"), WORDS, strange, visual_tokens=1, images=0)
     loud = Template(turns=PLAIN.turns, end="two two")
     with one_line("the end of a turn must be one token, found 2 for 'two two'"):
         encode(talk("what", "two"), WORDS, loud, visual_tokens=1, images=0)

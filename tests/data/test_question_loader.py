@@ -70,6 +70,7 @@ def test_what_a_batch_holds() -> None:
     assert kinds == {
         **{k: ((4, length), "int32") for k in ("input_ids", "positions", "segments", "labels")},
         "weights": ((4, length), "float32"),
+        "learned": ((4, 6), "int32"),  # three answers of a word and its end
         "images": ((4, 16, 16, 3), "float32"),
         "valid": ((4,), "bool"),
         "index": ((4,), "int64"),
@@ -91,6 +92,10 @@ def test_what_a_batch_holds() -> None:
             assert batch["type"][row, place] == TRAIN.type[number]
         assert (batch["type"][row][len(asked) :] == -1).all() and (batch["answer"][row][len(asked) :] == -1).all()
         assert (batch["input_ids"][row] == WORDS.image).sum() == 4
+        slots = batch["learned"][row][batch["learned"][row] >= 0]
+        np.testing.assert_array_equal(slots, np.flatnonzero(batch["weights"][row]))
+        assert len(slots) == 2 * len(asked)
+    assert next(make(pack=3, learned=9).train(0))["learned"].shape == (4, 9)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["alone", "packed"])

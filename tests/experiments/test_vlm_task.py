@@ -15,6 +15,7 @@ from PIL import Image
 
 import vtjax as package
 from configs import vlm as configs
+from experiments.vlm import main as experiment
 from vtjax.account import flops, params
 from vtjax.cli import assemble, main
 from vtjax.cli import config as config_lib
@@ -48,6 +49,11 @@ def test_a_run_its_stages_and_an_answer(tmp_path, capsys):
     assert first["count"] == 72 and np.mean([first[f"top1@{kind}"] for kind in ("coarse", "relation", "fine")]) == (
         pytest.approx(first["top1"])
     )
+
+    # What goes on needs nothing of what it was put together from: SmolLM2 is not looked for.
+    goes_on, _ = experiment.source(config("configs/vlm.py:smollm2", workdir=tmp_path / "all"))
+    saved: Any = package.load(tmp_path / "all").spec
+    assert (goes_on.tower, goes_on.decoder) == (saved.tower, saved.decoder)
 
     again = vtjax(capsys, "run", f"--config={CONFIG}", f"--workdir={tmp_path}/all")  # finished: keeps its result
     assert again["params_sha256"] == first["params_sha256"]

@@ -9,7 +9,7 @@ import pytest
 
 from vtjax.errors import InputError
 from vtjax.models import build
-from vtjax.models.lm import LM
+from vtjax.models.lm import LM, check_mask
 from vtjax.ops import decoder_attention
 from vtjax.spec import LMSpec
 from vtjax.weights import names
@@ -160,7 +160,16 @@ def test_bad_input_is_one_line(given, says):
     assert "\n" not in str(error.value)
 
 
+def test_logits_of_wanted_slots_are_those_of_all():
+    slots = np.array([[5, 0, 2]] * len(IDS))
+    found = jax.jit(lambda p: MODEL.apply(p, IDS, slots=slots)[0])(PARAMS)
+    whole = jax.jit(lambda p: MODEL.apply(p, IDS)[0])(PARAMS)
+    np.testing.assert_allclose(found, np.asarray(whole)[:, [5, 0, 2]], atol=1e-6)
+
+
 def test_a_model_that_cannot_run_is_refused():
+    with pytest.raises(InputError, match=r"attention_mask must be \[B, N\], found \[6\]"):
+        check_mask(np.ones(6, np.int32))
     with pytest.raises(InputError, match="want must be a tuple of queries, keys, values, .*tokens, found 'importance'"):
         MODEL.apply(PARAMS, IDS, want=("importance",))
     with pytest.raises(InputError, match="attention must be one of auto, square, blocks, found 'splash'"):

@@ -146,7 +146,7 @@ def test_bad_inputs_are_one_line(change, says):
         (lambda: TOWER.edit(image_size=(8, 9)), r"positive multiple of patch=4, found \(8, 9\)"),
         (lambda: TOWER.edit(tiles=0), "tiles must be positive, found 0"),
         (lambda: TOWER.edit(global_blocks=3), "global_blocks must be at least 1 and leave a local one of 3, found 3"),
-        (lambda: TOWER.edit(features=(2,)), r"features must ascend within 0\.\.1 \(the local layers\), found \(2,\)"),
+        (lambda: TOWER.edit(features=(3,)), r"features must ascend within 0\.\.2 \(the local layers\), found \(3,\)"),
         (lambda: TOWER.edit(features=(1, 0)), r"features must ascend .*found \(1, 0\)"),
         (lambda: TOWER.edit(eps=-1.0), "eps must be 0 or more"),
         (lambda: TOWER.edit(activation="relu"), "activation must be one of"),

@@ -133,6 +133,10 @@ def test_tokens_that_the_tower_drops_are_not_read():
     entered = jax.jit(lambda p: reduced.enter(p, ids, IMAGES, IMAGE_MASK)[0]["memory"])(weights)
     assert entered.number.tolist() == [[1, 1, 1, 0, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
     assert entered.position[0].tolist() == [1] * 4 + [3] * 4
+    with pytest.raises(
+        InputError, match="must come after its last cross-attention, .*layer 1, found one after layer 0"
+    ):
+        VLM(described("hyper"), reducers=((0, Drop()),))
     with pytest.raises(InputError, match="for a bridge with cross-attention only, found projector"):
         VLM(described("projector"), tower_reducers=((0, Drop()),))
 
@@ -210,6 +214,7 @@ GOOD = {"input_ids": texts(described("projector"))[0], "images": IMAGES, "image_
         ({"image_mask": None}, r"text 1 must hold 4 placeholders \(token 5\) for each of its 2 images, found 4"),
         ({"images": None, "image_mask": None}, "for each of its 0 images, found 8"),
         ({"image_mask": np.array([[1, 1], [0, 1]])}, "before what fills it up"),
+        ({"image_mask": np.array([[2, 0], [1, 0]])}, "image_mask must be 0 or 1, found 2"),
         ({"image_mask": np.ones((2, 3), int)}, r"image_mask must be \[2, 2\], found \[2, 3\]"),
         ({"images": IMAGES[:, :, :4]}, r"images must be \[2, 8, 8, 3\], .*found \[2, 2, 4, 8, 3\]"),
         ({"images": IMAGES[:1]}, r"images must be \[2, .*found \[1, "),
@@ -220,6 +225,18 @@ def test_bad_inputs_are_one_line(change, says):
     with pytest.raises(InputError, match=says) as caught:
         VLM(described("projector")).check(**{**GOOD, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_packed_texts_share_their_images():
+    """With cross-attention: an image behind the prefix would be seen by the texts after it."""
+    model = VLM(described("flamingo"))
+    ids = np.array([[IMAGE, 8, 9, IMAGE, 8, 9]])
+    shared, own = np.array([[0, 1, 1, 0, 2, 2]]), np.array([[0, 1, 1, 2, 2, 2]])
+    places = jax.jit(lambda s: model._shared(jnp.asarray(ids == IMAGE), s))
+    assert places(shared).tolist() == [[True, False, False, True, False, False]]
+    assert places(own).tolist() == [[True, False, False, False, False, False]]
+    with pytest.raises(InputError, match="their images in the shared prefix"):
+        model.enter(drawn(model.spec), ids, IMAGES[:1], segments=own)
 
 
 def test_a_prompt_longer_than_the_context_is_refused():

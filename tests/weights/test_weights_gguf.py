@@ -127,6 +127,20 @@ DAMAGE = [
     (lambda d: replaced(d, b"blk.1.attn_k.weight", b"blk.1.attn_x.weight"), "1 missing: blk.1.attn_k.weight; 1 extra"),
     (lambda d: replaced(d, b"blk.1.attn_k.weight", b"blk.1.attn_q.weight"), "blk.1.attn_q.weight occurs twice"),
     (lambda d: replaced(d, b"llama.context_length\x04", b"llama.context_length\x44"), "value of the unknown type 68"),
+    (
+        lambda d: replaced(
+            d,
+            struct.pack("<17sII", b"llama.block_count", 4, 2),
+            struct.pack("<17sII", b"llama.block_count", 4, 2**32 - 1),
+        ),
+        "block_count must be in 1..[0-9]+, its arrays, found 4294967295",
+    ),
+    (
+        lambda d: replaced(
+            d, b"llama.feed_forward_length\x09\x00\x00\x00\x05", b"llama.feed_forward_length\x09\x00\x00\x00\x09"
+        ),
+        "an array of arrays",
+    ),
 ]
 
 
@@ -147,6 +161,8 @@ def test_wrong_shapes_and_other_scalings_are_named(tmp_path):
         weights.load(path)
     with pytest.raises(InputError, match="rope.scaling.type must be none or linear, found 'yarn'"):
         weights.load(write(tmp_path / "b.gguf", SPEC, random_params(SPEC), **{"rope.scaling.type": "yarn"}))
+    with pytest.raises(InputError, match="llama.rope.dimension_count must be a number, found '4'"):
+        weights.load(write(tmp_path / "c.gguf", SPEC, random_params(SPEC), **{"rope.dimension_count": "4"}))
 
 
 def test_a_header_is_read_without_its_arrays(tmp_path, data):

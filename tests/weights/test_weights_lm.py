@@ -128,6 +128,6 @@ def test_a_sharded_folder_and_a_malformed_config(tmp_path):
     found, read = weights.load(tmp_path)
     assert found == spec
     assert {n: a.tobytes() for n, a in names.flatten(read)} == {n: a.tobytes() for n, a in flat.items()}
-    (tmp_path / "config.json").write_text(json.dumps({**config(), "hidden_size": None}))
-    with pytest.raises(InputError, match=r"config.json is malformed \(KeyError: 'hidden_size'\)"):
+    (tmp_path / "config.json").write_text(json.dumps({**config(), "rope_parameters": {"rope_type": "llama3"}}))
+    with pytest.raises(InputError, match=r"config.json is malformed \(KeyError: 'low_freq_factor'\)"):
         weights.load(tmp_path)

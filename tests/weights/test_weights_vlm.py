@@ -20,7 +20,7 @@ from vtjax.models.lm import LM
 from vtjax.ops import cross_attention
 from vtjax.ops.cross_attention import Memory
 from vtjax.spec import CrossSpec, LMSpec
-from vtjax.weights import names
+from vtjax.weights import hf_lm, names
 
 ORACLE = Path(__file__).resolve().parents[1] / "oracle"
 
@@ -61,6 +61,16 @@ def test_a_llava_folder_gives_the_logits_of_transformers(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, m.params, other.params)
 
 
+def test_what_a_folder_leaves_out_is_the_default_of_its_family():
+    """The published LLaVA-1.5-7B says of its decoder this, and no more."""
+    said = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+    spec = hf_lm.spec_from_config(said, "llava-1.5-7b")
+    assert (spec.depth, spec.width, spec.blocks[0].mlp, spec.eos) == (32, 4096, 11008, (2,))
+    assert {(b.heads, b.kv_heads, b.head_dim) for b in spec.blocks} == {(32, 32, 128)}
+    assert hf_lm.spec_from_config({**said, "eos_token_id": None}, "none").eos == ()
+    assert hf_lm.spec_from_config(said, "own", {"eos_token_id": [3, 4]}).eos == (3, 4)
+
+
 def test_a_llava_folder_answers_in_words(tmp_path):
     m = vtjax.load(folder_of(tmp_path, arrays_of("llava")))
     words = ["[UNK]", "what", "colour", "?", *map(str, range(4, 29))]
@@ -69,8 +79,12 @@ def test_a_llava_folder_answers_in_words(tmp_path):
     known.add_special_tokens(["<answer>", "<end>"])
     known.save(str(tmp_path / "tokenizer.json"))
     picture = np.random.default_rng(0).integers(0, 255, (20, 12, 3)).astype(np.uint8)
-    with pytest.raises(InputError, match="a tokenizer must be known, by VLMSpec.text or"):
+    with pytest.raises(InputError, match="must be known how texts are written, by VLMSpec.text or tokenizer="):
+        m.answer(picture, "what ?")
+    with pytest.raises(InputError, match="go together, found tokenizer=None, template='plain'"):
         m.answer(picture, "what ?", template="plain")
+    with pytest.raises(InputError, match="must know the control tokens that a template says, found no '<s>'"):
+        m.answer(picture, "what ?", tokenizer=tmp_path, template="vicuna")
     said = m.answer(picture, "what colour ?", new_tokens=3, tokenizer=tmp_path, template="plain")
     ids = np.array([[0] * 8 + [31] * 4 + [1, 2, 3, known.token_to_id("<answer>")]], np.int32)
     ready = m.spec.preprocess
@@ -89,11 +103,16 @@ def renamed_mllama(name):
 
 
 def test_a_folder_of_llama_vision_gives_the_logits_of_transformers(tmp_path):
-    """Tiled tower, projector and cross-attention, all gates open; three aspect ratios, and a text with filling."""
+    """Tiled tower, projector and cross-attention, all gates open; three aspect ratios, and a text with filling.
+
+    transformers 5.24 takes what leaves the layers [0, 2]; the model was made, and released, with what enters a layer
+    (huggingface/transformers#39785), so the recorded one is that of [1, 3].
+    """
     arrays = arrays_of("mllama_tiled")
-    m = vtjax.load(folder_of(tmp_path, arrays))
+    vision = {**json.loads(str(arrays["config"]))["vision_config"], "intermediate_layers_indices": [1, 3]}
+    m = vtjax.load(folder_of(tmp_path, arrays, vision_config=vision))
     tower = m.spec.tower
-    assert (tower.depth, tower.local, tower.features, tower.output_width) == (5, 3, (0, 2), 24)
+    assert (tower.depth, tower.local, tower.features, tower.output_width) == (5, 3, (1, 3), 24)
     assert (m.spec.image_token, m.spec.decoder.ids, m.spec.visual_tokens) == (32, 40, 20)
     ratio = arrays["aspect_ratio"]
     run = jax.jit(lambda p, ratio: m.apply(p, arrays["input_ids"], arrays["images"], aspect_ratio=ratio))
@@ -102,7 +121,7 @@ def test_a_folder_of_llama_vision_gives_the_logits_of_transformers(tmp_path):
     assert aux["visual"].shape == (2, 40, 16)
     assert np.abs(run(m.params, np.array([[8, 1], [6, 0]]))[0] - y)[0].max() > 1e-2  # four rows, not three
     (tmp_path / "new").mkdir()
-    other = vtjax.load(folder_of(tmp_path / "new", arrays, renamed_mllama))
+    other = vtjax.load(folder_of(tmp_path / "new", arrays, renamed_mllama, vision_config=vision))
     jax.tree.map(np.testing.assert_array_equal, m.params, other.params)
 
 
@@ -110,8 +129,8 @@ def test_a_folder_of_llama_vision_gives_the_logits_of_transformers(tmp_path):
     "part,changes,says",
     [
         ("vision_config", {"hidden_act": "relu"}, "vision_config.hidden_act must be one of gelu, .*found 'relu'"),
-        ("vision_config", {"intermediate_layers_indices": [0, 3]}, r"indices must be in 0\.\.2, found 3"),
-        ("vision_config", {"intermediate_layers_indices": [-1]}, r"indices must be in 0\.\.2, found -1"),
+        ("vision_config", {"intermediate_layers_indices": [0, 4]}, r"indices must be in 0\.\.3, found 4"),
+        ("vision_config", {"intermediate_layers_indices": [-1]}, r"indices must be in 0\.\.3, found -1"),
         ("vision_config", {"supported_aspect_ratios": [[1, 1], [2, 2]]}, "supported_aspect_ratios must be all of"),
         ("vision_config", {"vision_output_dim": 32}, "vision_output_dim must be 24, .*found 32"),
         ("vision_config", {"image_size": 10}, r"positive multiple of patch=4, found \(10, 10\)"),

@@ -8,6 +8,7 @@ Face's LLaVA. Only what the assistant says is learned, with the token that ends 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ class Template:
 
 
 PLAIN = Template(
-    turns={"system": ("", ""), "user": ("", ""), "assistant": (words.ANSWER, "")},
+    turns={"system": ("", "\n"), "user": ("", ""), "assistant": (words.ANSWER, "")},
     end=words.END,
 )
 """For small decoders on `WordTokenizer`: the question, `<answer>`, the answer, `<end>`."""
@@ -121,24 +122,40 @@ def encode(
     learned: list[bool] = []
     starts: list[int] = []
 
+    waiting: list[str] = []  # what is not learned, up to an image or an answer
+
     def add(found: list[int], learn: bool = False) -> None:
         ids.extend(found)
         learned.extend([learn] * len(found))
 
+    def written() -> None:
+        # As one text: pretrained tokenizers write its pieces otherwise, one by one.
+        add(_known("".join(waiting), tokenizer))
+        waiting.clear()
+
     for role, text in turns:
         before, after = template.turns[role]
-        add(_steering(before, tokenizer))
+        _steering(before + after, tokenizer)
+        waiting.append(before)
         for number, part in enumerate(text.split(IMAGE)):
             if number:
+                written()
                 starts.append(len(ids))
                 add([tokenizer.image] * visual_tokens)
-            add(_said(part, role, tokenizer), learn=role == "assistant")
+            said = _said(part, role, tokenizer)
+            if role == "assistant":
+                written()
+                add(said, learn=True)
+            else:
+                waiting.append(part)
         if role == "assistant":
             add(_end(template, tokenizer), learn=True)
-        add(_steering(after, tokenizer))
+        waiting.append(after)
     prompt = turns[-1].role == "user"
     if prompt:
-        add(_steering(template.turns["assistant"][0], tokenizer))
+        _steering(template.turns["assistant"][0], tokenizer)
+        waiting.append(template.turns["assistant"][0])
+    written()
     made = Encoded(np.asarray(ids, np.int32), np.asarray(learned, bool), tuple(starts))
     return _cut(made, visual_tokens, length, prompt) if 0 < length < len(ids) else made
 
@@ -170,6 +187,8 @@ def _check_turns(turns: Sequence[Turn]) -> None:
 
 def _steering(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of what the template says; control tokens count as such."""
+    if unknown := [mark for mark in re.findall(r"<[^<>\s]+>", text) if mark not in tokenizer.control]:
+        raise InputError(f"the tokenizer must know the control tokens that a template says, found no {unknown[0]!r}")
     ids = _known(text, tokenizer)
     if tokenizer.unknown in ids:
         raise InputError(f"the tokenizer must know what the template says, found unknown tokens in {text!r}")

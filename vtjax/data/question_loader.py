@@ -2,7 +2,8 @@
 """Batches of questions about images, for training and evaluating multimodal LLMs.
 
 A batch is a dict of numpy arrays, the process's rows of the global batch: `input_ids, positions, segments, labels`
-int32 and `weights` float32, `[b, S]` (`packing.Row`); `images` float32 [b, H, W, 3] normalised; `valid` bool [b]
+int32 and `weights` float32, `[b, S]` (`packing.Row`); `learned` int32 [b, M] (slots whose label has weight, -1 =
+none; M is the most that a row has); `images` float32 [b, H, W, 3] normalised; `valid` bool [b]
 (False = padding); `index` int64 [b] (number of the row in the split, -1 = padding); and per question of a row, int32
 [b, Q], -1 = none: `question` (its number in the split), `type`, `answer`. Q is `pack`; with 1, rows are questions.
 
@@ -42,11 +43,14 @@ class QuestionData:
       tokenizer, template: how questions and answers are written.
       seed: of the order.
       batch_size: rows, global over all processes.
-      image_size: (height, width) of the batches; images of another size are resized, whatever the aspect.
+      image_size: (height, width) of the batches.
       visual_tokens: placeholders per image.
       pack: most questions of a row; 1 = every question has its own.
       buckets: most row lengths that batches may have, each of which is compiled once.
       limit: most tokens of a row; 0 = what the longest needs.
+      learned: least M, for batches of the same form as those of other data; 0 = what the data needs.
+      crop, interpolation, squash: how images of another size get it, see `transforms.evaluate`; as they are, the whole
+        image is resized, whatever its aspect.
       mean, std: normalisation, for values in [0, 1].
       prefetch: batches that are prepared ahead, by one thread each; 0 = none.
       rows: this process's rows of every global batch, ascending; None = all of them. Processes may share rows.
@@ -75,6 +79,10 @@ class QuestionData:
         pack: int = 1,
         buckets: int = 1,
         limit: int = 0,
+        learned: int = 0,
+        crop: float = 1.0,
+        interpolation: str = "bicubic",
+        squash: bool = True,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
         prefetch: int = 2,
@@ -87,6 +95,7 @@ class QuestionData:
             ("config.data.pack", pack, 1),
             ("config.data.buckets", buckets, 1),
             ("config.data.limit", limit, 0),
+            ("config.data.learned", learned, 0),
             ("config.data.prefetch", prefetch, 0),
             ("image_size", min(image_size), 1),
         ]:
@@ -108,9 +117,13 @@ class QuestionData:
         most = packing.buckets(self._splits["eval" if train is None else "train"].sizes.tolist(), buckets)
         longest = max(int(split.sizes.max()) for split in self._splits.values())
         self.lengths = tuple(sorted({*most[:-1], *packing.buckets([max(longest, most[-1])], 1)}))
+        self._learned = max(learned, *(int(split.learned.max()) for split in self._splits.values()))
         self._bucket = {name: np.searchsorted(self.lengths, split.sizes) for name, split in self._splits.items()}
         self._seed, self._batch_size, self._rows, self._size = seed, batch_size, mine, image_size
         self._pack, self._pad, self._mean, self._std, self._prefetch = pack, tokenizer.pad, mean, std, prefetch
+        self._resized = functools.partial(
+            transforms.evaluate, size=image_size, crop=crop, interpolation=interpolation, squash=squash
+        )
         # A split smaller than a stretch would come more than once in it.
         self._group = min(GROUP, max(1, self.train_examples // batch_size)) if len(self.lengths) > 1 else 1
         # Threads are at neighbouring steps, so at one stretch or two.
@@ -181,13 +194,18 @@ class QuestionData:
         asked = np.full((len(index), self._pack), -1, np.int32)
         for place, i in enumerate(index.tolist()):
             if i >= 0:
-                images[place] = transforms.normalise(source.image(i, self._size), self._mean, self._std)
+                images[place] = transforms.normalise(self._resized(source.image(i)), self._mean, self._std)
                 asked[place, : len(source.parts[i])] = source.parts[i]
         columns = {
             name: np.where(asked >= 0, getattr(source.questions, name)[asked], -1).astype(np.int32)
             for name in ("type", "answer")
         }
         arrays = {name: np.stack([getattr(row, name) for row in made]) for name in packing.Row._fields}
+        learned = np.full((len(index), self._learned), -1, np.int32)
+        for place, row in enumerate(made):
+            slots = np.flatnonzero(row.weights)
+            learned[place, : len(slots)] = slots
+        arrays["learned"] = learned
         return {**arrays, "images": images, "valid": index >= 0, "index": index, "question": asked, **columns}
 
 
@@ -224,6 +242,8 @@ class _Rows:
             for part in packing.share(lengths[start:stop], self.prefix, pack, limit)
         ]
         self.sizes = np.array([packing.size([lengths[i] for i in part], self.prefix) for part in self.parts])
+        counts = [int(one.learned.sum()) for one in self._written]
+        self.learned = np.array([sum(counts[i] for i in part) for part in self.parts])
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -231,9 +251,8 @@ class _Rows:
     def row(self, index: int, length: int, pad: int) -> packing.Row:
         return packing.row([self._written[i] for i in self.parts[index]], self.prefix, length, pad)
 
-    def image(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        image = self._images[int(self.questions.image[self.parts[index].start])]
-        return transforms.evaluate(image, size, 1.0, squash=True)
+    def image(self, index: int) -> np.ndarray:
+        return self._images[int(self.questions.image[self.parts[index].start])]
 
 
 def vocabulary(train: Questions, extra: Sequence[str] = ()) -> Tokenizer:
@@ -269,6 +288,7 @@ def batch_shapes(
     return {
         **{name: (row, ints) for name in ("input_ids", "positions", "segments", "labels")},
         "weights": (row, floats),
+        "learned": ((batch_size, config["learned"] or config["limit"]), ints),
         **{name: (asked, ints) for name in ("question", "type", "answer")},
         "images": ((batch_size, *image_size, 3), floats),
         "valid": ((batch_size,), np.dtype(bool)),
@@ -295,8 +315,7 @@ def from_config(
       seed, batch_size, image_size, visual_tokens, rows: as for `QuestionData`.
       tokenizer: None = one of the words of the training split, questions and answers.
       template: how it writes.
-      preprocess: its normalisation is used; None = mean and std 0.5. Images are not cropped: questions are about all
-        that they show.
+      preprocess: what the model's spec says; None = the whole image, mean and std 0.5.
 
     Raises:
       InputError: as `questions.open_questions` and `QuestionData`; augmentation or workers, which are not
@@ -315,7 +334,8 @@ def from_config(
         if train is None:
             raise InputError("config.data.train_split must name the split whose words make the vocabulary, found none")
         tokenizer = vocabulary(train)
-    form = {} if preprocess is None else {"mean": preprocess.mean, "std": preprocess.std}
+    names = ("crop", "interpolation", "squash", "mean", "std")
+    form = {} if preprocess is None else {name: getattr(preprocess, name) for name in names}
     data = QuestionData(
         train,
         evaluation,
@@ -328,6 +348,7 @@ def from_config(
         pack=config["pack"],
         buckets=config["buckets"],
         limit=config["limit"],
+        learned=config["learned"],
         prefetch=config["prefetch"],
         rows=rows,
         **form,

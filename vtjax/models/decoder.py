@@ -192,4 +192,10 @@ class DecoderBlock(nn.Module):
         tokens = tokens.replace(x=x)
         if self.reducer is not None and cache is None:
             tokens, aux["decisions"] = self.reducer(tokens, aux, knobs)
+            for name in ("alive", "position", "segment"):
+                row = getattr(tokens, name)
+                if row is not None and row.shape[1] != tokens.x.shape[1]:
+                    raise InputError(
+                        f"a reducer must leave {name} as long as its {tokens.x.shape[1]} tokens, found {row.shape[1]}"
+                    )
         return tokens, {k: v for k, v in aux.items() if k in want or k in ("decisions", "cache")}

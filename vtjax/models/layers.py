@@ -41,6 +41,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def identity(x: Array) -> Array:
+    """What models do to activations where nothing is injected."""
+    return x
+
+
 class Dense(nn.Module):
     """A linear layer, kernel `[in, out]`, with a low-rank update beside it if `lora` says so; computes in `dtype`."""
 

@@ -21,7 +21,7 @@ from vtjax.models import cache as cache_lib
 from vtjax.models import segments
 from vtjax.models.cache import Cache
 from vtjax.models.decoder import WANTS, DecoderBlock
-from vtjax.models.layers import Adapter, Knobs, Norm, Reducer
+from vtjax.models.layers import Adapter, Knobs, Norm, Reducer, identity
 from vtjax.models.segments import block_name, call_module
 from vtjax.ops import cross_attention
 from vtjax.ops.cross_attention import Attend, Memory
@@ -33,10 +33,6 @@ from vtjax.spec import CrossSpec, LMSpec
 Params = dict[str, Any]
 Ids = Int[Array | np.ndarray, "B N"]
 Mask = Int[Array | np.ndarray, "B N"] | Bool[Array | np.ndarray, "B N"] | Float[Array | np.ndarray, "B N"]
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +63,7 @@ class LM:
     attention: str = "auto"
     reducers: tuple[tuple[int, Reducer], ...] = ()
     adapters: tuple[tuple[int, str, Adapter], ...] = ()
-    constrain: Callable[[Array], Array] = _identity
+    constrain: Callable[[Array], Array] = identity
     cross: CrossSpec | None = None
     attend: Attend = cross_attention.attend
 
@@ -128,6 +124,7 @@ class LM:
         memory: Memory | None = None,
         knobs: Knobs | None = None,
         want: tuple[str, ...] = (),
+        slots: Int[Array | np.ndarray, "B M"] | None = None,
     ) -> tuple[Float[Array, "B M V"], dict[str, Any]]:
         """Runs the model over whole texts.
 
@@ -143,11 +140,13 @@ class LM:
           knobs: traced arrays by name, `[L, ...]` or one scalar for all layers; they override method parameters of the
             same name.
           want: per-block outputs to return in `aux["blocks"][l]`: "tokens", from blocks with attention "keys",
-            "values", and from blocks with cross-attention "cross_keys", "cross_values", "cross_lse".
+            "values", "queries", and from blocks with cross-attention "cross_keys", "cross_values", "cross_lse".
+          slots: `[B, M]`, whose logits are wanted, of those that leave the last block; None = of all. Where answers are
+            short, those of the others are most of the memory of a training step.
 
         Returns:
-          logits: float32, of every slot that left the last block (M = N unless a reducer took some); padding's mean
-            nothing.
+          logits: float32, of the wanted slots, or of every slot that left the last block (M = N unless a reducer took
+            some); padding's mean nothing.
           aux: `features [B,M,D]` (after the final norm), `tokens` (the Tokens that left the last block) and `blocks`
             (one dict per layer).
 
@@ -159,7 +158,8 @@ class LM:
         tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, segments, memory)
         tokens, blocks = self._run(params, tokens, knobs, want)
         x = self._norm(params, tokens.x)
-        return self._logits(params, x), {"features": x, "tokens": tokens, "blocks": blocks}
+        wanted = x if slots is None else jnp.take_along_axis(x, jnp.asarray(slots)[:, :, None], axis=1)
+        return self._logits(params, wanted), {"features": x, "tokens": tokens, "blocks": blocks}
 
     def prefill(
         self,
@@ -317,6 +317,8 @@ def check_mask(mask: Any) -> None:
     if isinstance(mask, jax.core.Tracer):
         return
     values = np.asarray(mask)
+    if values.ndim != 2:
+        raise InputError(f"attention_mask must be [B, N], found {list(values.shape)}")
     if not np.isin(values, (0, 1)).all():
         raise InputError(f"attention_mask must be 0 or 1, found {values[~np.isin(values, (0, 1))][0]}")
     if not values.any(1).all():

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from vtjax.errors import InputError
 from vtjax.models import segments
-from vtjax.models.layers import Block, Dense, Norm, patches
+from vtjax.models.layers import Block, Dense, Norm, identity, patches
 from vtjax.models.segments import block_name, call_module
 from vtjax.ops import attention
 from vtjax.ops.tokens import Tokens
@@ -28,10 +28,6 @@ from vtjax.spec import TiledViTSpec
 Params = dict[str, Any]
 Images = Float[Array | np.ndarray, "B H W C"] | Float[Array | np.ndarray, "B t H W C"]
 Ratio = Int[Array | np.ndarray, " B"]
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +48,7 @@ class TiledViT:
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = False
-    constrain: Callable[[Array], Array] = _identity
+    constrain: Callable[[Array], Array] = identity
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, TiledViTSpec):
@@ -93,7 +89,7 @@ class TiledViT:
 
         Returns:
           y: tokens `[B, T*N, E]` in the compute dtype, tile by tile: those of the last block, then, feature by feature,
-            those of the layers `spec.features`.
+            those that enter the layers `spec.features`.
           aux: `features` (y) and `tokens` (the same as Tokens, `alive` 0 for tiles that an image lacks).
 
         Raises:
@@ -118,8 +114,9 @@ class TiledViT:
         tokens = Tokens(
             self.constrain(x.reshape(b, spec.tokens, spec.width)), alive=alive.reshape(b, -1).astype(jnp.float32)
         )
-        tokens, blocks = self._run(params, tokens, 0, spec.local, spec.features)
-        kept = [blocks[layer]["tokens"].x for layer in spec.features]
+        entering = tokens.x
+        tokens, blocks = self._run(params, tokens, 0, spec.local, tuple(i - 1 for i in spec.features if i))
+        kept = [blocks[i - 1]["tokens"].x if i else entering for i in spec.features]
 
         x = call_module(self._norm, params["norm"], tokens.x)
         x = call_module(TileEmbed(spec), params["tiles"], self._by_tile(x), ratio)

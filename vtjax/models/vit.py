@@ -28,6 +28,7 @@ from vtjax.models.layers import (
     Knobs,
     Norm,
     Reducer,
+    identity,
 )
 from vtjax.models.segments import call_module
 from vtjax.ops.attention import IMPLEMENTATIONS, STATISTICS
@@ -37,10 +38,6 @@ from vtjax.spec import ViTSpec
 Params = dict[str, Any]
 
 WANTS = (*STATISTICS, "queries", "keys", "values", "tokens")
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,7 @@ class ViT:
     attention: str | AttentionFn = "auto"
     reducers: tuple[tuple[int, Reducer], ...] = ()
     adapters: tuple[tuple[int, str, Adapter], ...] = ()
-    constrain: Callable[[Array], Array] = _identity
+    constrain: Callable[[Array], Array] = identity
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, ViTSpec):

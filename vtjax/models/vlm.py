@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vtjax.errors import InputError
 from vtjax.models import generate as generate_lib
 from vtjax.models.bridge import Projector
-from vtjax.models.layers import Adapter, Knobs, Reducer
+from vtjax.models.layers import Adapter, Knobs, Reducer, identity
 from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, counted
 from vtjax.models.segments import block_name, call_module
 from vtjax.models.tiled import TiledViT, check_tiles
@@ -37,10 +37,6 @@ Images = (
 )
 Ratio = Int[Array | np.ndarray, "B I"]
 ImageMask = Int[Array | np.ndarray, "B I"] | Bool[Array | np.ndarray, "B I"]
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +67,7 @@ class VLM:
     adapters: tuple[tuple[int, str, Adapter], ...] = ()
     tower_reducers: tuple[tuple[int, Reducer], ...] = ()
     tower_adapters: tuple[tuple[int, str, Adapter], ...] = ()
-    constrain: Callable[[Array], Array] = _identity
+    constrain: Callable[[Array], Array] = identity
     attend: Attend = cross_attention.attend
 
     def __post_init__(self) -> None:
@@ -80,6 +76,12 @@ class VLM:
         self.tower.blocks()
         if self.tower_reducers and self.spec.bridge.cross is None:
             raise InputError("a tower may drop tokens for a bridge with cross-attention only, found projector")
+        layers = () if self.spec.bridge.cross is None else self.spec.bridge.cross.layers
+        if layers and self.reducers and min(layer for layer, _ in self.reducers) < max(layers):
+            raise InputError(
+                f"a reducer of the decoder must come after its last cross-attention, which knows the rows of the text, "
+                f"at layer {max(layers)}, found one after layer {min(layer for layer, _ in self.reducers)}"
+            )
         self.lm.blocks()
 
     @property
@@ -155,6 +157,7 @@ class VLM:
         segments: Ids | None = None,
         knobs: Knobs | None = None,
         want: tuple[str, ...] = (),
+        slots: Int[Array | np.ndarray, "B M"] | None = None,
     ) -> tuple[Float[Array, "B M V"], dict[str, Any]]:
         """Runs the model over whole texts with their images.
 
@@ -165,21 +168,23 @@ class VLM:
             images.
           images: float32, already normalised, of the tower's size; one per sample, or I of them; None = none. For a
             tiled tower also `[B, I, t, H, W, C]`, as `data.tiles` makes them.
-          attention_mask, positions, segments, knobs, want: as in `LM.apply`; they belong to the decoder.
+          attention_mask, positions, segments, knobs, want, slots: as in `LM.apply`; they belong to the decoder.
           image_mask: 1 for images, 0 for what fills samples with fewer up, after them; None = all are images, or where
             there are aspect ratios, those with one.
           aspect_ratio: number of each image's canvas (`TiledViTSpec.aspect_ratios`, from 1; 0 = no image). Tiles that
             an image lacks are not read by the text. None = one tile each.
 
         Returns:
-          logits: float32, of every slot of the text; padding's mean nothing.
+          logits: float32, of the wanted slots, or of every slot of the text; padding's mean nothing.
           aux: as of `LM.apply`, and `visual [B, I * T, E]`, what the tower and the projector made of the images.
 
         Raises:
           InputError: what `LM.apply` refuses; images of another size; placeholders that do not fit the images (where
             the values are known, which they are not inside `jit`).
         """
-        entered, visual = self.enter(params, input_ids, images, image_mask, attention_mask, positions, aspect_ratio)
+        entered, visual = self.enter(
+            params, input_ids, images, image_mask, attention_mask, positions, aspect_ratio, segments
+        )
         y, aux = self.lm.apply(
             self.decoder_params(params),
             attention_mask=attention_mask,
@@ -187,6 +192,7 @@ class VLM:
             segments=segments,
             knobs=knobs,
             want=want,
+            slots=slots,
             **entered,
         )
         return y, aux if visual is None else {**aux, "visual": visual}
@@ -252,6 +258,7 @@ class VLM:
         attention_mask: Mask | None = None,
         positions: Ids | None = None,
         aspect_ratio: Ratio | None = None,
+        segments: Ids | None = None,
     ) -> tuple[dict[str, Any], Float[Array, "B M E"] | None]:
         """What `LM.apply` takes of text and images (`embeddings`, `memory`), and the visual tokens.
 
@@ -269,6 +276,8 @@ class VLM:
         cross = self.spec.bridge.cross
         if cross is None:
             return {"embeddings": splice.splice(x, placeholder, visual)}, visual
+        if segments is not None:
+            placeholder = self._shared(placeholder, segments)
         count = 1 if images.ndim == 4 else images.shape[1]
         number = jnp.arange(1, count + 1)[None] * (1 if image_mask is None else jnp.asarray(image_mask, jnp.int32))
         number = jnp.broadcast_to(number, (len(visual), count))
@@ -285,6 +294,16 @@ class VLM:
             high=high,
         )
         return {"embeddings": x, "memory": memory}, visual
+
+    @staticmethod
+    def _shared(placeholder: Array, segments: Any) -> Array:
+        """Placeholders of packed texts, which cross-attention knows in the prefix that all of them see."""
+        own = placeholder & (jnp.asarray(segments) > 0)
+        if not isinstance(own, jax.core.Tracer) and bool(own.any()):
+            raise InputError(
+                "packed texts must have their images in the shared prefix (segment 0), found one behind it"
+            )
+        return placeholder & ~own
 
     def check(self, input_ids: Any, images: Any, image_mask: Any = None, aspect_ratio: Any = None) -> None:
         """Raises InputError for ids, images and placeholders that do not fit each other, as far as they are known."""
@@ -314,6 +333,8 @@ class VLM:
         ids = np.asarray(input_ids)
         if (other := ids[(ids >= spec.decoder.ids) & (ids != spec.image_token)]).size:
             raise InputError(f"input_ids must be in 0..{spec.decoder.ids - 1} (the vocabulary), found {other[0]}")
+        if image_mask is not None and (other := np.setdiff1d(np.asarray(image_mask), (0, 1))).size:
+            raise InputError(f"image_mask must be 0 or 1, found {other[0]}")
         given = np.full(len(ids), count) if image_mask is None else np.asarray(image_mask).astype(int).sum(1)
         if image_mask is not None and (np.diff(np.asarray(image_mask).astype(int), axis=1) > 0).any():
             raise InputError("image_mask must hold the images of a sample before what fills it up, found another order")

@@ -36,7 +36,8 @@ class TiledViTSpec(ModelSpec):
       tiles: most tiles of an image.
       global_blocks: how many of the last blocks are global: after the norm and another embedding of the tiles, each
         branch times the tanh of its gate.
-      features: local layers, ascending, whose tokens stand beside those of the last block in the output.
+      features: local layers, ascending; the tokens that enter them stand beside those of the last block in the output
+        (the number of local layers: what leaves the last of them).
       channels: input channels.
       eps: of all norms (LayerNorm).
       activation: of the MLPs, as in `ViTSpec`.
@@ -97,10 +98,9 @@ class TiledViTSpec(ModelSpec):
                 f"TiledViTSpec.global_blocks must be at least 1 and leave a local one of {self.depth}, "
                 f"found {self.global_blocks}"
             )
-        if list(self.features) != sorted(set(self.features)) or not set(self.features) <= set(range(self.local)):
+        if list(self.features) != sorted(set(self.features)) or not set(self.features) <= set(range(self.local + 1)):
             raise InputError(
-                f"TiledViTSpec.features must ascend within 0..{self.local - 1} (the local layers), "
-                f"found {self.features}"
+                f"TiledViTSpec.features must ascend within 0..{self.local} (the local layers), found {self.features}"
             )
         if not 0 <= self.eps < math.inf:
             raise InputError(f"TiledViTSpec.eps must be 0 or more, found {self.eps}")

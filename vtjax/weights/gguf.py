@@ -136,6 +136,8 @@ class _Reader:
             return self.string()
         if kind == _ARRAY:
             inner, count = self.unpack("<I"), self.unpack("<Q")
+            if inner == _ARRAY:
+                raise InputError(f"{self.path} is damaged: its header has an array of arrays")
             if inner in _SCALARS:
                 form = _SCALARS[inner]
                 return np.frombuffer(self.take(count * struct.calcsize(form)), form).tolist()
@@ -160,6 +162,9 @@ def spec_from_file(file: File) -> LMSpec:
         value = file.metadata.get(f"{architecture}.{name}", default)
         if value is None:
             raise InputError(f"{where} must say {architecture}.{name}, found no such key")
+        numbers = value if isinstance(value, list) else [value]
+        if default != "none" and not all(isinstance(number, int | float) for number in numbers):
+            raise InputError(f"{where}: {architecture}.{name} must be a number, found {str(value)[:40]!r}")
         return value
 
     if get("expert_count", 0):
@@ -167,6 +172,8 @@ def spec_from_file(file: File) -> LMSpec:
     if "token_embd.weight" not in file:
         raise InputError(f"{where} lacks token_embd.weight")
     depth, width = int(get("block_count")), int(get("embedding_length"))
+    if not 0 < depth <= len(file):
+        raise InputError(f"{where} is damaged: block_count must be in 1..{len(file)}, its arrays, found {depth}")
 
     def per_block(name: str, default: Any = None) -> list[int]:
         value = get(name, default)
@@ -177,6 +184,9 @@ def spec_from_file(file: File) -> LMSpec:
     heads = per_block("attention.head_count")
     kv_heads, mlp = per_block("attention.head_count_kv", heads), per_block("feed_forward_length")
     head_dim = int(get("attention.key_length", width // max(heads[0], 1)))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if int(get(name, head_dim)) != head_dim:
+            raise InputError(f"{where}: {architecture}.{name} must be the key length {head_dim}, found {get(name)}")
     ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     return LMSpec(
         vocab=file.shapes["token_embd.weight"][0],

@@ -17,11 +17,20 @@ _COMMON: dict[str, Any] = {
     **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0},
     **{"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "max_position_embeddings": 32768},
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {**_COMMON, "max_position_embeddings": 2048},
-    "qwen2": _COMMON,
-    "qwen3": {**_COMMON, "head_dim": 128},
+_QWEN: dict[str, Any] = {
+    **{"vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32},
+    **{"num_key_value_heads": 32, "intermediate_size": 22016},
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_COMMON,
+        **{"max_position_embeddings": 2048, "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32},
+        **{"num_attention_heads": 32, "intermediate_size": 11008, "eos_token_id": 2},
+    },
+    "qwen2": {**_COMMON, **_QWEN},
+    "qwen3": {**_COMMON, **_QWEN, "head_dim": 128},
+}
+"""By `model_type`. LLaVA's published folders leave out of `text_config` all that is a default."""
 
 
 def spec_from_config(config: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None = None) -> LMSpec:
@@ -41,7 +50,8 @@ def spec_from_config(config: Mapping[str, Any], where: str, generation: Mapping[
     if get["use_sliding_window"]:
         raise InputError(f"{where}: use_sliding_window=True (attention over a window) cannot be described by an LMSpec")
     rope, scaling = _rope(get, where)
-    eos = (generation or {}).get("eos_token_id", get.get("eos_token_id", ()))
+    # Written out as null it means none; left out, the family's.
+    eos = {**FAMILIES[kind], **config, **(generation or {})}.get("eos_token_id")
     heads = int(get["num_attention_heads"])
     return LMSpec.uniform(
         depth=int(get["num_hidden_layers"]),

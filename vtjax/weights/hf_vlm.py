@@ -105,6 +105,8 @@ def spec_from_config(
     check_choice(f"{where}: projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",))
     strategy = config.get("vision_feature_select_strategy", "default")
     check_choice(f"{where}: vision_feature_select_strategy", strategy, ("default", "full"))
+    if strategy == "default" and not tower.prefix:
+        raise InputError(f"{where}: vision_feature_select_strategy must be full for a tower without class token")
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or not layer:
         raise InputError(f"{where}: vision_feature_layer must be one number other than 0, found {layer!r}")
@@ -151,9 +153,9 @@ def _tiled(vision: Mapping[str, Any], processor: Mapping[str, Any] | None, where
     check_choice(f"{where}: vision_config.hidden_act", get["hidden_act"], hf.ACTIVATIONS)
     side, patch = (hf.square(get[name], f"{where}: vision_config.{name}") for name in ("image_size", "patch_size"))
     features, depth, tiles = get["intermediate_layers_indices"], get["num_hidden_layers"], get["max_num_tiles"]
-    if strange := [layer for layer in features if not 0 <= layer < depth]:
+    if strange := [layer for layer in features if not 0 <= layer <= depth]:
         raise InputError(
-            f"{where}: vision_config.intermediate_layers_indices must be in 0..{depth - 1}, found {strange[0]}"
+            f"{where}: vision_config.intermediate_layers_indices must be in 0..{depth}, found {strange[0]}"
         )
     preprocess: dict[str, Any] = {}
     if processor is not None:
