@@ -34,7 +34,8 @@ def main() -> int:
     records = [r for r in read_jsonl(RESULTS / "accuracy.jsonl") if r["kind"] == "easyvqa"]
     model = vtjax.load(accuracy.folder(records[0]["name"]))
     test = open_questions("easy_vqa", "test")
-    chosen = [place for kind in range(len(test.types)) for place in some(test, kind, 1)]
+    kinds = range(len(test.types))
+    chosen = [some(test, kind, len(kinds))[kind] for kind in kinds]
     shown = [looked(model, test, place) for place in chosen]
     written = [
         curves.save(learned(records), RESULTS / "learned.png"),
@@ -96,7 +97,7 @@ def learned(records: Sequence[Mapping[str, Any]]) -> Any:
             axes.plot(steps, values, color=color, lw=width, alpha=0.85, label=name if not number else None)
     axes.axhline(accuracy.BLIND["per text"], color=curves.MUTED, lw=1.0, ls="--", label="all, without looking")
     curves.quiet(axes, "step")
-    curves.set_title(axes, f"Accuracy on easy-VQA's test questions, {len(records)} seeds")
+    curves.set_title(axes, f"Accuracy on easy-VQA's test questions, {len(records)} seed{'s' * (len(records) > 1)}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
