@@ -67,10 +67,8 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
     Raises:
       InputError: nothing found, an unreadable file, or names that are missing, extra or mis-shaped.
     """
-    import jax
-
     from vtjax import paths
-    from vtjax.answer import answer
+    from vtjax.answer import Answers
     from vtjax.methods import build
     from vtjax.models.generate import generate
     from vtjax.models.lm import LM
@@ -86,12 +84,7 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
         spec, params = weights.load(path_or_name, spec=spec)
     model = build(spec, **options)
     if isinstance(model, VLM):
-        # Questions come one by one, and the weights go to the device once.
-        placed = functools.cache(lambda: jax.device_put(params))
-
-        def answers(image: Any, question: str, **options: Any) -> str:
-            return answer(model, placed(), image, question, **options)
-
+        answers = Answers(model, params)
         return Model(spec=spec, params=params, apply=model.apply, generate=model.generate, answer=answers)
     writes = functools.partial(generate, model) if isinstance(model, LM) else None
     return Model(spec=spec, params=params, apply=model.apply, generate=writes)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from vtjax.errors import InputError
@@ -51,6 +52,19 @@ def answer(
     tokens, count = model.generate(params, **inputs(spec, image, question, new_tokens), new_tokens=new_tokens)
     said = [int(token) for token in np.asarray(tokens)[0, : int(count[0])] if int(token) not in spec.decoder.eos]
     return words.decode(said).strip()
+
+
+class Answers:
+    """`answer` of one model: questions come one by one, and its weights go to the device with the first."""
+
+    def __init__(self, model: Any, params: Any):
+        self._model, self._params, self._placed = model, params, False
+
+    def __call__(self, image: Any, question: str, **options: Any) -> str:
+        """See `answer`."""
+        if not self._placed:
+            self._params, self._placed = jax.device_put(self._params), True
+        return answer(self._model, self._params, image, question, **options)
 
 
 def inputs(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> dict[str, np.ndarray]:

@@ -71,10 +71,8 @@ def test_a_cached_token_is_the_last_row():
 
 def test_weights_are_what_causal_attention_takes_of_each_slot():
     q, k, v = arrays(7, 6, 2)
-    kinds = {
-        "alive": np.array([[1] * 7, [0, 1, 1, 1, 0, 1, 1]], np.float32),
-        "segment": np.array([[0, 0, 1, 1, 2, 2, 2]] * 2),
-    }
+    alive = jnp.array([[1.0] * 7, [0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
+    kinds = {"alive": alive, "segment": jnp.array([[0, 0, 1, 1, 2, 2, 2]] * 2)}
     weight = jax.jit(lambda q, k: ops.weights(q, k, **kinds))(q, k)
     np.testing.assert_allclose(weight.sum(-1), 1.0, atol=1e-6)
     assert (np.asarray(weight)[:, :, 4:, 2:4] == 0).all(), "a question sees another one"

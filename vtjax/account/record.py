@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -29,8 +30,8 @@ _ABSOLUTE = re.compile(r"(?<![\w.:/~])/(?:[^\s/'\":=,;]+/)+[^\s/'\":=,;]*")
 def write(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Appends `fields` and the circumstances to a `.jsonl` file, and returns the whole record.
 
-    The line is written by one system call to a file opened for appending, so that lines of several processes do not
-    mix; a line that a killed process left unfinished is closed first. Absolute paths in texts are cut: to the path
+    The line is written by one system call to a locked file opened for appending, so that lines of several processes do
+    not mix; a line that a killed process left unfinished is closed first. Absolute paths in texts are cut: to the path
     within the checkout, else to the last part.
 
     Args:
@@ -50,6 +51,8 @@ def write(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> dict[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        # Else the end that is looked at may be inside another one's line: a file grows while it is written to.
+        fcntl.flock(handle, fcntl.LOCK_EX)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = "\n" + line
