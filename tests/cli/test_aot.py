@@ -52,6 +52,7 @@ def test_a_training_step_with_all_three_axes() -> None:
     assert all(line.startswith(known) for line in errors.splitlines() if line), errors
 
 
+@pytest.mark.slow
 def test_an_evaluation_step_on_two_slices() -> None:
     result, _ = aot(SMALL, "--topology=v6e:2x2", "--slices=2", "--step=eval", *SHALLOW)
     assert result["fits"] is True and (result["devices"], result["slices"]) == (8, 2)

@@ -110,7 +110,13 @@ STEPPED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "variant"), STEPPED)
+LIKE_ANOTHER = (("dgmr", "eva_e"), ("dgmr", "openclip_bigg"))  # eva_8b and openclip_g, in other sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [pytest.param(*both, marks=[pytest.mark.slow] if both in LIKE_ANOTHER else []) for both in STEPPED],
+)
 def test_it_builds_and_steps_twice_abstractly(name, variant):
     config = load(name, variant)
     if config.data.name == "easy_vqa" and not importlib.util.find_spec("easy_vqa"):

@@ -90,6 +90,7 @@ def test_a_config_file_without_expectations_is_refused(tmp_path: Path, source: s
         make_configs.build(configs=tmp_path, experiments=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_checks_without_writing() -> None:
     before = make_configs.PAGE.read_bytes()
     command = [sys.executable, "-m", "docs.make_configs", "--check"]

@@ -93,7 +93,15 @@ def test_init_matches_unrolled_init_in_names_and_differs_between_blocks(tiny):
     assert shapes["block_02"]["mlp"]["up"]["kernel"].shape == (16, 10)
 
 
-@pytest.mark.parametrize("remat,scan", [("full", True), ("dots", True), ("names", True), ("names", False)])
+@pytest.mark.parametrize(
+    "remat,scan",
+    [
+        pytest.param("full", True, marks=pytest.mark.slow),
+        pytest.param("dots", True, marks=pytest.mark.slow),
+        ("names", True),
+        ("names", False),
+    ],
+)
 def test_scan_and_remat_change_nothing_but_memory(remat, scan):
     spec = TINY.edit(blocks={1: {"mlp": 10}})  # runs of equal blocks: [0], [1], [2, 3]
     model = ViT(spec)
