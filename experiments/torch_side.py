@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,14 @@ def in_turns(
     }
 
 
-def warn(title: str, record: dict[str, Any]) -> None:
+def warn(title: str, record: Mapping[str, Any]) -> None:
     """Says so where other work was on the cores."""
     if (record["other_cores"] or 0.0) > IDLE:
         busy = f"{record['other_cores']:.2f} cores were busy with other work"
         print(f"{title}: {busy}: this ratio is worthless", file=sys.stderr)
 
 
-def row(title: str, record: dict[str, Any]) -> tuple[str, ...]:
+def row(title: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     """For a table on the terminal under `HEAD`."""
     low, high = record["ratio_range"]
     milliseconds = (f"{1000 * record[side]['median_s']:.2f}" for side in ("vtjax", "torch"))

@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.torch_side import IDLE, Torch
+from experiments import torch_side
+from experiments.torch_side import Torch
 from vtjax.account import record, timing
 from vtjax.errors import InputError
 from vtjax.ops import gram_schmidt
@@ -244,8 +245,7 @@ def say(r: Mapping[str, Any]) -> None:
     if sides:
         rows = [(s, r[s]["median_s"], r[s]["min_s"], r.get("ratio", {}).get(s)) for s in sides]
         print(tables.text(("", "median s", "min s", "over blocked"), rows), file=sys.stderr)
-        if (r["other_cores"] or 0.0) > IDLE:
-            print(f"  {r['other_cores']:.2f} cores were busy with other work: worthless", file=sys.stderr)
+        torch_side.warn(title, r)
     for name in ("shortfall", "agreement", "order"):
         if name in r:
             print(f"  {name}: {r[name]}", file=sys.stderr)

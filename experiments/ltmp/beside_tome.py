@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.torch_side import IDLE, Torch
+from experiments import torch_side
+from experiments.torch_side import Torch
 from experiments.vit.beside_torch import MODELS
 from vtjax.account import flops, record, timing
 from vtjax.errors import InputError
@@ -304,8 +305,7 @@ def _say(r: Mapping[str, Any]) -> None:
             f"realised {r['realised'][side]:.3f}",
             file=sys.stderr,
         )
-    if (r["other_cores"] or 0.0) > IDLE:
-        print(f"  {r['other_cores']:.2f} cores were busy with other work: worthless", file=sys.stderr)
+    torch_side.warn("merging", r)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CONFIG = "configs/vlm.py"
 SEEDS = (0, 1, 2)
 PACK, QUESTIONS = 12, 384  # questions of a row, and of a training step
-BLIND = {"majority": 0.373, "per text": 0.670}
-"""easy-VQA's test questions, answered without looking: `python -m experiments.vlm.data baselines`."""
 
 Run = tuple[str, str, dict[str, str]]
 """Name, `VARIANT,option=value`, overrides."""

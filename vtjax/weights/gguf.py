@@ -163,7 +163,7 @@ def spec_from_file(file: File) -> LMSpec:
         if value is None:
             raise InputError(f"{where} must say {architecture}.{name}, found no such key")
         numbers = value if isinstance(value, list) else [value]
-        if default != "none" and not all(isinstance(number, int | float) for number in numbers):
+        if not all(isinstance(number, int | float) for number in numbers):
             raise InputError(f"{where}: {architecture}.{name} must be a number, found {str(value)[:40]!r}")
         return value
 
@@ -187,6 +187,7 @@ def spec_from_file(file: File) -> LMSpec:
     for name in ("attention.value_length", "rope.dimension_count"):
         if int(get(name, head_dim)) != head_dim:
             raise InputError(f"{where}: {architecture}.{name} must be the key length {head_dim}, found {get(name)}")
+    scaling = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
     ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     return LMSpec(
         vocab=file.shapes["token_embd.weight"][0],
@@ -196,7 +197,7 @@ def spec_from_file(file: File) -> LMSpec:
         # Written as float32: its shortest form is what was meant.
         eps=float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
         rope_base=float(get("rope.freq_base", 10_000.0)),
-        rope_scaling=_scaling(file, head_dim, float(get("rope.freq_base", 10_000.0)), get("rope.scaling.type", "none")),
+        rope_scaling=_scaling(file, head_dim, float(get("rope.freq_base", 10_000.0)), scaling),
         qkv_bias="blk.0.attn_q.bias" in file,
         out_bias="blk.0.attn_output.bias" in file,
         mlp_bias="blk.0.ffn_down.bias" in file,
