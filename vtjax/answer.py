@@ -72,11 +72,10 @@ def inputs(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> dic
     `attention_mask`, int32 `[1, N]`, and float32 `images` `[1, H, W, C]`, for a tiled tower `[1, 1, T, H, W, C]` with
     `aspect_ratio`. Arguments and errors as of `answer`."""
     from vtjax.data import conversation, tiles, transforms
-    from vtjax.data.conversation import Turn
 
-    words, ready = tokenizer_of(spec), spec.preprocess
-    turns = [Turn("user", f"{conversation.IMAGE}\n{question}")]
-    made = conversation.encode(turns, words, template_of(spec), visual_tokens=spec.placeholders, images=1)
+    words, ready, template = tokenizer_of(spec), spec.preprocess, template_of(spec)
+    turns = [template.about_image(question)]
+    made = conversation.encode(turns, words, template, visual_tokens=spec.placeholders, images=1)
     length = min(-(-len(made.ids) // ROUND) * ROUND, max(spec.decoder.context - new_tokens + 1, len(made.ids)))
     ids, mask = np.full((1, length), words.pad, np.int32), np.zeros((1, length), np.int32)
     ids[0, length - len(made.ids) :], mask[0, length - len(made.ids) :] = made.ids, 1
@@ -120,8 +119,7 @@ def template_of(spec: VLMSpec) -> Template:
     from vtjax.data import conversation
 
     assert spec.text is not None
-    known = {"plain": conversation.PLAIN, "smollm2": conversation.SMOLLM2, "vicuna": conversation.VICUNA}
-    return known[spec.text.template]
+    return conversation.TEMPLATES[spec.text.template]
 
 
 @dataclasses.dataclass

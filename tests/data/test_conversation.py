@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vtjax.data.conversation import PLAIN, SMOLLM2, VICUNA, Encoded, Template, Turn, encode
+from vtjax.data.conversation import LLAMA3, PLAIN, SMOLLM2, TEMPLATES, VICUNA, Encoded, Template, Turn, encode
 from vtjax.data.tokenizer import CONTROL, Tokenizer, WordTokenizer, split
 from vtjax.errors import InputError
+from vtjax.spec import vlm
 
 WORDS = WordTokenizer.build(["What shape is it?", "how many shapes?", "a circle.", "two"], extra=["<router>"])
 
@@ -130,6 +131,35 @@ def test_smollm2_chat() -> None:
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert not prompt.learned.any()
+
+
+class Headers(Characters):
+    """Llama 3's control tokens."""
+
+    control = dict.fromkeys(("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"))
+    control = {token: 256 + number for number, token in enumerate(control)}
+    vocabulary, pad, image = 261, 259, 260
+
+    def encode(self, text: str) -> list[int]:
+        parts = re.split(r"(<\|\w+\|>|<image>)", text)
+        return [i for p in parts for i in ([self.control[p]] if p in self.control else map(ord, p))]
+
+
+def test_llama3_chat() -> None:
+    """As the model's own template has it: no system turn, nothing between the image and the question."""
+    made = encode(
+        [LLAMA3.about_image("What?"), Turn("assistant", "Red.")], Headers(), LLAMA3, visual_tokens=1, images=1
+    )
+    assert Headers().decode(made.ids) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>What?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nRed.<|eot_id|>"
+    )
+    assert Headers().decode(made.ids[made.learned]) == "Red.<|eot_id|>"
+
+
+def test_templates_have_the_names_that_a_spec_may_say() -> None:
+    assert tuple(TEMPLATES) == vlm.TEMPLATES
+    assert PLAIN.about_image("what?") == Turn("user", "<image>\nwhat?")
 
 
 def test_a_router_token_stands_after_every_question() -> None:

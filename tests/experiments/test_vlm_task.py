@@ -27,6 +27,14 @@ from vtjax.spec import from_json
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/vlm.py:tiny"
 COUNTS = json.loads((ROOT / "tests" / "oracle" / "vlm_counts.json").read_text())
+# Parameters of one cross-attention block beside an exact decoder, from the published modules (decoder width, kv heads,
+# head dim): OpenFlamingo's GatedCrossAttentionBlock (8 heads of 64, media of 1024, 4x MLP, no biases but the norms');
+# mPLUG-Owl3's hyper-attention (`v_kv_proj` with bias and a gate per channel).
+CROSS = {
+    "openflamingo_3b": lambda e: 2 * e + 512 * e + 1024 * 1024 + 512 * e + 1 + 2 * e + 8 * e * e + 1,
+    "mplug_owl3_7b": lambda e: e * 2 * 4 * 128 + 2 * 4 * 128 + e,
+}
+CROSS["openflamingo_9b"] = CROSS["openflamingo_3b"]
 PUBLISHED = [name for name in configs.VARIANTS if name not in ("tiny", "easyvqa", "smollm2")]
 
 
@@ -105,6 +113,9 @@ def test_published_models_have_their_parameters_and_every_one_has_its_place(name
         assert found["decoder"] == expected["decoder"]
         assert not spec.stand_ins and from_json(spec.to_json()) == spec
         assert sum(found.values()) == expected["total"] and found["tower"] == expected["tower"]
+    if name in CROSS:
+        blocks = [params.count(tree) for part, tree in shapes["bridge"].items() if part != "projector"]
+        assert blocks == [CROSS[name](spec.decoder.width)] * len(spec.bridge.cross.layers)
     assert (name in COUNTS) != bool(spec.stand_ins)
     mesh = AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor"))
     laid = rules.shardings(shapes, mesh)

@@ -2,14 +2,17 @@
 """Tower, bridge and decoder together, for the projector and the three forms of cross-attention."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from vtjax import models, spec, weights
 from vtjax.account import params
+from vtjax.data import question_loader
 from vtjax.errors import InputError
 from vtjax.models import lora
 from vtjax.models.lm import LM
@@ -269,3 +272,55 @@ def test_a_prompt_longer_than_the_context_is_refused():
 def test_specs_that_no_model_can_have_are_refused(make, says):
     with pytest.raises(InputError, match=says):
         make()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def answers(model, params, batch):
+    text = {name: batch[name] for name in ("positions", "segments")}
+    slots = jnp.maximum(batch["learned"], 0)
+    return model.apply(params, batch["input_ids"], batch["images"], slots=slots, **text)[0]
+
+
+def test_rows_of_the_question_loader_answer_packed_as_alone():
+    """The arrays of a batch through the whole model: each question's logits are those of a row of its own."""
+    config = common.questions(name="marked_shapes", n=16, size=48, prefetch=0)
+    tower = ViTSpec.uniform(depth=1, width=12, heads=2, mlp=16, image_size=24, patch=8)
+    found = {}
+    for pack in (9, 1):
+        config.pack = pack
+        options = {"seed": 0, "batch_size": 4 if pack > 1 else 36, "image_size": (24, 24), "visual_tokens": 9}
+        data, words = question_loader.from_config(config, **options)
+        text = LMSpec.uniform(depth=2, width=16, heads=4, kv_heads=2, mlp=24, vocab=words.vocabulary, context=200)
+        one = VLMSpec(tower, BridgeSpec(hidden=20), text, words.image)
+        batch = next(data.eval())
+        names_of = ("input_ids", "images", "positions", "segments", "learned")
+        given = {name: batch[name] for name in names_of}
+
+        y = np.asarray(answers(VLM(one), drawn(one), given))
+        for row, asked in enumerate(batch["question"]):
+            for place, number in enumerate(asked.tolist()):
+                own = (batch["learned"][row] >= 0) & (batch["segments"][row][batch["learned"][row]] == place + 1)
+                if number >= 0:
+                    found.setdefault(number, []).append(y[row, own])
+    both = [pair for pair in found.values() if len(pair) == 2]
+    assert len(both) >= 30
+    for packed, alone in both:
+        assert packed.shape == alone.shape and len(packed) >= 2 and np.abs(packed).max() > 0.1
+        np.testing.assert_allclose(packed, alone, rtol=0, atol=2e-5 * np.abs(alone).max())
+
+
+def test_bfloat16_says_about_what_float32_says(made):
+    model_spec, model, weights, apply = made
+    ids, mask = texts(model_spec)
+    half = dataclasses.replace(model, dtype=jnp.bfloat16)
+    y = np.asarray(apply(weights, ids, mask, IMAGES))[mask > 0]
+    small, aux = jax.jit(lambda p: half.apply(p, ids, IMAGES, mask, image_mask=IMAGE_MASK))(weights)
+    assert small.dtype == jnp.float32 and aux["visual"].dtype == jnp.bfloat16
+    error = np.abs(np.asarray(small)[mask > 0] - y).max() / np.abs(y).max()
+    assert 1e-5 < error < 0.05
+    tokens, count = half.generate(weights, ids, IMAGES, mask, image_mask=IMAGE_MASK, new_tokens=NEW)
+    assert tokens.shape == (2, NEW) and count.tolist() == [NEW, NEW]
+    # The cache holds what a whole pass computes: the first token is its argmax wherever that is clear.
+    last = np.asarray(small)[np.arange(2), mask.sum(1) - 1]
+    clear = np.diff(np.sort(last)[:, -2:])[:, 0] > 0.1
+    assert clear.any() and (np.asarray(tokens)[clear, 0] == last.argmax(-1)[clear]).all()

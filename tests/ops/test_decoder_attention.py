@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vtjax.ops import decoder_attention as ops
+from vtjax.ops import packing
 
 RNG = np.random.default_rng(0)
 
@@ -92,3 +93,12 @@ def test_an_unknown_implementation_is_named():
     q, k, v = map(jnp.asarray, arrays(2, 1, 1))
     with pytest.raises(ValueError, match="must be one of auto, square, blocks, found 'flash'"):
         ops.causal(q, k, v, implementation="flash")
+
+
+def test_packed_texts_see_what_the_packing_mask_says():
+    q, k, _ = arrays(8, 6, 2)
+    segment = np.array([[0, 0, 1, 1, 2, 2, 2, -1], [0, 1, 1, 1, 2, 3, -1, -1]])
+    seen = np.asarray(jax.jit(lambda q, k: ops.weights(q, k, segment=jnp.asarray(segment)))(q, k) > 0)
+    expected = np.asarray(packing.attention_mask(jnp.asarray(segment)))
+    for row, part in enumerate(segment):
+        assert (seen[row][:, part >= 0] == expected[row, part >= 0]).all(), row

@@ -41,11 +41,19 @@ class Template:
       turns: role -> (before, after).
       end: ends the assistant's turn, before its `after`; it is learned. It must be one token.
       system: what the system says where the conversation does not begin with it; "" = nothing.
+      begin: what every conversation begins with.
+      after_image: what stands between an image and the question about it (`about_image`).
     """
 
     turns: Mapping[str, tuple[str, str]]
     end: str
     system: str = ""
+    begin: str = ""
+    after_image: str = "\n"
+
+    def about_image(self, question: str) -> Turn:
+        """The user's turn that asks about one picture."""
+        return Turn("user", f"{IMAGE}{self.after_image}{question}")
 
 
 PLAIN = Template(
@@ -63,12 +71,25 @@ SMOLLM2 = Template(
 
 
 VICUNA = Template(
-    turns={"system": ("<s>", " "), "user": ("USER: ", " "), "assistant": ("ASSISTANT:", "")},
+    turns={"system": ("", " "), "user": ("USER: ", " "), "assistant": ("ASSISTANT:", "")},
     end="</s>",
+    begin="<s>",
     system="A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
 )
-"""The conversation of Vicuna v1.1, which LLaVA-1.5 was tuned on; `<s>` begins it."""
+"""The conversation of Vicuna v1.1, which LLaVA-1.5 was tuned on."""
+
+LLAMA3 = Template(
+    turns={role: (f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ("system", "user")}
+    | {"assistant": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "")},
+    end="<|eot_id|>",
+    begin="<|begin_of_text|>",
+    after_image="",
+)
+"""The chat of Llama 3.2 Vision, which has no system turn of its own where there is an image."""
+
+TEMPLATES = {"plain": PLAIN, "smollm2": SMOLLM2, "vicuna": VICUNA, "llama3": LLAMA3}
+"""By the names that a spec uses (`vtjax.spec.vlm.TEMPLATES`)."""
 
 
 class Encoded(NamedTuple):
@@ -122,7 +143,8 @@ def encode(
     learned: list[bool] = []
     starts: list[int] = []
 
-    waiting: list[str] = []  # what is not learned, up to an image or an answer
+    _steering(template.begin, tokenizer)
+    waiting = [template.begin]  # what is not learned, up to an image or an answer
 
     def add(found: list[int], learn: bool = False) -> None:
         ids.extend(found)

@@ -218,7 +218,7 @@ class _Writer:
 
     def __call__(self, text: str, answer: str) -> Encoded:
         if (text, answer) not in self._known:
-            turns = [Turn("user", f"{conversation.IMAGE}\n{text}"), Turn("assistant", answer)]
+            turns = [self._template.about_image(text), Turn("assistant", answer)]
             options: dict[str, Any] = {"visual_tokens": self.visual_tokens, "images": 1}
             self._known[text, answer] = conversation.encode(turns, self._tokenizer, self._template, **options)
         return self._known[text, answer]

@@ -16,7 +16,7 @@ from vtjax.spec.vit import Preprocess, ViTSpec
 
 FORMS = ("block", "hyper")
 SEES = ("all", "before", "latest", "run")
-TEMPLATES = ("plain", "smollm2", "vicuna")
+TEMPLATES = ("plain", "smollm2", "vicuna", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,7 @@ class TextSpec:
     Attributes:
       tokenizer: "words" (`data.tokenizer.WordTokenizer`), or what `weights.tokenizer.load` takes: a name, a file.
       words, control: of the word tokenizer, in the order of their ids.
-      template: what stands around the turns of a conversation: "plain", "smollm2" or
-        "vicuna".
+      template: what stands around the turns of a conversation, one of `TEMPLATES`.
     """
 
     tokenizer: str = "words"
