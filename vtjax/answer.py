@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,33 +121,11 @@ def template_of(spec: VLMSpec) -> Template:
     return conversation.TEMPLATES[spec.text.template]
 
 
-@dataclasses.dataclass
-class Pretrained:
-    """A language model's tokenizer in the form of `vtjax.data.tokenizer.Tokenizer`, with a placeholder for images."""
-
-    backend: Any
-    vocabulary: int
-    control: Mapping[str, int]
-    pad: int
-    image: int
-    unknown: int = -1
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids; control tokens written out in the text are one id each."""
-        return self.backend.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, control tokens left out."""
-        return self.backend.decode(ids)
-
-
 @functools.lru_cache(maxsize=4)
-def _pretrained(name: str, image: int) -> Pretrained:
+def _pretrained(name: str, image: int) -> Tokenizer:
     from vtjax.weights import tokenizer as tokenizers
 
-    found = tokenizers.load(name)
-    added = {token.content: number for number, token in found.backend.get_added_tokens_decoder().items()}
-    return Pretrained(found, found.backend.get_vocab_size(), added, found.padding, image)
+    return dataclasses.replace(tokenizers.load(name), image=image)
 
 
 def _pixels(image: Any) -> np.ndarray:

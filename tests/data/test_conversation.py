@@ -14,6 +14,7 @@ from vtjax.data.conversation import LLAMA3, PLAIN, SMOLLM2, TEMPLATES, VICUNA, E
 from vtjax.data.tokenizer import CONTROL, Tokenizer, WordTokenizer, split
 from vtjax.errors import InputError
 from vtjax.spec import vlm
+from vtjax.weights import tokenizer
 
 WORDS = WordTokenizer.build(["What shape is it?", "how many shapes?", "a circle.", "two"], extra=["<router>"])
 
@@ -159,6 +160,7 @@ def test_llama3_chat() -> None:
 
 def test_templates_have_the_names_that_a_spec_may_say() -> None:
     assert tuple(TEMPLATES) == vlm.TEMPLATES
+    assert SMOLLM2.system == tokenizer.SYSTEM  # said twice, as neither package may import the other
     assert PLAIN.about_image("what?") == Turn("user", "<image>\nwhat?")
 
 

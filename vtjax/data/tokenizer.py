@@ -32,11 +32,20 @@ class Tokenizer(Protocol):
       unknown: of what is not in the vocabulary; -1 where every text can be written.
     """
 
-    vocabulary: int
-    control: Mapping[str, int]
-    pad: int
-    image: int
-    unknown: int
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def control(self) -> Mapping[str, int]: ...
+
+    @property
+    def pad(self) -> int: ...
+
+    @property
+    def image(self) -> int: ...
+
+    @property
+    def unknown(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,29 @@ _SPLITS = ("smollm", "gpt-2")
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back.
+    """Text to token ids and back; what `vtjax.data` takes of a tokenizer (`data.tokenizer.Tokenizer`).
 
     Attributes:
       backend: the `tokenizers.Tokenizer`.
-      padding: the id that fills shorter rows of a batch; masked, so that any would do.
+      pad: the id that fills shorter rows of a batch; masked, so that any would do.
+      image: the id of one visual token, which a multimodal model names; -1 = none.
+      unknown: -1, as every text can be written.
     """
 
     backend: Any
-    padding: int = 0
+    pad: int = 0
+    image: int = -1
+    unknown: int = -1
+
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """Number of ids."""
+        return self.backend.get_vocab_size()
+
+    @functools.cached_property
+    def control(self) -> Mapping[str, int]:
+        """Text -> id of the special tokens."""
+        return {token.content: number for number, token in self.backend.get_added_tokens_decoder().items()}
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written out in the text (`<|im_end|>`) are one id each, none are added."""
@@ -44,7 +59,7 @@ class Tokenizer:
         n = max(map(len, rows))
         if not all(rows) or side not in ("left", "right"):
             raise InputError(f"a batch needs texts that are not empty and side left or right, found {side!r}, {texts}")
-        ids = np.full((len(rows), n), self.padding, np.int32)
+        ids = np.full((len(rows), n), self.pad, np.int32)
         mask = np.zeros((len(rows), n), np.int32)
         for i, row in enumerate(rows):
             at = slice(n - len(row), n) if side == "left" else slice(len(row))
