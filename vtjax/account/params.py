@@ -80,6 +80,7 @@ _BLOCK = re.compile(r"block_(\d+)")
 _TOP_KINDS = {
     "embed": "embed",
     "projector": "bridge",
+    "router_token": "bridge",
     "norm_before": "norm",
     "norm": "norm",
     "tiles": "embed",

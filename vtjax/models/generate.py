@@ -18,6 +18,7 @@ from vtjax.errors import InputError
 from vtjax.models.layers import Knobs
 from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, check_mask
 from vtjax.ops.cross_attention import Memory
+from vtjax.ops.tokens import Lattice
 
 
 def generate(
@@ -30,6 +31,7 @@ def generate(
     embeddings: Float[Array | np.ndarray, "B N D"] | None = None,
     positions: Ids | None = None,
     memory: Memory | None = None,
+    lattice: Lattice | None = None,
     knobs: Knobs | None = None,
     key: Array | None = None,
     temperature: Float[Array, ""] | float = 1.0,
@@ -40,8 +42,8 @@ def generate(
 
     Args:
       model, params: the model.
-      input_ids, attention_mask, embeddings, positions, memory, knobs: the prompts, as in `LM.apply`; padding on
-        either side.
+      input_ids, attention_mask, embeddings, positions, memory, lattice, knobs: the prompts, as in `LM.apply`; padding
+        on either side.
       new_tokens: T, above 0; prompt and new tokens must fit the spec's context.
       key: random key for sampling; None takes the likeliest token each time.
       temperature: divides the logits, above 0; traced. Without a key of no effect, as the next two.
@@ -68,7 +70,7 @@ def generate(
     if attention_mask is not None:
         check_mask(attention_mask)
     prompt: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "embeddings": embeddings}
-    prompt |= {"positions": positions, "memory": memory, "knobs": knobs}
+    prompt |= {"positions": positions, "memory": memory, "lattice": lattice, "knobs": knobs}
     sampling = None if key is None else (key, temperature, top_p)
     return _generate(model, params, prompt, sampling, new_tokens, top_k)
 

@@ -27,7 +27,7 @@ from vtjax.ops import cross_attention
 from vtjax.ops.cross_attention import Attend, Memory
 from vtjax.ops.decoder_attention import IMPLEMENTATIONS
 from vtjax.ops.linear import precision
-from vtjax.ops.tokens import Tokens
+from vtjax.ops.tokens import Lattice, Tokens
 from vtjax.spec import CrossSpec, LMSpec
 
 Params = dict[str, Any]
@@ -122,6 +122,7 @@ class LM:
         positions: Ids | None = None,
         segments: Ids | None = None,
         memory: Memory | None = None,
+        lattice: Lattice | None = None,
         knobs: Knobs | None = None,
         want: tuple[str, ...] = (),
         slots: Int[Array | np.ndarray, "B M"] | None = None,
@@ -137,6 +138,7 @@ class LM:
           segments: packed texts: 0 = prefix of all of them, 1, 2, ... = one each, -1 = padding. A token sees the prefix
             and its own text before it; needs `positions`, which begin behind the prefix in every text.
           memory: visual tokens, for a model with `cross`; None = there are none.
+          lattice: where images and routing tokens are, for reducers that ask; None = they are not known.
           knobs: traced arrays by name, `[L, ...]` or one scalar for all layers; they override method parameters of the
             same name.
           want: per-block outputs to return in `aux["blocks"][l]`: "tokens", from blocks with attention "keys",
@@ -155,7 +157,7 @@ class LM:
             the values are known, which they are not inside `jit`), shapes that do not fit, both or neither of ids and
             embeddings, an unknown name in `want`, a block whose `reduce` names a reducer that the model was not given.
         """
-        tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, segments, memory)
+        tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, segments, memory, lattice)
         tokens, blocks = self._run(params, tokens, knobs, want)
         x = self._norm(params, tokens.x)
         wanted = x if slots is None else jnp.take_along_axis(x, jnp.asarray(slots)[:, :, None], axis=1)
@@ -171,6 +173,7 @@ class LM:
         embeddings: Float[Array | np.ndarray, "B N D"] | None = None,
         positions: Ids | None = None,
         memory: Memory | None = None,
+        lattice: Lattice | None = None,
         knobs: Knobs | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Runs the model over prompts, to go on token by token.
@@ -185,7 +188,7 @@ class LM:
         Raises:
           InputError: as `apply`, and where the prompt and the room are longer than the spec's context.
         """
-        entered = self._enter(params, input_ids, attention_mask, embeddings, positions, memory=memory)
+        entered = self._enter(params, input_ids, attention_mask, embeddings, positions, None, memory, lattice)
         if room < 0 or entered.x.shape[1] + room > self.spec.context:
             raise InputError(
                 f"prompt and new tokens must fit the model's context of {self.spec.context}, "
@@ -238,6 +241,7 @@ class LM:
         positions: Any,
         packed: Any = None,
         memory: Memory | None = None,
+        lattice: Lattice | None = None,
     ) -> Tokens:
         """The tokens that enter the first block, checked."""
         if (input_ids is None) == (embeddings is None):
@@ -261,7 +265,9 @@ class LM:
             if positions is None:
                 positions = counted(alive)
         position, segment = (None if a is None else jnp.asarray(a) for a in (positions, packed))
-        return Tokens(self.constrain(x), alive=alive, position=position, segment=segment, memory=memory)
+        return Tokens(
+            self.constrain(x), alive=alive, position=position, segment=segment, memory=memory, lattice=lattice
+        )
 
     def _run(
         self, params: Params, tokens: Tokens, knobs: Knobs | None, want: tuple[str, ...]

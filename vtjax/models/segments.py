@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -87,13 +88,25 @@ def init(blocks: Sequence[AnyBlock], key: Array, tokens: Tokens) -> dict[str, An
 
 
 def layer_knobs(knobs: Knobs, index: int) -> dict[str, Any]:
-    """Layer `index` of every knob: leaves carry the layers on their first axis; a scalar is every layer's."""
-    return jax.tree.map(lambda a: a[index] if jnp.ndim(a) else a, dict(knobs))
+    """Layer `index` of every knob: leaves carry the layers on their first axis; a scalar is every layer's; what lies
+    under the name of a block is that block's alone."""
+    everywhere = {name: value for name, value in knobs.items() if not _is_block(name)}
+    found = jax.tree.map(lambda a: a[index] if jnp.ndim(a) else a, everywhere)
+    return found | dict(knobs.get(block_name(index), {}))
+
+
+def _is_block(name: str) -> bool:
+    return re.fullmatch(r"block_\d+", name) is not None
 
 
 def check_knobs(knobs: Knobs, depth: int) -> None:
-    """Raises InputError for a leaf that is neither a scalar nor `[depth, ...]`: indexing would clamp."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(knobs)):
+    """Raises InputError for a leaf that is neither a scalar nor `[depth, ...]`: indexing would clamp; and for a block
+    that does not exist."""
+    everywhere = {name: value for name, value in knobs.items() if not _is_block(name)}
+    names = {block_name(index) for index in range(depth)}
+    if unknown := knobs.keys() - everywhere.keys() - names:
+        raise InputError(f"a method's parameters must belong to one of {depth} blocks, found {min(unknown)}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(everywhere):
         if jnp.ndim(leaf) and jnp.shape(leaf)[0] != depth:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise InputError(
@@ -103,17 +116,24 @@ def check_knobs(knobs: Knobs, depth: int) -> None:
 
 
 def method_knobs(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of all methods, by their names within the method."""
+    """The parameters of all methods, by their names within the method. Those that lie under the name of a block there
+    (routers, adapters: what only some layers have) are handed to that block."""
     knobs: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
     for method, tree in params.items():
         if is_backbone(method):
             continue
         if not isinstance(tree, Mapping):
             raise InputError(f"params[{method!r}] must hold a method's parameters by name, found {type(tree).__name__}")
-        for name in knobs.keys() & tree.keys():
+        for block in filter(_is_block, tree):
+            for name in own.get(block, {}).keys() & tree[block].keys():
+                raise InputError(f"params[{method!r}][{block!r}][{name!r}] must have a name of its own, found it twice")
+            own.setdefault(block, {}).update(tree[block])
+        plain = {name: value for name, value in tree.items() if not _is_block(name)}
+        for name in knobs.keys() & plain.keys():
             raise InputError(f"params[{method!r}][{name!r}] must have a name of its own, found it twice")
-        knobs |= tree
-    return knobs
+        knobs |= plain
+    return knobs | own
 
 
 def run(
@@ -121,6 +141,7 @@ def run(
     params: Mapping[str, Any],
     tokens: Tokens,
     *,
+    layers: range | None = None,
     knobs: Knobs | None = None,
     want: tuple[str, ...] = (),
     keep: Collection[int] = (),
@@ -135,6 +156,7 @@ def run(
     Args:
       blocks: one module per layer.
       params: `{block_name: parameters}`; other names are ignored.
+      layers: which of them; None = all.
       knobs: traced method parameters, leaves `[L, ...]` or scalars.
       want: attention outputs to return per block, and "tokens" for the `Tokens` that leave it.
       keep: layers whose aux holds "tokens" whatever `want` says; each ends a scan.
@@ -144,7 +166,7 @@ def run(
       constrain: applied to `[B,N,D]` activations after every block (sharding), identity by default.
 
     Returns:
-      The tokens that leave the last block, and one aux dict per block.
+      The tokens that leave the last block, and one aux dict per block that was run.
 
     Raises:
       InputError: stochastic depth without a key, or a knob that does not fit the layers.
@@ -172,27 +194,27 @@ def run(
 
     auxes: list[dict[str, Any]] = []
     for (block, _), members in itertools.groupby(
-        range(len(blocks)), key=lambda i: (blocks[i], sum(i > layer for layer in keep))
+        range(len(blocks)) if layers is None else layers, key=lambda i: (blocks[i], sum(i > layer for layer in keep))
     ):
-        layers = list(members)
+        run_of = list(members)
         plain = block.reducer is None and not block.adapters and not want
         arguments = [
             (params.get(block_name(i), {}), layer_knobs(knobs, i), rates[i], None if keys is None else keys[i])
-            for i in layers
+            for i in run_of
         ]
         one = body(block)
-        if scan and plain and len(layers) > 1:
+        if scan and plain and len(run_of) > 1:
             stacked = jax.tree.map(lambda *a: jnp.stack(a), *arguments)
             # What no block changes is not carried: a carry is kept for the backward pass once per layer.
             memory = tokens.memory
             tokens, _ = jax.lax.scan(functools.partial(_carry, one, memory), tokens.replace(memory=None), stacked)
             tokens = tokens.replace(memory=memory)
-            auxes.extend({} for _ in layers)
+            auxes.extend({} for _ in run_of)
         else:
             for p, k, rate, drop_key in arguments:
                 tokens, aux = one(p, tokens, k, rate, drop_key)
                 auxes.append(aux)
-        if layers[-1] in keep:
+        if run_of[-1] in keep:
             auxes[-1]["tokens"] = tokens
     return tokens, auxes
 

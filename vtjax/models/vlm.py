@@ -28,6 +28,7 @@ from vtjax.models.tiled import TiledViT, check_tiles
 from vtjax.models.vit import ViT
 from vtjax.ops import cross_attention, splice
 from vtjax.ops.cross_attention import Attend, Memory
+from vtjax.ops.tokens import Lattice
 from vtjax.spec import TiledViTSpec, VLMSpec
 
 Images = (
@@ -77,10 +78,12 @@ class VLM:
         if self.tower_reducers and self.spec.bridge.cross is None:
             raise InputError("a tower may drop tokens for a bridge with cross-attention only, found projector")
         layers = () if self.spec.bridge.cross is None else self.spec.bridge.cross.layers
-        if layers and self.reducers and min(layer for layer, _ in self.reducers) < max(layers):
+        # Cross-attention knows the rows of the text by their slots.
+        shorten = [layer for layer, reducer in self.reducers if not getattr(reducer, "keeps_slots", False)]
+        if layers and shorten and min(shorten) < max(layers):
             raise InputError(
                 f"a reducer of the decoder must come after its last cross-attention, which knows the rows of the text, "
-                f"at layer {max(layers)}, found one after layer {min(layer for layer, _ in self.reducers)}"
+                f"at layer {max(layers)}, found one after layer {min(shorten)}"
             )
         self.lm.blocks()
 
@@ -142,6 +145,8 @@ class VLM:
             visual = jnp.zeros((1, 1, spec.tower_width), self.dtype)
             projector = {"projector": self._projector.init(bridge, visual)["params"]}
         text = {name: tree for name, tree in text.items() if tree}
+        if spec.router_token >= 0:
+            projector["router_token"] = 0.02 * jax.random.normal(jax.random.fold_in(bridge, 1), (spec.decoder.width,))
         return {"tower": whole, "bridge": {**projector, **crossing}, "decoder": text}
 
     def apply(
@@ -266,16 +271,28 @@ class VLM:
           InputError: as `apply`.
         """
         self.check(input_ids, images, image_mask, aspect_ratio)
-        placeholder = jnp.asarray(input_ids) == self.spec.image_token
-        # What stands for an image may be a number that the decoder does not have.
-        ids = jnp.where(placeholder, jnp.minimum(self.spec.image_token, self.spec.decoder.ids - 1), input_ids)
+        spec = self.spec
+        placeholder = jnp.asarray(input_ids) == spec.image_token
+        # What stands for an image, or asks, may be a number that the decoder does not have.
+        ids = jnp.where(placeholder, jnp.minimum(spec.image_token, spec.decoder.ids - 1), input_ids)
+        asks = None
+        if spec.router_token >= 0:
+            asks = jnp.asarray(input_ids) == spec.router_token
+            ids = jnp.where(asks, 0, ids)
         x = self.lm.embed(params["decoder"], ids)
+        if asks is not None:
+            x = jnp.where(asks[..., None], jnp.asarray(params["bridge"]["router_token"]).astype(x.dtype), x)
+        cross = spec.bridge.cross
+        known: dict[str, Any] = {"embeddings": x}
+        if asks is not None:
+            place = jnp.where(placeholder, (jnp.cumsum(placeholder, axis=1) - 1) % spec.visual_tokens, -1)
+            halved = jnp.zeros((len(x), 2), jnp.int32)
+            known["lattice"] = Lattice(place if cross is None else jnp.full_like(place, -1), asks, halved)
         if images is None:
-            return {"embeddings": x}, None
+            return known, None
         visual, live = self.look(params, images, aspect_ratio)
-        cross = self.spec.bridge.cross
         if cross is None:
-            return {"embeddings": splice.splice(x, placeholder, visual)}, visual
+            return {**known, "embeddings": splice.splice(x, placeholder, visual)}, visual
         if segments is not None:
             placeholder = self._shared(placeholder, segments)
         count = 1 if images.ndim == 4 else images.shape[1]
@@ -293,7 +310,7 @@ class VLM:
             low=low,
             high=high,
         )
-        return {"embeddings": x, "memory": memory}, visual
+        return {**known, "memory": memory}, visual
 
     @staticmethod
     def _shared(placeholder: Array, segments: Any) -> Array:
@@ -308,7 +325,7 @@ class VLM:
     def check(self, input_ids: Any, images: Any, image_mask: Any = None, aspect_ratio: Any = None) -> None:
         """Raises InputError for ids, images and placeholders that do not fit each other, as far as they are known."""
         spec = self.spec
-        check_ids(input_ids, max(spec.decoder.ids, spec.image_token + 1))
+        check_ids(input_ids, max(spec.decoder.ids, spec.image_token + 1, spec.router_token + 1))
         size = (*spec.image_size, spec.tower.channels)
         count, tiled = 0, isinstance(spec.tower, TiledViTSpec)
         if aspect_ratio is not None and (not tiled or images is None):
@@ -331,7 +348,7 @@ class VLM:
         if isinstance(input_ids, jax.core.Tracer) or isinstance(image_mask, jax.core.Tracer):
             return
         ids = np.asarray(input_ids)
-        if (other := ids[(ids >= spec.decoder.ids) & (ids != spec.image_token)]).size:
+        if (other := ids[(ids >= spec.decoder.ids) & (ids != spec.image_token) & (ids != spec.router_token)]).size:
             raise InputError(f"input_ids must be in 0..{spec.decoder.ids - 1} (the vocabulary), found {other[0]}")
         if image_mask is not None and (other := np.setdiff1d(np.asarray(image_mask), (0, 1))).size:
             raise InputError(f"image_mask must be 0 or 1, found {other[0]}")

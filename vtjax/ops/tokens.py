@@ -12,10 +12,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vtjax.errors import InputError
 from vtjax.ops.cross_attention import Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Lattice:
+    """Where a decoder's images are, for what shortens them in place.
+
+    Attributes:
+      place: `[B, N]` int32, place of a visual token in its image's grid, row by row; -1 = text.
+      asks: `[B, N]` bool, the tokens that routers read.
+      halved: `[B, 2]` int32, how often height and width of the grid were halved.
+    """
+
+    place: Int[Array, "B N"]
+    asks: Bool[Array, "B N"]
+    halved: Int[Array, "B 2"]
+
+
+jax.tree_util.register_dataclass(Lattice, data_fields=["place", "asks", "halved"], meta_fields=[])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +49,7 @@ class Tokens:
       segment: `[B, N]` int32, which of several packed texts a token belongs to, 0 = the prefix that all of them share;
         decoders only; None = one text.
       memory: visual tokens that a decoder's cross-attention reads; None = it adds nothing.
+      lattice: where a decoder's images and routing tokens are; None = nothing asks.
     """
 
     x: Float[Array, "B N D"]
@@ -40,6 +59,7 @@ class Tokens:
     position: Int[Array, "B N"] | None = None
     segment: Int[Array, "B N"] | None = None
     memory: Memory | None = None
+    lattice: Lattice | None = None
 
     def replace(self, **fields: Any) -> Tokens:
         """A copy with some fields replaced."""
@@ -54,7 +74,7 @@ class Tokens:
 
 
 jax.tree_util.register_dataclass(
-    Tokens, data_fields=["x", "size", "alive", "source", "position", "segment", "memory"], meta_fields=[]
+    Tokens, data_fields=["x", "size", "alive", "source", "position", "segment", "memory", "lattice"], meta_fields=[]
 )
 
 

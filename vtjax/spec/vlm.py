@@ -160,6 +160,8 @@ class VLMSpec(ModelSpec):
       decoder: language model.
       image_token: id of the placeholder in the text, one per visual token, or with cross-attention one per image. Where
         visual tokens take its place, it may lie outside the vocabulary.
+      router_token: id of the token at the end of every question, which routers read (DPN); it may lie outside the
+        vocabulary, as its embedding is the bridge's. -1 = there is none.
       text: how questions are written; None = the model is given ids.
       stand_ins: which parts stand in for others of about their shape: "tower: ViT for ConvNeXt", ...
       lineage: surgery history, oldest first; those of the parts are in the parts.
@@ -169,11 +171,17 @@ class VLMSpec(ModelSpec):
     bridge: BridgeSpec
     decoder: LMSpec
     image_token: int
+    router_token: int = -1
     text: TextSpec | None = None
     stand_ins: tuple[str, ...] = ()
     lineage: tuple[Lineage, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.router_token < -1 or (self.router_token >= 0 and self.router_token == self.image_token):
+            raise InputError(
+                f"VLMSpec.router_token must be -1 (none) or an id other than image_token={self.image_token}, "
+                f"found {self.router_token}"
+            )
         if self.image_token < 0 or (self.bridge.cross is not None and self.image_token >= self.decoder.ids):
             raise InputError(
                 f"VLMSpec.image_token must be 0 or more, and below {self.decoder.ids} where the decoder reads "

@@ -26,8 +26,10 @@ LISTED = 20
 
 
 def is_own(name: str) -> bool:
-    """Whether a flat name is one of the backbone's in our naming; other names without "." belong to a method."""
-    return is_backbone(name.partition("/")[0])
+    """Whether a flat name is one of the backbone's in our naming; other names without "." belong to a method, which may
+    act in a part of a multimodal model (`decoder/dpn/...`)."""
+    top, _, rest = name.partition("/")
+    return is_backbone(top) and (top not in ("tower", "decoder") or is_backbone(rest.partition("/")[0]))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -75,6 +77,8 @@ def bridge_shapes(spec: VLMSpec) -> dict[str, Shape]:
         dense("projector/up", spec.tower_width, bridge.hidden, bridge.bias)
     if bridge.projector != "none":
         dense("projector/down", bridge.hidden or spec.tower_width, d, bridge.bias)
+    if spec.router_token >= 0:
+        out["router_token"] = (d,)
     cross = bridge.cross
     for layer in () if cross is None else cross.layers:
         assert cross is not None

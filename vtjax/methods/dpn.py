@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DPN: dynamic pooling experts shorten the visual tokens between segments of a multimodal decoder, per sample.
+
+"Dynamic Pyramid Network for Efficient Multimodal Large Language Model", arXiv 2503.20322. Equations are in
+`ops.pooling_experts`; here they become a reducer after a decoder layer, a spec edit, and the pieces of the loss.
+
+    install(spec, params, ...)  -> a spec whose decoder pools at some layers, and parameters with routers
+    vlm(spec)                   -> its model: tokens keep their slots, dead ones are masked (training, exact results)
+    methods.dpn_deploy          -> the forms in which pooled tokens are gone and time is saved
+
+At a stage a router reads the state of the router token, which stands behind the question and so has seen image and
+question, and one of three poolings is taken for the whole image: none, half the width, half of both sides. With
+`gate="st"` and identity everywhere the model is the one it was put into, exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vtjax.errors import InputError, check_choice
+from vtjax.models.vlm import VLM
+from vtjax.ops import pooling_experts as ops
+from vtjax.ops.pooling_experts import WINDOWS
+from vtjax.ops.tokens import Lattice, Tokens
+from vtjax.spec import Lineage, LMSpec, VLMSpec
+
+NAME = "dpn"
+ROUTERS = ("mlp", "linear")
+READS = ("router_token", "last_prompt")
+MODES = ("adaptive", "random")
+AFTER = 2  # layers after the last stage: text reads the scale of pooled tokens in the second one only (spec section 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dpn:
+    """The reducer after one decoder layer.
+
+    Knobs, of this layer: `router`, its parameters; `filters`, of depthwise pooling. Traced: `route_key`, a random key:
+    experts are drawn (training), without it the likeliest is taken; `choice` int `[B]`, experts that were decided
+    elsewhere, -1 = decide here; `relax` in [0, 1]: 1 takes identity everywhere, between them p moves there.
+
+    Attributes:
+      stage: number of the stage, from 0: no grid was halved more often before it.
+      grid: (H, W) of an image.
+      pool, gate: of `ops.POOLS`, `ops.GATES`.
+      temperature: of the router's softmax.
+      least: tokens of an image that a draw leaves, at least (`n_min`).
+      floor_at_eval: the same where the likeliest is taken.
+      mode: "adaptive", or "random": any open expert, equally likely, with p as the router says.
+      reads: "router_token": the mean state of all router tokens; "last_prompt": that of the last live token, for
+        inference without them.
+      detach: the router's input carries no gradient.
+
+    Decisions, per sample: `p` float32 `[B, K]`, `choice` int32, `routed` bool (False: no image or no router token, so
+    nothing happens), `visual` and `live` float32, visual and all live tokens that go on.
+    """
+
+    stage: int
+    grid: tuple[int, int]
+    pool: str = "max"
+    gate: str = "prob"
+    temperature: float = 10.0
+    least: int = 18
+    floor_at_eval: bool = False
+    mode: str = "adaptive"
+    reads: str = "router_token"
+    detach: bool = False
+
+    keeps_slots = True
+
+    def __call__(
+        self, tokens: Tokens, aux: Mapping[str, Array], knobs: Mapping[str, Any]
+    ) -> tuple[Tokens, dict[str, Array]]:
+        lattice = tokens.lattice
+        if lattice is None:
+            raise InputError("dpn needs to know where images and router tokens are, found a text without images")
+        if "router" not in knobs:
+            raise InputError(f"params['{NAME}'] must hold the router of every stage, found none for stage {self.stage}")
+        memory = tokens.memory
+        place, valid, alive = self._visual(tokens, lattice)
+        state, asked = self._asks(tokens, lattice, alive)
+        routed = asked & valid.any(1)
+        logp = ops.scores(state, knobs["router"], self.temperature)
+        choice = self._choose(logp, lattice.halved, knobs)
+        choice = jnp.where(routed, choice, 0)
+        x = tokens.x if memory is None else memory.x
+        assert x is not None
+        pooled, left, halved = ops.pool(
+            x, valid, place, lattice.halved, choice, self.grid,
+            most=self.stage, kind=self.pool, filters=knobs.get("filters"),
+        )  # fmt: skip
+        scale = jnp.where(routed, ops.gate(jnp.exp(logp), choice, self.gate), 1.0)
+        pooled = jnp.where(left[..., None], pooled * scale[:, None, None].astype(pooled.dtype), pooled)
+        lattice = dataclasses.replace(lattice, halved=halved)
+        if memory is not None:
+            memory = dataclasses.replace(memory, x=pooled, number=memory.number * left)
+            tokens = tokens.replace(memory=memory, lattice=lattice)
+        else:
+            alive = jnp.where(place >= 0, left.astype(jnp.float32), alive)
+            # Positions are counted anew (spec section 2.7).
+            position = jnp.maximum(jnp.cumsum(alive, axis=1) - 1, 0).astype(jnp.int32)
+            tokens = tokens.replace(x=pooled, alive=alive, position=position, lattice=lattice)
+        decisions = {"p": jnp.exp(logp), "choice": choice, "routed": routed, "visual": left.sum(1, dtype=jnp.float32)}
+        return tokens, {**decisions, "live": alive.sum(1)}
+
+    def _visual(self, tokens: Tokens, lattice: Lattice) -> tuple[Array, Array, Array]:
+        """Place in the grid and validity of what is pooled, and which slots of the text live."""
+        b, n = tokens.x.shape[:2]
+        alive = jnp.ones((b, n), jnp.float32) if tokens.alive is None else tokens.alive
+        if tokens.memory is None:
+            return lattice.place, (lattice.place >= 0) & (alive > 0.5), alive
+        number = tokens.memory.number
+        place = jnp.arange(number.shape[1]) % (self.grid[0] * self.grid[1])
+        return jnp.broadcast_to(place, number.shape), number > 0, alive
+
+    def _asks(self, tokens: Tokens, lattice: Lattice, alive: Array) -> tuple[Float[Array, "B D"], Bool[Array, " B"]]:
+        """What the router reads, float32, and whether there is anything."""
+        asks = lattice.asks & (alive > 0.5)
+        if self.reads == "last_prompt":
+            last = alive.shape[1] - 1 - jnp.argmax(alive[:, ::-1] > 0.5, axis=1)
+            asks = jnp.arange(alive.shape[1])[None] == last[:, None]
+        count = asks.sum(1)
+        weight = asks / jnp.maximum(count, 1)[:, None]
+        x = jax.lax.stop_gradient(tokens.x) if self.detach else tokens.x
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("bn,bnd->bd", weight, x.astype(jnp.float32), precision=exact), count > 0
+
+    def _choose(self, logp: Array, halved: Array, knobs: Mapping[str, Any]) -> Int[Array, " B"]:
+        key = knobs.get("route_key")
+        tokens = self.grid[0] * self.grid[1] >> halved.sum(1)
+        free = key is None and not self.floor_at_eval
+        open_ = ops.allowed(tokens, 1 if free else self.least)
+        if self.mode == "random":
+            if key is None:
+                raise InputError("random routing needs the knob route_key, found none")
+            choice = ops.sample(key, jnp.zeros_like(logp), open_)
+        elif key is not None:
+            choice = ops.sample(key, jax.lax.stop_gradient(logp), open_)
+        else:
+            p = jnp.exp(logp)
+            amount = knobs.get("relax", 0.0)
+            moved = (1.0 - amount) * p + amount * (jnp.arange(p.shape[1]) == 0)
+            choice = ops.likeliest(jnp.log(jnp.maximum(moved, 1e-30)), open_)
+        given = knobs.get("choice")
+        return choice if given is None else jnp.where(given >= 0, given, choice).astype(jnp.int32)
+
+
+def boundaries(depth: int, stages: int = 3) -> tuple[int, ...]:
+    """Layers before each stage, s L / (M + 1): segments of equal depth (spec section 1)."""
+    return tuple(s * depth // (stages + 1) for s in range(1, stages + 1))
+
+
+def install(
+    spec: VLMSpec,
+    params: Mapping[str, Any] | None,
+    key: Array,
+    *,
+    at: Sequence[int] = (),
+    router: str = "mlp",
+    parent: str = "",
+    **settings: Any,
+) -> tuple[VLMSpec, dict[str, Any] | None]:
+    """Routers and poolings in a model, trained or not.
+
+    Args:
+      params: the model's; None = none yet (those of `vlm(spec).init` and `fresh`).
+      key: for the routers and the router token.
+      at: layers before each stage; () = `boundaries` for three.
+      router: "mlp" or "linear".
+      parent: hash of the parameters, for the history.
+      **settings: fields of `Dpn` other than stage and grid.
+
+    Returns:
+      The spec, with `router_token` behind the last id where it had none, and the parameters with `decoder/dpn` and
+      `bridge/router_token`.
+
+    Raises:
+      InputError: boundaries that do not ascend, or leave fewer than `AFTER` layers; a grid that the windows do not
+        divide; a setting that is not defined; a decoder that is reduced already.
+    """
+    at = tuple(at) or boundaries(spec.decoder.depth)
+    check_choice("router", router, ROUTERS)
+    taken = [layer for layer, block in enumerate(spec.decoder.blocks) if block.reduce is not None]
+    if taken:
+        raise InputError(f"decoder.blocks[{taken[0]}] reduces already, expected none to")
+    token = spec.router_token
+    if token < 0:
+        token = max(spec.decoder.ids, spec.image_token + 1)
+    made = {layer - 1: describe(Dpn(stage, spec.tower.grid, **settings)) for stage, layer in enumerate(at)}
+    _check_layers(spec, at)
+    decoder = spec.decoder.edit(blocks={layer: {"reduce": text} for layer, text in made.items()})
+    arguments = {"at": list(at), "router": router, **settings}
+    step = Lineage(parent, "dpn.install", json.dumps(arguments))
+    installed = spec.edit(decoder=decoder, router_token=token, lineage=(*spec.lineage, step))
+    reducers(installed)
+    return installed, None if params is None else added(installed, params, key)
+
+
+def added(spec: VLMSpec, params: Mapping[str, Any], key: Array) -> dict[str, Any]:
+    """Parameters with what `install` adds where it is missing: routers, filters, the router token's embedding."""
+    decoder, bridge = dict(params["decoder"]), dict(params["bridge"])
+    token, routers = jax.random.split(key)
+    if "router_token" not in bridge:
+        bridge["router_token"] = np.asarray(0.02 * jax.random.normal(token, (spec.decoder.width,)))
+    if NAME not in decoder:
+        decoder[NAME] = jax.tree.map(np.asarray, fresh(spec, routers))
+    return {**params, "decoder": decoder, "bridge": bridge}
+
+
+def fresh(spec: VLMSpec, key: Array) -> dict[str, Any]:
+    """New `params["decoder"]["dpn"]`: per stage, under the name of its block, `router`, and `filters` of depthwise
+    pooling, which begin as averages."""
+    d, out = spec.decoder.width, {}
+    kind = router_of(spec)
+
+    def kernel(key: Array, rows: int, columns: int) -> dict[str, Array]:
+        bound = rows**-0.5
+        return {"kernel": jax.random.uniform(key, (rows, columns), minval=-bound, maxval=bound)}
+
+    for layer, made in reducers(spec):
+        hidden, score = jax.random.split(jax.random.fold_in(key, made.stage))
+        router: dict[str, Any] = {"score": kernel(score, d // 4 if kind == "mlp" else d, len(WINDOWS))}
+        if kind == "mlp":
+            router |= {"norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)}, "hidden": kernel(hidden, d, d // 4)}
+        held: dict[str, Any] = {"router": router}
+        if made.pool == "dwconv":
+            held["filters"] = {f"{h}x{w}": jnp.full((h * w, d), 1 / (h * w)) for h, w in WINDOWS[1:]}
+        out[f"block_{layer:02d}"] = held
+    return out
+
+
+def router_of(spec: VLMSpec) -> str:
+    """Which router `spec` was installed with."""
+    steps = [step for step in spec.lineage if step.operation == "dpn.install"]
+    return json.loads(steps[-1].arguments)["router"]
+
+
+def vlm(spec: VLMSpec, **options: Any) -> VLM:
+    """The model of an installed spec: static shapes, dead tokens masked, routers from `params["decoder"]["dpn"]`.
+
+    Args:
+      **options: as of `VLM`; and fields of `Dpn` to override at all stages (`mode`, `gate`, `floor_at_eval`, ...).
+    """
+    fields = {f.name for f in dataclasses.fields(Dpn)}
+    changed = {name: options.pop(name) for name in tuple(options) if name in fields}
+    made = tuple((layer, dataclasses.replace(found, **changed)) for layer, found in reducers(spec))
+    return VLM(spec, reducers=made, **options)
+
+
+_OF_SPEC = ("grid",)
+
+
+def describe(reducer: Dpn) -> str:
+    """The reducer as `DecoderBlockSpec.reduce` holds it: `dpn:stage=0,pool=max,...`."""
+    values = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer) if f.name not in _OF_SPEC}
+    return f"{NAME}:" + ",".join(f"{name}={value}" for name, value in values.items())
+
+
+def reducer(text: str, spec: VLMSpec) -> Dpn:
+    """Inverse of `describe`, for the decoder of `spec`.
+
+    Raises:
+      InputError: not such a text, or settings that are not defined.
+    """
+    name, _, rest = text.partition(":")
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(Dpn) if f.name not in _OF_SPEC}
+    given = dict(part.partition("=")[::2] for part in rest.split(","))
+    if name != NAME or sorted(kinds) != sorted(given):
+        raise InputError(f"reduce must read as dpn.describe writes it, found {text!r}")
+    read: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "True"}
+    try:
+        made = Dpn(grid=spec.tower.grid, **{key: read[kinds[key]](value) for key, value in given.items()})
+    except ValueError:
+        raise InputError(f"reduce must hold numbers where dpn.describe writes them, found {text!r}") from None
+    _check(made)
+    return made
+
+
+def reducers(spec: VLMSpec) -> tuple[tuple[int, Dpn], ...]:
+    """`(layer, reducer)` of every stage, as `VLM` takes them."""
+    return tuple(
+        (layer, reducer(block.reduce, spec))
+        for layer, block in enumerate(spec.decoder.blocks)
+        if block.reduce is not None and block.reduce.startswith(f"{NAME}:")
+    )
+
+
+def _check(made: Dpn) -> None:
+    for name, known in (("pool", ops.POOLS), ("gate", ops.GATES), ("mode", MODES), ("reads", READS)):
+        check_choice(f"dpn.{name}", getattr(made, name), known)
+    if not 0 < made.temperature < math.inf:
+        raise InputError(f"dpn.temperature must be positive and finite, found {made.temperature}")
+    if made.least < 1:
+        raise InputError(f"dpn.least must be at least 1 token, found {made.least}")
+
+
+def _check_layers(spec: VLMSpec, at: Sequence[int]) -> None:
+    depth, (rows, columns) = spec.decoder.depth, spec.tower.grid
+    if list(at) != sorted(set(at)) or not at or at[0] < 1 or at[-1] > depth - AFTER:
+        raise InputError(f"dpn.at must ascend within 1..{depth - AFTER} of {depth} layers, found {tuple(at)}")
+    if rows % 2 ** len(at) or columns % 2 ** len(at):
+        raise InputError(
+            f"the grid must be a multiple of {2 ** len(at)}, one halving per stage, found {rows} x {columns}"
+        )
+    if spec.bridge.prefix:
+        raise InputError("dpn pools a grid of patches, found a bridge that hands on the class token, too (prefix=True)")
+
+
+def decisions(aux: Mapping[str, Any], spec: VLMSpec) -> dict[str, Array]:
+    """What all stages decided, of the `aux` of a model: `p [B,M,K]`, `choice [B,M]`, `routed [B,M]`, `visual` and
+    `live [B,M]`."""
+    stages = [aux["blocks"][layer]["decisions"] for layer, _ in reducers(spec)]
+    return {name: jnp.stack([stage[name] for stage in stages], axis=1) for name in stages[0]}
+
+
+def costs(spec: LMSpec) -> Float[np.ndarray, "L 2"]:
+    """Per layer: MACs per token, and per pair of tokens (spec section 5): c(n) = c1 n + c2 n^2."""
+    rows = []
+    for block in spec.blocks:
+        inner, shared = block.heads * block.head_dim, block.kv_heads * block.head_dim
+        linear = 2 * spec.width * (inner + shared) * block.attn + 3 * spec.width * block.mlp * block.ffn
+        rows.append((float(linear), float(2 * inner * block.attn)))
+    return np.asarray(rows, np.float64)
+
+
+def macs(spec: VLMSpec, start: Float[Array, " B"], live: Float[Array, "B M"]) -> Float[Array, " B"]:
+    """MACs of each sample's prefill in the decoder's blocks, from its live tokens before the first layer and after
+    each stage. Tower, bridge, routers and head are not counted, as in published figures. Float32."""
+    found, edges = costs(spec.decoder), [0, *(layer + 1 for layer, _ in reducers(spec)), spec.decoder.depth]
+    total: Any = 0.0
+    for stage, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        linear, pairs = found[low:high].sum(0)
+        n = start if stage == 0 else live[:, stage - 1]
+        total = total + linear * n + pairs * n * n
+    return total
+
+
+def path_macs(spec: VLMSpec, path: Sequence[int], text: int) -> int:
+    """MACs of the blocks for one image and `text` tokens where every stage takes the expert of `path`. An exact
+    integer, the published count (spec section 5).
+
+    Raises:
+      InputError: a path of another length than there are stages.
+    """
+    made, depth = reducers(spec), spec.decoder.depth
+    if len(path) != len(made):
+        raise InputError(f"a path must name an expert for each of {len(made)} stages, found {tuple(path)}")
+    count, total, edges = spec.visual_tokens, 0, [0, *(layer + 1 for layer, _ in made), depth]
+    for stage, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        if stage:
+            height, width = WINDOWS[path[stage - 1]]
+            count //= height * width
+        n = text + count
+        for linear, pairs in costs(spec.decoder)[low:high]:
+            total += int(linear) * n + int(pairs) * n * n
+    return total
+
+
+def forced(spec: VLMSpec, path: Sequence[int]) -> dict[str, Array]:
+    """The knob that takes the same path for every sample."""
+    depth = spec.decoder.depth
+    choice = np.full(depth, -1, np.int32)
+    for (layer, _), expert in zip(reducers(spec), path, strict=True):
+        choice[layer] = expert
+    return {"choice": jnp.asarray(choice)}
+
+
+def given(spec: VLMSpec, choice: Int[Array, "B M"]) -> dict[str, Array]:
+    """The knob that takes decisions that were made elsewhere, per sample and stage."""
+    out = jnp.full((spec.decoder.depth, choice.shape[0]), -1, jnp.int32)
+    layers = jnp.asarray([layer for layer, _ in reducers(spec)])
+    return {"choice": out.at[layers].set(choice.T.astype(jnp.int32))}
+
+
+def drawing(spec: VLMSpec, key: Array) -> dict[str, Array]:
+    """The knob with which experts are drawn: a key for every stage."""
+    return {"route_key": jax.random.split(key, spec.decoder.depth)}
