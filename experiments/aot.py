@@ -69,7 +69,7 @@ def vlm() -> Iterator[Case]:
     """Instruction tuning of LLaVA-1.5-7B, and of Llama-3.2-11B-Vision."""
     for topology in ("v5e:4x4", "v5p:4x4x4"):
         yield Case("configs/vlm.py:llava15_7b", "train", topology)
-    yield Case("configs/vlm.py:llama32_11b_vision", "train", "v5p:4x4x4")
+    yield Case("configs/vlm.py:llama32_11b_vision", "train", "v5p:2x4x4")
 
 
 EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm}

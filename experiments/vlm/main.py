@@ -12,11 +12,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 import vtjax
@@ -62,35 +63,12 @@ def build(config: ConfigDict) -> Task:
     model = VLM(spec, **options(config))
     types, balance = TYPES.get(config.data.name, ()), answer_weights(config)
 
-    def per_question(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        """`[B, Q]`: the summed loss of an answer's tokens, and how many of them greedy decoding would not say."""
-        slots = jnp.maximum(batch["learned"], 0)
-        labels, weights, segments = (
-            jnp.take_along_axis(batch[name], slots, axis=1) for name in ("labels", "weights", "segments")
-        )
-        text = {name: batch[name] for name in ("positions", "segments")}
-        logits, _ = model.apply(params, batch["input_ids"], batch["images"], slots=slots, **text)
-        loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, :, None], axis=-1)[:, :, 0]
-        wrong = (logits.argmax(-1) != labels).astype(jnp.float32)
-        weights, count = weights * (batch["learned"] >= 0), batch["question"].shape[1]
-        return tuple(packing.per_question(x * weights, segments, count) for x in (loss, wrong))  # type: ignore[return-value]
-
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
-        asked = (batch["question"] >= 0).astype(jnp.float32)
-        losses, wrong = per_question(params, batch)
-        count = jnp.maximum(asked.sum(), 1.0)
-        weight = asked if balance is None else asked * balance[batch["answer"]]
-        return (losses * weight).sum() / count, {"train_top1": ((wrong == 0) * asked).sum() / count}
+        found = asked(model, params, batch)
+        return mean_loss(found, batch, balance), {"train_top1": found.right.sum() / jnp.maximum(found.asked.sum(), 1.0)}
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
-        asked = ((batch["question"] >= 0) & batch["valid"][:, None]).astype(jnp.float32)
-        losses, wrong = per_question(params, batch)
-        right = (wrong == 0) * asked
-        sums = {"count": asked.sum(), "top1": right.sum(), "loss": (losses * asked).sum()}
-        kinds = {
-            name: packing.per_type(x, batch["type"], len(types)) for name, x in (("count", asked), ("top1", right))
-        }
-        return sums | {f"{name}@{kind}": x[i] for name, x in kinds.items() for i, kind in enumerate(types)}
+        return sums(asked(model, params, batch), batch, types)
 
     rows = flops.layers(spec)
     return Task(
@@ -106,6 +84,57 @@ def build(config: ConfigDict) -> Task:
             **({"stand_ins": list(spec.stand_ins)} if spec.stand_ins else {}),
         },
     )
+
+
+class Asked(NamedTuple):
+    """What a model says to the questions of a batch.
+
+    Attributes:
+      asked: 1 for a question, 0 for none.
+      loss: summed over the tokens of the answer, in nats.
+      right: 1 where greedy decoding says the whole answer and ends.
+      logits: of the learned slots.
+      aux: of the model.
+    """
+
+    asked: Float[jax.Array, "B Q"]
+    loss: Float[jax.Array, "B Q"]
+    right: Float[jax.Array, "B Q"]
+    logits: Float[jax.Array, "B M V"]
+    aux: Any
+
+
+def asked(model: VLM, params: Any, batch: Any, knobs: Any = None) -> Asked:
+    """The answers of a model to a batch of the question loader, read off one forward pass."""
+    slots = jnp.maximum(batch["learned"], 0)
+    labels, weights, segments = (
+        jnp.take_along_axis(batch[name], slots, axis=1) for name in ("labels", "weights", "segments")
+    )
+    text = {name: batch[name] for name in ("positions", "segments")}
+    logits, aux = model.apply(params, batch["input_ids"], batch["images"], slots=slots, knobs=knobs, **text)
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, :, None], axis=-1)[:, :, 0]
+    wrong = (logits.argmax(-1) != labels).astype(jnp.float32)
+    weights, count = weights * (batch["learned"] >= 0), batch["question"].shape[1]
+    losses, mistakes = (packing.per_question(x * weights, segments, count) for x in (loss, wrong))
+    asked = (batch["question"] >= 0).astype(jnp.float32)
+    return Asked(asked, losses, (mistakes == 0) * asked, logits, aux)
+
+
+def mean_loss(found: Asked, batch: Any, balance: jax.Array | None = None) -> jax.Array:
+    """The mean over the questions of a batch, each weighted by its answer where `balance` says so."""
+    weight = found.asked if balance is None else found.asked * balance[batch["answer"]]
+    return (found.loss * weight).sum() / jnp.maximum(found.asked.sum(), 1.0)
+
+
+def sums(found: Asked, batch: Any, types: tuple[str, ...], **per_row: jax.Array) -> dict[str, jax.Array]:
+    """What an evaluation adds up: questions, right answers and loss, by type, too; and `per_row` `[B]` once per
+    question."""
+    valid = found.asked * batch["valid"][:, None]
+    right = found.right * valid
+    total = {"count": valid.sum(), "top1": right.sum(), "loss": (found.loss * valid).sum()}
+    total |= {name: (value[:, None] * valid).sum() for name, value in per_row.items()}
+    kinds = {name: packing.per_type(x, batch["type"], len(types)) for name, x in (("count", valid), ("top1", right))}
+    return total | {f"{name}@{kind}": x[i] for name, x in kinds.items() for i, kind in enumerate(types)}
 
 
 def answer_weights(config: ConfigDict) -> jax.Array | None:
@@ -145,6 +174,7 @@ def data(config: ConfigDict, task: Task) -> Data:
         batch_size=config.batch_size,
         image_size=spec.image_size,
         visual_tokens=spec.placeholders,
+        router=spec.router_token,
         tokenizer=answer.tokenizer_of(spec),
         template=answer.template_of(spec),
         preprocess=spec.preprocess,

@@ -114,6 +114,7 @@ def encode(
     visual_tokens: int,
     images: int,
     length: int = 0,
+    router: int = -1,
 ) -> Encoded:
     """A conversation in ids. One that ends with the user's turn is a prompt: the assistant's `before` follows, and
     nothing is learned from it.
@@ -127,6 +128,7 @@ def encode(
       visual_tokens: placeholders per image.
       images: how many images come with the conversation.
       length: most tokens; 0 = any number. A prompt is never cut.
+      router: id of a token that stands at the end of every turn of the user, where there are images (DPN); -1 = none.
 
     Raises:
       InputError: turns in another order; a number of placeholders other than `images`; control tokens in a text; an
@@ -170,6 +172,9 @@ def encode(
                 add(said, learn=True)
             else:
                 waiting.append(part)
+        if role == "user" and router >= 0 and images:
+            written()
+            add([router])
         if role == "assistant":
             add(_end(template, tokenizer), learn=True)
         waiting.append(after)

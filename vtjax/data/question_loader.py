@@ -45,6 +45,7 @@ class QuestionData:
       batch_size: rows, global over all processes.
       image_size: (height, width) of the batches.
       visual_tokens: placeholders per image.
+      router: token at the end of every question, see `conversation.encode`; -1 = none.
       pack: most questions of a row; 1 = every question has its own.
       buckets: most row lengths that batches may have, each of which is compiled once.
       limit: most tokens of a row; 0 = what the longest needs.
@@ -76,6 +77,7 @@ class QuestionData:
         batch_size: int,
         image_size: tuple[int, int],
         visual_tokens: int,
+        router: int = -1,
         pack: int = 1,
         buckets: int = 1,
         limit: int = 0,
@@ -107,7 +109,7 @@ class QuestionData:
         for split in (train, eval):
             if split is not None and not len(split):
                 raise InputError("a split must hold at least one question, found none")
-        write = _Writer(tokenizer, template, visual_tokens)
+        write = _Writer(tokenizer, template, visual_tokens, router)
         self._splits = {"eval": _Rows(eval, write, pack, limit)}
         if train is not None:
             self._splits["train"] = _Rows(train, write, pack, limit)
@@ -212,14 +214,15 @@ class QuestionData:
 class _Writer:
     """Writes questions about one image; the same text is encoded once."""
 
-    def __init__(self, tokenizer: Tokenizer, template: Template, visual_tokens: int):
+    def __init__(self, tokenizer: Tokenizer, template: Template, visual_tokens: int, router: int):
         self._tokenizer, self._template, self.visual_tokens = tokenizer, template, visual_tokens
+        self._router = router
         self._known: dict[tuple[str, str], Encoded] = {}
 
     def __call__(self, text: str, answer: str) -> Encoded:
         if (text, answer) not in self._known:
             turns = [self._template.about_image(text), Turn("assistant", answer)]
-            options: dict[str, Any] = {"visual_tokens": self.visual_tokens, "images": 1}
+            options: dict[str, Any] = {"visual_tokens": self.visual_tokens, "images": 1, "router": self._router}
             self._known[text, answer] = conversation.encode(turns, self._tokenizer, self._template, **options)
         return self._known[text, answer]
 
@@ -303,6 +306,7 @@ def from_config(
     batch_size: int,
     image_size: tuple[int, int],
     visual_tokens: int,
+    router: int = -1,
     tokenizer: Tokenizer | None = None,
     template: Template = conversation.PLAIN,
     preprocess: Preprocess | None = None,
@@ -312,7 +316,7 @@ def from_config(
 
     Args:
       config: mapping with the leaves of `configs.common.questions`.
-      seed, batch_size, image_size, visual_tokens, rows: as for `QuestionData`.
+      seed, batch_size, image_size, visual_tokens, router, rows: as for `QuestionData`.
       tokenizer: None = one of the words of the training split, questions and answers.
       template: how it writes.
       preprocess: what the model's spec says; None = the whole image, mean and std 0.5.
@@ -345,6 +349,7 @@ def from_config(
         batch_size=batch_size,
         image_size=image_size,
         visual_tokens=visual_tokens,
+        router=router,
         pack=config["pack"],
         buckets=config["buckets"],
         limit=config["limit"],

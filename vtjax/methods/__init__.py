@@ -18,7 +18,12 @@ def build(spec: Spec, **options: Any) -> Any:
     """
     if isinstance(spec, VLMSpec):
         tower_reducers = () if isinstance(spec.tower, TiledViTSpec) else build(spec.tower).reducers
-        return models.build(spec, reducers=build(spec.decoder).reducers, tower_reducers=tower_reducers, **options)
+        named = {block.reduce.partition(":")[0] for block in spec.decoder.blocks if block.reduce is not None}
+        if named - {"dpn"}:
+            raise InputError(f"the decoder's blocks reduce by {', '.join(sorted(named))}, expected one of: dpn")
+        from vtjax.methods import dpn
+
+        return models.build(spec, reducers=dpn.reducers(spec), tower_reducers=tower_reducers, **options)
     names = {block.reduce.partition(":")[0] for block in spec.blocks if block.reduce is not None}
     if not names:
         return models.build(spec, **options)

@@ -210,9 +210,9 @@ def added(spec: VLMSpec, params: Mapping[str, Any], key: Array) -> dict[str, Any
     decoder, bridge = dict(params["decoder"]), dict(params["bridge"])
     token, routers = jax.random.split(key)
     if "router_token" not in bridge:
-        bridge["router_token"] = np.asarray(0.02 * jax.random.normal(token, (spec.decoder.width,)))
+        bridge["router_token"] = 0.02 * jax.random.normal(token, (spec.decoder.width,))
     if NAME not in decoder:
-        decoder[NAME] = jax.tree.map(np.asarray, fresh(spec, routers))
+        decoder[NAME] = fresh(spec, routers)
     return {**params, "decoder": decoder, "bridge": bridge}
 
 
