@@ -201,6 +201,7 @@ def llava15_7b(steps: int, batch_size: int) -> ConfigDict:
     al. 2023, 665 thousand conversations, one epoch). Not run.
     """
     config = instruction(steps or 5197, batch_size or 128, 2048)
+    config.accumulate = 2  # in one piece it does not fit 16 chips of a v5e
     config.model.tower = tower(image_size=(336, 336), feature_layer=-2, **CLIP_L14)
     config.model.decoder = decoder(**VICUNA_7B)
     config.model.image_token = 32000
