@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vtjax.errors import InputError
+from vtjax.models.cache import Cache
 from vtjax.models.layers import Knobs
 from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, check_mask
 from vtjax.ops.cross_attention import Memory
@@ -75,12 +76,38 @@ def generate(
     return _generate(model, params, prompt, sampling, new_tokens, top_k)
 
 
+def go_on(
+    model: LM, params: Params, logits: Float[Array, "B V"], cache: Cache, new_tokens: int, *, knobs: Knobs | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Continues greedily from a prefill whose cache has room for `new_tokens - 1` tokens; returns as `generate`."""
+    return _go_on(model, params, logits, cache, knobs, new_tokens)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _generate(
     model: LM, params: Params, prompt: dict[str, Any], sampling: Any, new_tokens: int, top_k: int | None
 ) -> tuple[Array, Array]:
-    knobs = prompt["knobs"]
     logits, cache = model.prefill(params, **prompt, room=new_tokens - 1)
+    return _decoded(model, params, logits, cache, prompt["knobs"], sampling, new_tokens, top_k)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _go_on(
+    model: LM, params: Params, logits: Array, cache: Cache, knobs: Knobs | None, new_tokens: int
+) -> tuple[Array, Array]:
+    return _decoded(model, params, logits, cache, knobs, None, new_tokens, None)
+
+
+def _decoded(
+    model: LM,
+    params: Params,
+    logits: Array,
+    cache: Cache,
+    knobs: Knobs | None,
+    sampling: Any,
+    new_tokens: int,
+    top_k: int | None,
+) -> tuple[Array, Array]:
     ends = jnp.asarray(model.spec.eos, jnp.int32)
 
     def choose(logits: Array, number: Any) -> Array:

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DPN where pooled tokens are gone: prefill in which time and cache shrink with them (spec section 8.4).
+
+    Switch(model, ...)  one compiled program for one question: at every stage the length decides which body runs
+    Staged(model, ...)  a batch: after every stage the host reads the choices and puts samples of one length together
+
+Both compute what the masked model (`dpn.vlm`) computes at inference, up to rounding. Samples have one image each; text
+goes to the front of its row, as [prefix | grid | rest | filling].
+Letters: B batch, S slots, T slots of text, n visual tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vtjax.errors import InputError
+from vtjax.methods import dpn
+from vtjax.methods.dpn import Dpn
+from vtjax.models import cache as cache_lib
+from vtjax.models import generate as generate_lib
+from vtjax.models import segments
+from vtjax.models.cache import Cache
+from vtjax.models.segments import block_name
+from vtjax.models.vlm import VLM
+from vtjax.ops import pooling_experts as ops
+from vtjax.ops.pooling_experts import WINDOWS
+from vtjax.ops.tokens import Tokens
+
+ROUND = 16  # slots of text are a multiple of it, so that few lengths are compiled
+
+Grid = tuple[int, int]
+
+
+class Rows(NamedTuple):
+    """Samples of one length, text at the front.
+
+    Attributes:
+      x: `[b, T + n, D]`.
+      text: live slots of text.
+      start: first slot of the grid.
+      asks: which slots of text behind the grid routers read.
+    """
+
+    x: Float[Array, "b S D"]
+    text: Int[Array, " b"]
+    start: Int[Array, " b"]
+    asks: Bool[Array, "b T"]
+
+
+class Prefilled(NamedTuple):
+    """What a prefill leaves.
+
+    Attributes:
+      logits: after the last token of every sample, float32.
+      choice: experts taken.
+      cache: to go on from; None where it was not wanted.
+    """
+
+    logits: Float[Array, "B V"]
+    choice: Int[np.ndarray, "B M"]
+    cache: Cache | None
+
+
+def entered(model: VLM, params: Any, ids: Any, images: Any, mask: Any = None) -> Rows:
+    """The tokens that enter the decoder, moved to the front. Jit it, with `ids` and `mask` known on the host.
+
+    Raises:
+      InputError: a sample with other than one image, without a router token, or with one before its image.
+    """
+    spec, ids = model.spec, np.asarray(ids)
+    live = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) > 0
+    place = _layout(spec, ids, live)
+    known, _ = model.enter(params, jnp.asarray(ids), images)
+    x = jnp.take_along_axis(known["embeddings"], jnp.asarray(place.order)[:, :, None], axis=1)
+    return Rows(x, *(jnp.asarray(a) for a in (place.text, place.start, place.asks)))
+
+
+class _Layout(NamedTuple):
+    order: np.ndarray
+    text: np.ndarray
+    start: np.ndarray
+    asks: np.ndarray
+
+
+def _layout(spec: Any, ids: np.ndarray, live: np.ndarray) -> _Layout:
+    n = spec.visual_tokens
+    image, router = (ids == spec.image_token) & live, (ids == spec.router_token) & live
+    for row in range(len(ids)):
+        if image[row].sum() != n:
+            raise InputError(f"deployment takes one image per sample, {n} placeholders, found {image[row].sum()}")
+        if not router[row].any() or router[row].argmax() < image[row].argmax():
+            raise InputError(f"every sample needs a router token behind its image, found none in sample {row}")
+    text = live.sum(1) - n
+    slots = -(-int(text.max()) // ROUND) * ROUND
+    order = np.argsort(~live, axis=1, kind="stable")
+    order = np.pad(order, ((0, 0), (0, max(slots + n - order.shape[1], 0))))[:, : slots + n]
+    front = np.take_along_axis(image, order, 1)
+    start = front.argmax(1).astype(np.int32)
+    asks = np.zeros((len(ids), slots), bool)
+    for row in range(len(ids)):
+        behind = np.flatnonzero(np.take(router[row], order[row]))
+        asks[row, behind[behind < text[row] + n] - start[row] - n] = True
+    return _Layout(order, text.astype(np.int32), start, asks)
+
+
+def run_layers(
+    model: VLM, params: Any, rows: Rows, n: int, layers: range, keep: bool
+) -> tuple[Rows, dict[str, tuple[Array, Array]]]:
+    """A segment over rows of one length; with `keep` the keys and values of its layers, too."""
+    lm = dataclasses.replace(model.lm, reducers=())
+    slot = jnp.arange(rows.x.shape[1])[None]
+    tokens = Tokens(rows.x, alive=(slot < rows.text[:, None] + n).astype(jnp.float32))
+    want = ("keys", "values") if keep else ()
+    decoder = {name: tree for name, tree in params["decoder"].items() if name != dpn.NAME}
+    tokens, aux = segments.run(
+        lm.blocks(), decoder, tokens, layers=layers, want=want, remat="none", constrain=model.constrain
+    )
+    held = {
+        block_name(layer): (found["keys"], found["values"]) for layer, found in zip(layers, aux, strict=True) if found
+    }
+    return rows._replace(x=tokens.x), held
+
+
+def route(reducer: Dpn, held: Mapping[str, Any], rows: Rows, n: int | Array) -> tuple[Array, Array]:
+    """Experts of the samples, which have n visual tokens now, and what their tokens are multiplied by."""
+    slot = rows.start[:, None] + n + jnp.arange(rows.asks.shape[1])
+    states = jnp.take_along_axis(rows.x, jnp.minimum(slot, rows.x.shape[1] - 1)[:, :, None], axis=1)
+    weight = rows.asks / rows.asks.sum(1, keepdims=True)
+    exact = jax.lax.Precision.HIGHEST
+    state = jnp.einsum("bt,btd->bd", weight, states.astype(jnp.float32), precision=exact)
+    logp = ops.scores(state, held["router"], reducer.temperature)
+    least = reducer.least if reducer.floor_at_eval else 1
+    choice = ops.likeliest(logp, ops.allowed(jnp.full(len(state), n), least))
+    return choice, ops.gate(jnp.exp(logp), choice, reducer.gate)
+
+
+def pooled(reducer: Dpn, held: Mapping[str, Any], rows: Rows, scale: Array, grid: Grid, expert: int) -> Rows:
+    """Rows whose grid has gone through one expert."""
+    (h, w), (rows_, columns) = WINDOWS[expert], grid
+    n, b = rows_ * columns, len(rows.x)
+    inside = rows.start[:, None] + jnp.arange(n)
+    cells = jnp.take_along_axis(rows.x, inside[:, :, None], axis=1).reshape(b, rows_ // h, h, columns // w, w, -1)
+    if reducer.pool == "dwconv" and h * w > 1:
+        filters = held["filters"][f"{h}x{w}"].reshape(h, w, -1).astype(cells.dtype)
+        made = (cells * filters[None, None, :, None]).sum((2, 4))
+    else:
+        made = cells.max((2, 4)) if reducer.pool == "max" else cells.mean((2, 4), dtype=cells.dtype)
+    left = n // (h * w)
+    made = made.reshape(b, left, -1) * scale[:, None, None].astype(made.dtype)
+    slot, start = jnp.arange(rows.x.shape[1] - n + left)[None], rows.start[:, None]
+    both = jnp.concatenate([rows.x, made], axis=1)
+    at = jnp.where(slot < start, slot, jnp.where(slot < start + left, rows.x.shape[1] + slot - start, slot + n - left))
+    return rows._replace(x=jnp.take_along_axis(both, at[:, :, None], axis=1))
+
+
+def finish(model: VLM, params: Any, rows: Rows, n: int | Array) -> Float[Array, "b V"]:
+    """Logits after the last token of every sample."""
+    last = jnp.take_along_axis(rows.x, (rows.text + n - 1)[:, None, None], axis=1)[:, 0]
+    lm = model.lm
+    return lm._logits(params["decoder"], lm._norm(params["decoder"], last))
+
+
+def edges(spec: Any) -> list[range]:
+    """The layers of every segment."""
+    ends = [0, *(layer + 1 for layer, _ in dpn.reducers(spec)), spec.decoder.depth]
+    return [range(low, high) for low, high in itertools.pairwise(ends)]
+
+
+def grids(grid: Grid, stages: int) -> list[list[Grid]]:
+    """Grids that can be there in each segment, from the largest (spec section 2.4)."""
+    found = [[grid]]
+    for _ in range(stages):
+        after = {(r // h, c // w) for r, c in found[-1] for h, w in WINDOWS}
+        found.append(sorted(after, key=lambda g: (-g[0] * g[1], g)))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """One program for one question, `switch(params, rows) -> (logits [1, V], choice [M])`; jit it.
+
+    Every body slices its own static length, and what leaves it is padded to the longest. It is not to be vmapped: a
+    switch then runs all its bodies.
+
+    Attributes:
+      model: of `dpn.vlm`, whose spec brings the routers.
+    """
+
+    model: VLM
+
+    def __call__(self, params: Any, rows: Rows) -> tuple[Array, Array]:
+        spec = self.model.spec
+        made, segments_, known = dpn.reducers(spec), edges(spec), grids(spec.tower.grid, len(dpn.reducers(spec)))
+        given: dict[int, Any] = dict(self.model.reducers)
+        slots, choices = rows.asks.shape[1], []
+        # Number of the grid among those of its segment.
+        state: Any = jnp.int32(0)
+        for stage, layers in enumerate(segments_):
+            here = known[stage]
+            counts = sorted({r * c for r, c in here}, reverse=True)
+            length = jnp.asarray([counts.index(r * c) for r, c in here])[state]
+            n = jnp.asarray([r * c for r, c in here])[state]
+
+            def body(x: Array, count: int, layers: range = layers, rows: Rows = rows) -> Array:
+                cut = rows._replace(x=x[:, : slots + count])
+                out, _ = run_layers(self.model, params, cut, count, layers, keep=False)
+                return jnp.pad(out.x, ((0, 0), (0, x.shape[1] - out.x.shape[1]), (0, 0)))
+
+            bodies = [functools.partial(body, count=count) for count in counts]
+            rows = rows._replace(x=jax.lax.switch(length, bodies, rows.x) if len(bodies) > 1 else bodies[0](rows.x))
+            if stage == len(made):
+                break
+            layer = made[stage][0]
+            reducer, held = given[layer], params["decoder"][dpn.NAME][block_name(layer)]
+            # `n` is traced here: the slots behind the grid are found by it.
+            choice, scale = route(reducer, held, rows, n)
+            choices.append(choice[0])
+            after = known[stage + 1]
+            longest = slots + after[0][0] * after[0][1]
+            pools, next_ = [], []
+            for grid in here:
+                for expert, (h, w) in enumerate(WINDOWS):
+                    pools.append(functools.partial(self._pool, reducer, held, grid, expert, slots, longest))
+                    next_.append(after.index((grid[0] // h, grid[1] // w)))
+            number = state * len(WINDOWS) + choice[0]
+            rows = rows._replace(x=jax.lax.switch(number, pools, rows, scale))
+            state = jnp.asarray(next_)[number]
+        last = known[-1]
+        return finish(self.model, params, rows, jnp.asarray([r * c for r, c in last])[state]), jnp.stack(choices)
+
+    @staticmethod
+    def _pool(
+        reducer: Dpn, held: Any, grid: Grid, expert: int, slots: int, longest: int, rows: Rows, scale: Array
+    ) -> Array:
+        cut = rows._replace(x=rows.x[:, : slots + grid[0] * grid[1]])
+        x = pooled(reducer, held, cut, scale, grid, expert).x
+        return jnp.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0)))
+
+
+class Staged:
+    """A batch, stage by stage: `staged(params, rows) -> Prefilled`.
+
+    Programs are compiled per (segment, length, batch), where batches are filled up to a power of two; one small array
+    comes to the host per stage and length.
+
+    Args:
+      model: of `dpn.vlm`.
+      keep: room for this many new tokens in a cache; None = no cache.
+    """
+
+    def __init__(self, model: VLM, keep: int | None = None):
+        self.model, self.keep = model, keep
+        spec = model.spec
+        self._made: list[Any] = [dict(model.reducers)[layer] for layer, _ in dpn.reducers(spec)]
+        self._layers = [layer for layer, _ in dpn.reducers(spec)]
+        self._segments = edges(spec)
+        self._run = jax.jit(self._segment, static_argnums=(2, 3))
+        self._pool = jax.jit(self._pooled, static_argnums=(2, 3, 4))
+        self._end = jax.jit(lambda params, rows, n: finish(model, params, rows, n), static_argnums=2)
+
+    def _segment(self, params: Any, rows: Rows, stage: int, n: int) -> Any:
+        rows, held = run_layers(self.model, params, rows, n, self._segments[stage], self.keep is not None)
+        if stage == len(self._made):
+            return rows, held, None, None
+        own = params["decoder"][dpn.NAME][block_name(self._layers[stage])]
+        return rows, held, *route(self._made[stage], own, rows, n)
+
+    def _pooled(self, params: Any, given: Any, stage: int, grid: Grid, expert: int) -> Rows:
+        rows, scale, index = given
+        own = params["decoder"][dpn.NAME][block_name(self._layers[stage])]
+        part = jax.tree.map(lambda a: a[index], rows)
+        return pooled(self._made[stage], own, part, scale[index], grid, expert)
+
+    def __call__(self, params: Any, rows: Rows) -> Prefilled:
+        spec, total = self.model.spec, len(rows.x)
+        grid_of = np.array([spec.tower.grid] * total)
+        choice = np.zeros((total, len(self._made)), np.int32)
+        groups = [(np.arange(total), _filled(rows, total))]
+        kept: list[list[Any]] = []
+        logits: Any = None
+        for stage in range(len(self._segments)):
+            held_here, waiting = [], []
+            for members, group in groups:
+                n = int(grid_of[members[0]].prod())
+                group, held, experts, scale = self._run(params, group, stage, n)
+                if self.keep is not None:
+                    held_here.append((members, n, group.text, held))
+                waiting.append((members, group, experts, scale, n))
+            kept.append(held_here)
+            if stage == len(self._made):
+                found = [(members, self._end(params, group, n)[: len(members)]) for members, group, _, _, n in waiting]
+                logits = _put_back(found, total)
+                break
+            parts: dict[int, list[tuple[np.ndarray, Rows]]] = {}
+            for members, group, experts, scale, _ in waiting:
+                taken = np.asarray(experts)[: len(members)]
+                choice[members, stage] = taken
+                kinds = {(tuple(g), int(k)) for g, k in zip(grid_of[members].tolist(), taken, strict=True)}
+                for grid, expert in sorted(kinds):
+                    own = np.flatnonzero((grid_of[members] == grid).all(1) & (taken == expert))
+                    index, count = _power(own), len(own)
+                    made = self._pool(params, (group, scale, index), stage, grid, expert)
+                    h, w = WINDOWS[expert]
+                    left = grid[0] * grid[1] // (h * w)
+                    grid_of[members[own]] = grid[0] // h, grid[1] // w
+                    parts.setdefault(left, []).append((members[own], jax.tree.map(lambda a, c=count: a[:c], made)))
+            groups = []
+            for _, found in sorted(parts.items()):
+                members = np.concatenate([m for m, _ in found])
+                joined = (
+                    found[0][1]
+                    if len(found) == 1
+                    else jax.tree.map(lambda *a: jnp.concatenate(a), *(r for _, r in found))
+                )
+                groups.append((members, _filled(joined, len(members))))
+        cache = None if self.keep is None else self._cache(kept, total)
+        return Prefilled(logits, choice, cache)
+
+    def _cache(self, kept: Sequence[Sequence[Any]], total: int) -> Cache:
+        """Every segment's own keys and values, as long as its longest sample, and room behind them."""
+        assert self.keep is not None
+        keys: dict[str, Array] = {}
+        values: dict[str, Array] = {}
+        stretches = []
+        for held_here in kept:
+            slots = max(next(iter(held.values()))[0].shape[1] for _, _, _, held in held_here)
+            length = np.zeros(total, np.int32)
+            for members, n, text, _ in held_here:
+                length[members] = np.asarray(text)[: len(members)] + n
+            for name in held_here[0][3]:
+                for number, target in ((0, keys), (1, values)):
+                    found = [
+                        (
+                            members,
+                            jnp.pad(
+                                held[name][number][: len(members)],
+                                ((0, 0), (0, slots + self.keep - held[name][number].shape[1]), (0, 0), (0, 0)),
+                            ),
+                        )
+                        for members, _, _, held in held_here
+                    ]
+                    target[name] = _put_back(found, total).swapaxes(1, 2)
+            alive = np.arange(slots + self.keep)[None] < length[:, None]
+            stretches.append(cache_lib.Stretch(jnp.asarray(alive), jnp.int32(slots), jnp.asarray(length)))
+        return Cache(keys, values, tuple(stretches), {})
+
+    def generate(self, params: Any, rows: Rows, new_tokens: int) -> tuple[Array, Array, np.ndarray]:
+        """Continues every sample greedily over the short caches: tokens, counts (as `models.generate.generate`), and
+        the experts.
+
+        Raises:
+          InputError: the cache has no room for so many tokens.
+        """
+        if self.keep is None or self.keep < new_tokens - 1:
+            raise InputError(
+                f"Staged needs keep={new_tokens - 1} or more for {new_tokens} new tokens, found {self.keep}"
+            )
+        done = self(params, rows)
+        assert done.cache is not None
+        model = self.model.lm
+        tokens, count = generate_lib.go_on(
+            model, self.model.decoder_params(params), done.logits, done.cache, new_tokens
+        )
+        return tokens, count, done.choice
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Memory of keys and values."""
+    return sum(a.size * a.dtype.itemsize for a in (*cache.keys.values(), *cache.values.values()))
+
+
+def _power(index: np.ndarray) -> np.ndarray:
+    """Rows of a batch, the first repeated up to a power of two."""
+    size = 1 << (len(index) - 1).bit_length()
+    return np.concatenate([index, np.repeat(index[:1], size - len(index))])
+
+
+def _filled(rows: Rows, count: int) -> Rows:
+    index = _power(np.arange(count))
+    return rows if len(index) == len(rows.x) else jax.tree.map(lambda a: a[index], rows)
+
+
+def _put_back(found: Sequence[tuple[np.ndarray, Array]], total: int) -> Array:
+    """Rows of several groups in the order of the samples."""
+    order = np.argsort(np.concatenate([members for members, _ in found]))
+    joined = found[0][1] if len(found) == 1 else jnp.concatenate([values for _, values in found])
+    assert len(order) == total
+    return joined[order]
