@@ -16,9 +16,11 @@ import numpy as np
 
 from tests.train import toy
 from vtjax.errors import InputError, Preempted
+from vtjax.methods import dpn
 from vtjax.models.generate import generate
 from vtjax.models.lm import LM
 from vtjax.models.vit import ViT
+from vtjax.ops import attention
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.parallel import rules
 from vtjax.spec import LMSpec, ViTSpec
@@ -77,6 +79,39 @@ def lm_tokens(mesh: Any) -> list[list[int]]:
         return generate(model, placed, batch["ids"], batch["mask"], new_tokens=4)[0].tolist()
 
 
+def splash_error(mesh: Any) -> float:
+    """How far the TPU's kernel, each device on its own samples and heads, is from the reference."""
+    q, k, v = (jax.random.normal(key, (4, 130, 2, 16)) for key in jax.random.split(jax.random.key(2), 3))
+    with jax.set_mesh(mesh):
+        placed = mesh_lib.place({"q": np.asarray(q), "k": np.asarray(k), "v": np.asarray(v)}, mesh)
+        run = jax.jit(lambda b: attention._splash(b["q"], b["k"], b["v"], None, None, 0.25, interpret=True))
+        y = run(placed)
+    expected, _ = attention.attention(q, k, v, scale=0.25, implementation="xla")
+    return float(abs(np.asarray(y) - np.asarray(expected)).max())
+
+
+def pooled(mesh: Any) -> dict[str, Any]:
+    """Experts that a model with parameters laid out over the mesh draws and takes, and its logits."""
+    from tests.methods.test_dpn import SPEC, drawn, questions
+
+    ids, mask, images = (a[[0, 1, 2, 0]] for a in questions())
+    params = drawn(SPEC)
+    model = dpn.vlm(SPEC, constrain=rules.constrain)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, rules.shardings(params, mesh))
+        batch = mesh_lib.place({"ids": ids, "mask": mask, "images": images}, mesh)
+
+        @jax.jit
+        def run(params: Any, b: Any, key: Any) -> Any:
+            knobs = dpn.drawing(SPEC, key)
+            y, aux = model.apply(params, b["ids"], b["images"], b["mask"], knobs=knobs)
+            return y, dpn.decisions(aux, SPEC)["choice"]
+
+        y, choice = run(placed, batch, jax.random.key(5))
+    live = mask > 0
+    return {"choice": np.asarray(choice).tolist(), "logits": np.asarray(y)[live].astype(float).tolist()}
+
+
 def refusal(function: Any, *args: Any) -> str:
     try:
         function(*args)
@@ -115,6 +150,8 @@ def main(folder: Path) -> None:
     out["steps_compiled"] = program.step._cache_size()
 
     out["lm_tokens"] = lm_tokens(program.mesh)
+    out["splash_error"] = splash_error(program.mesh)
+    out["pooled"] = pooled(program.mesh)
     with jax.set_mesh(program.mesh):
         halves = jax.jit(rules.constrain)(jnp.ones((8, 3)))
         uneven = jax.jit(rules.constrain)(jnp.ones((3, 3)))

@@ -76,6 +76,16 @@ def test_a_decoder_over_all_axes_writes_what_it_writes_on_one_device(child: Any)
     assert eight.lm_tokens(mesh_lib.make({"data": -1})) == child[0]["lm_tokens"]
 
 
+def test_a_kernel_works_on_every_device_s_own_samples_and_heads(child: Any) -> None:
+    assert child[0]["splash_error"] < 1e-5
+
+
+def test_experts_are_drawn_alike_on_any_number_of_devices(child: Any) -> None:
+    alone, there = eight.pooled(mesh_lib.make({"data": -1})), child[0]["pooled"]
+    assert alone["choice"] == there["choice"] and len({tuple(c) for c in alone["choice"]}) > 1
+    np.testing.assert_allclose(there["logits"], alone["logits"], atol=2e-5)
+
+
 def test_parameters_and_their_moments_are_split_and_the_step_compiles_once(child: Any) -> None:
     assert child[0]["query"] == [[8, 8], [8, 8]]
     assert child[0]["steps_compiled"] == 1

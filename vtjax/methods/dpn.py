@@ -206,13 +206,23 @@ def install(
 
 
 def added(spec: VLMSpec, params: Mapping[str, Any], key: Array) -> dict[str, Any]:
-    """Parameters with what `install` adds where it is missing: routers, filters, the router token's embedding."""
+    """Parameters with what `install` adds where it is missing: routers, filters, the router token's embedding.
+
+    Raises:
+      InputError: routers of other shapes, or for other layers.
+    """
     decoder, bridge = dict(params["decoder"]), dict(params["bridge"])
     token, routers = jax.random.split(key)
     if "router_token" not in bridge:
         bridge["router_token"] = 0.02 * jax.random.normal(token, (spec.decoder.width,))
     if NAME not in decoder:
         decoder[NAME] = fresh(spec, routers)
+    wanted = jax.eval_shape(lambda key: fresh(spec, key), routers)
+    found = {name: tree for name, tree in decoder[NAME].items() if name != "relax"}
+    for name in sorted(wanted.keys() | found.keys()):
+        here, there = (str(jax.tree.map(jnp.shape, tree.get(name))) for tree in (found, wanted))
+        if here != there:
+            raise InputError(f"params['{NAME}'][{name!r}] must be {there}, as the spec says, found {here}")
     return {**params, "decoder": decoder, "bridge": bridge}
 
 

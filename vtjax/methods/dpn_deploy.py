@@ -120,7 +120,7 @@ def run_layers(
     slot = jnp.arange(rows.x.shape[1])[None]
     tokens = Tokens(rows.x, alive=(slot < rows.text[:, None] + n).astype(jnp.float32))
     want = ("keys", "values") if keep else ()
-    decoder = {name: tree for name, tree in params["decoder"].items() if name != dpn.NAME}
+    decoder = {name: jax.tree.map(jnp.asarray, tree) for name, tree in params["decoder"].items() if name != dpn.NAME}
     tokens, aux = segments.run(
         lm.blocks(), decoder, tokens, layers=layers, want=want, remat="none", constrain=model.constrain
     )

@@ -362,6 +362,20 @@ class VLM:
                 f"text {row} must hold {spec.placeholders} placeholders (token {spec.image_token}) for each of its "
                 f"{given[row]} images, found {found[row]}"
             )
+        if any(getattr(reducer, "reads", "") == "router_token" for _, reducer in self.reducers):
+            self._check_routing(ids, given)
+
+    def _check_routing(self, ids: np.ndarray, given: np.ndarray) -> None:
+        spec = self.spec
+        for row in np.flatnonzero(given):
+            images, asks = (np.flatnonzero(ids[row] == token) for token in (spec.image_token, spec.router_token))
+            runs = images.reshape(given[row], -1)
+            if (np.diff(runs, axis=1) != 1).any():
+                raise InputError(f"the placeholders of an image must follow each other, found a gap in text {row}")
+            if not len(asks) or asks[-1] < images[0]:
+                raise InputError(
+                    f"text {row} must hold the router token ({spec.router_token}) behind its image, found none"
+                )
 
     def _without_prefix(self, a: Array) -> Array:
         """`[B, N, ...]` without the tokens of each tile that are not patches."""

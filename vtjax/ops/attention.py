@@ -10,9 +10,12 @@ A dead key takes no part. `alive` multiplies numerator and denominator of the so
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from vtjax.ops import linear
@@ -305,14 +308,39 @@ def _splash(q, k, v, size, alive, scale, interpret=False):
     live = jnp.ones((b, m), jnp.int32) if alive is None else (alive > 0.5).astype(jnp.int32)
     kv_segment = jnp.pad(live, ((0, 0), (0, k.shape[1] - m)))
     segments = splash.SegmentIds(q=jnp.ones((b, q.shape[1]), jnp.int32), kv=kv_segment)
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * h),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-    y = jax.vmap(kernel)(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), segments)
+
+    def run(q, k, v, segments):
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * q.shape[1]),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        return jax.vmap(kernel)(q, k, v, segments)
+
+    y = _on_shards(run)(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), segments)
     return y.swapaxes(1, 2)[:, :n, :, :d].astype(q.dtype)
+
+
+def _on_shards(run):
+    """`run(q, k, v, segments)` on `[B, H, N, D]`, on every device's own samples and heads: XLA does not partition a
+    kernel. Of the ambient mesh "tensor" splits the heads and the other axes the samples, where they divide."""
+
+    def whole(q, k, v, segments):
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = [a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+        if all(mesh.shape[axis] == 1 for axis in axes):
+            return run(q, k, v, segments)
+        batch = tuple(axis for axis in axes if axis != "tensor")
+        if len(q) % math.prod(mesh.shape[axis] for axis in batch):
+            batch = ()
+        heads = "tensor" if "tensor" in axes and q.shape[1] % mesh.shape["tensor"] == 0 else None
+        each = P(batch or None, heads)
+        specs = (each, each, each, jax.tree.map(lambda _: P(batch or None), segments))
+        mapped = jax.shard_map(run, in_specs=specs, out_specs=each, axis_names=set(axes), check_vma=False)
+        return mapped(q, k, v, segments)
+
+    return whole
 
 
 def _pad_to_lanes(x):
