@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common, dgmr, vit
+from vtjax.errors import check_choice
 
 STAGES = {
     "bridge": ("tower", "decoder"),
@@ -35,7 +36,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
 
 def stage(config: ConfigDict, name: str) -> None:
     """Freezes what the stage leaves alone, and beside low-rank updates the decoder's own weights."""
-    common.parse_arg(name, STAGES)
+    check_choice("the option stage", name, STAGES)
     groups = {part: common.group(f"^{part}/", frozen=part in STAGES[name]) for part in ("tower", "bridge", "decoder")}
     if config.model.lora.rank and name != "bridge":
         # Tried by alphabet: the updates, then what they are updates of.

@@ -28,6 +28,14 @@ __version__ = "0.1.0"
 __all__ = ["Model", "__version__", "load"]
 
 
+def _absent(*args: Any, **options: Any) -> Any:
+    from vtjax.errors import InputError
+
+    raise InputError(
+        "generate needs a language model, and answer a multimodal one with its tokenizer, found a model of another kind"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """What `load` returns.
@@ -40,17 +48,17 @@ class Model:
         language model: `apply(params, input_ids, attention_mask=None) -> (logits, aux)`, see
         `vtjax.models.lm.LM.apply`. Of a multimodal one: `apply(params, input_ids, images, attention_mask=None)`, see
         `vtjax.models.vlm.VLM.apply`.
-      answer: of a multimodal model: `answer(image, question) -> str`, see `vtjax.answer.answer`. None for others.
+      answer: of a multimodal model: `answer(image, question) -> str`, see `vtjax.answer.answer`. Others refuse.
       generate: of a language model: `generate(params, input_ids, attention_mask=None, new_tokens=...) -> (tokens,
         count)`, see `vtjax.models.generate.generate`; of a multimodal one with the images after the ids.
-        Jitted. None for others.
+        Jitted. Others refuse.
     """
 
     spec: Spec
     params: dict[str, Any]
     apply: Callable[..., tuple[Any, dict[str, Any]]]
-    generate: Callable[..., tuple[Any, Any]] | None = None
-    answer: Callable[..., str] | None = None
+    generate: Callable[..., tuple[Any, Any]] = _absent
+    answer: Callable[..., str] = _absent
 
 
 def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "last", **options: Any) -> Model:
@@ -86,5 +94,5 @@ def load(path_or_name: str | Path, *, spec: Spec | None = None, which: str = "la
     if isinstance(model, VLM):
         answers = Answers(model, params)
         return Model(spec=spec, params=params, apply=model.apply, generate=model.generate, answer=answers)
-    writes = functools.partial(generate, model) if isinstance(model, LM) else None
+    writes = functools.partial(generate, model) if isinstance(model, LM) else _absent
     return Model(spec=spec, params=params, apply=model.apply, generate=writes)

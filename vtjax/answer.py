@@ -25,7 +25,7 @@ def answer(
     model: Any,
     params: Any,
     image: Any,
-    question: str,
+    question: Any,
     *,
     new_tokens: int = 16,
     tokenizer: str | Path | None = None,
@@ -37,17 +37,24 @@ def answer(
       model, params: a `models.vlm.VLM`.
       image: a path, a PIL image, or uint8 `[H, W, 3]`; made ready as `model.spec.preprocess` says, for a tiled tower on
         the canvas of tiles that suits it best.
-      question: in words.
+      question: a text.
       new_tokens: most tokens of the answer.
       tokenizer, template: how texts are written, as in `TextSpec`, both or none; None = as `model.spec.text` says. A
         folder of Hugging Face says neither: `answer(..., tokenizer=FOLDER, template="vicuna")`.
 
     Raises:
-      InputError: it is not known how texts are written, an image that cannot be read, control tokens in the question,
-        or a prompt that does not fit the decoder's context.
+      InputError: it is not known how texts are written, a question that is no text, another model's tokenizer, an
+        image that cannot be read, control tokens in the question, or a prompt that does not fit the context.
     """
+    if not isinstance(question, str):
+        raise InputError(f"a question must be a text, found {type(question).__name__}")
     spec = _with_text(model.spec, tokenizer, template)
     words = tokenizer_of(spec)
+    if words.vocabulary > max(spec.decoder.ids, spec.image_token + 1):
+        raise InputError(
+            f"the tokenizer must be the model's, whose decoder has {spec.decoder.ids} ids, found one of "
+            f"{words.vocabulary}"
+        )
     tokens, count = model.generate(params, **inputs(spec, image, question, new_tokens), new_tokens=new_tokens)
     said = [int(token) for token in np.asarray(tokens)[0, : int(count[0])] if int(token) not in spec.decoder.eos]
     return words.decode(said).strip()
@@ -59,7 +66,7 @@ class Answers:
     def __init__(self, model: Any, params: Any):
         self._model, self._params, self._placed = model, params, False
 
-    def __call__(self, image: Any, question: str, **options: Any) -> str:
+    def __call__(self, image: Any, question: Any, **options: Any) -> str:
         """See `answer`."""
         if not self._placed:
             self._params, self._placed = jax.device_put(self._params), True
@@ -105,7 +112,8 @@ def tokenizer_of(spec: VLMSpec) -> Tokenizer:
     """
     if spec.text is None:
         raise InputError(
-            "it must be known how texts are written, by VLMSpec.text or tokenizer= and template= of answer"
+            "it must be known how texts are written: by VLMSpec.text, by config.model.text.tokenizer of a run, or by "
+            "tokenizer= and template= of answer"
         )
     if spec.text.tokenizer == "words":
         from vtjax.data.tokenizer import WordTokenizer

@@ -129,7 +129,7 @@ def build(config: ConfigDict) -> Task:
         knobs={f"dpn.{name}": settings[name] for name in ("tau", "lam", "distill", "quality")},
         summary=_summary(config, spec, path),
         decisions=decisions,
-        relax=lambda params, amount: relaxed(params, amount),
+        relax=relaxed,
     )
 
 
@@ -188,6 +188,8 @@ def check(config: ConfigDict) -> None:
 
 def trained(what: str, path: str) -> bool:
     """Whether `config.dpn.trainable` trains a parameter."""
+    if path.endswith(f"/{dpn.NAME}/relax"):
+        return False
     own = f"/{dpn.NAME}/" in path or path.endswith("/router_token")
     return own or what == "all" or (what == "lora" and "/lora_" in path)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from experiments.vit import main as vit
 from vtjax import answer
 from vtjax.account import bench, flops
 from vtjax.data import conversation, marked_shapes, question_loader, question_sets
-from vtjax.data.tokenizer import WordTokenizer
+from vtjax.data.tokenizer import WordTokenizer, split
 from vtjax.errors import InputError, check_choice
 from vtjax.models import lora
 from vtjax.models.vlm import VLM
@@ -48,6 +49,7 @@ from vtjax.train import checkpoint, optim
 from vtjax.train.state import params_sha256
 from vtjax.train.task import Data, Task
 from vtjax.weights import resample
+from vtjax.weights import tokenizer as tokenizers
 
 TYPES = {"easy_vqa": question_sets.EASY_VQA_TYPES, "marked_shapes": marked_shapes.TYPES}
 
@@ -167,6 +169,13 @@ def data(config: ConfigDict, task: Task) -> Data:
       InputError: a model that does not say how texts are written; as `question_loader.from_config`.
     """
     spec: Any = task.spec
+    if spec.text is not None and spec.text.tokenizer == "words":
+        answers = question_loader.open_split(config.data, config.data.eval_split).answers
+        if missing := sorted({word for text in answers for word in split(text)} - set(spec.text.words)):
+            raise InputError(
+                f"the model must know the words of the answers of config.data.name={config.data.name!r}, found no "
+                f"{missing[0]!r}: it learned those of another set (config.init_from={config.init_from!r})"
+            )
     several = jax.process_count() > 1
     found, _ = question_loader.from_config(
         config.data,
@@ -241,6 +250,7 @@ def _with_updates(
     present = spec.decoder.lora
     if present is not None and updates is None:
         decoder, merged = lora.merge(spec.decoder, loaded["decoder"])
+        print(f"merged the low-rank updates of {config.init_from} into the decoder's weights", file=sys.stderr)
         spec, loaded = spec.edit(decoder=decoder), {**loaded, "decoder": merged}
     if updates is not None and present is not None and updates != present:
         raise InputError(
@@ -302,6 +312,10 @@ def composed(config: ConfigDict) -> tuple[VLMSpec, dict[str, Any]]:
         fields = {name: value for name, value in model.decoder.items() if name not in ("name", "empty")}
         if words is not None:
             fields |= {"vocab": words.vocabulary, "eos": tuple(words.encode(conversation.PLAIN.end))}
+        elif not fields["vocab"] and text is not None:
+            found = tokenizers.load(text.tokenizer)
+            end = found.encode(conversation.TEMPLATES[text.template].end)
+            fields |= {"vocab": found.vocabulary, "eos": tuple(end)}
         parts["decoder"] = LMSpec.uniform(**fields).edit(
             blocks={layer: {"attn": False, "ffn": False} for layer in model.decoder.empty}
         )

@@ -90,6 +90,8 @@ def test_a_run_its_stages_and_an_answer(tmp_path, capsys):
     Image.fromarray(picture).save(tmp_path / "picture.png")
     said = m.answer(picture, "what shape is the large object?", new_tokens=3)
     assert said == m.answer(tmp_path / "picture.png", "What shape is the large object?", new_tokens=3)
+    with pytest.raises(InputError, match="a question must be a text, found list"):
+        m.answer(picture, ["what?"])
     with pytest.raises(InputError, match="control tokens, found '<answer>'"):
         m.answer(picture, "<answer> red")
     with pytest.raises(InputError, match=r"uint8 \[H, W, 3\], found float64"):
@@ -141,6 +143,7 @@ def test_a_batch_for_ahead_of_time_compiles_is_what_the_task_takes():
             "bridge.cross must be one of none, hyper, flamingo, mllama",
         ),
         ({"model__bridge__cross": "hyper", "model__bridge__layers": "(7,)"}, r"layers must be in 0\.\.1, found 7"),
+        ({"model__bridge__cross": "flamingo"}, "CrossSpec.layers must name at least one layer, found none"),
         ({"data__train_split": ""}, "config.data.train_split must name the split whose words"),
         ({"init_from": "vit_ti16_augreg"}, "must hold a VLMSpec, found ViTSpec"),
     ],

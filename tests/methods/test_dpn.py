@@ -182,7 +182,11 @@ def answer_slopes(after):
         return (jax.nn.log_softmax(y)[..., 8] * text).sum()
 
     slope = jax.jit(jax.grad(loss))(params["decoder"]["dpn"])
-    return [float(jnp.abs(tree["router"]["score"]["kernel"]).max()) for _, tree in sorted(slope.items())]
+    return [
+        float(jnp.abs(tree["router"]["score"]["kernel"]).max())
+        for name, tree in sorted(slope.items())
+        if name != "relax"
+    ]
 
 
 def test_the_answer_reaches_a_router_two_layers_before_the_end_but_not_one():
@@ -324,7 +328,7 @@ def test_published_work():
         (lambda: dpn.reducer("dpn:stage=0", SPEC), "must read as dpn.describe writes it"),
         (lambda: dpn.added(SPEC, {**PARAMS, "decoder": {"dpn": {}}}, KEY), "params['dpn']['block_01'] must be"),
         (lambda: dpn.path_macs(SPEC, (0, 0), 3), "an expert for each of 3 stages, found (0, 0)"),
-        (lambda: CHECKED.check(np.where(SPEC.router_token == IDS, 8, IDS), IMAGES), "text 0 must hold the router token (29) behind its image"),
+        (lambda: CHECKED.check(np.where(IDS == 29, 8, IDS), IMAGES), "text 0 must hold the router token (29) behind"),
         (lambda: CHECKED.check(IDS[:, ::-1], IMAGES), "router token"),
         (lambda: CHECKED.check(np.roll(IDS, 12, 1), IMAGES), "must follow each other, found a gap"),
         (lambda: dpn_deploy.entered(dpn.vlm(SPEC), PARAMS, IDS[:, N:], IMAGES), "one image per sample, 64 pla"),

@@ -20,6 +20,7 @@ from vtjax.errors import InputError
 
 FILE = "calibration.json"
 MOST = 1024  # images of a calibration
+GIVEN = ("index", "label", "predicted", "question", "type")  # what a row is about: no decision
 ACTIONS = ("off", "warn", "relax", "dense")
 
 
@@ -49,7 +50,7 @@ def calibrate(task: Any, data: Any, config: Any, workdir: str) -> None:
     say(f"calibrating on at most {MOST} images of {config.data.train_split} ...")
     batches = _some(data.eval("train"), -(-MOST // config.batch_size))
     made = loop.decisions(task, batches, config, params, extra)
-    kept = {name: value.tolist() for name, value in made.items() if name not in ("index", "label", "predicted")}
+    kept = {name: value.tolist() for name, value in made.items() if name not in GIVEN}
     log.write_json(file, {"split": config.data.train_split, "count": len(made["macs"]), **kept})
 
 
@@ -105,7 +106,7 @@ def drift(made: Mapping[str, Any], calibration: Mapping[str, Any]) -> tuple[floa
     0 = the same distribution, 1 = no overlap. Two samples of 500 images of the same kind differ by about 0.05 to 0.1.
     """
     worst, whose = 0.0, ""
-    for name in sorted(set(made) & set(calibration) - {"index", "label", "predicted", "correct"}):
+    for name in sorted(set(made) & set(calibration) - {*GIVEN, "correct"}):
         here, there = np.asarray(made[name], float), np.asarray(calibration[name], float)
         if here.ndim != there.ndim or here.shape[1:] != there.shape[1:]:
             raise InputError(f"{FILE} must hold {name} {list(here.shape[1:])} per image, found {list(there.shape[1:])}")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -95,21 +95,25 @@ class Asked(NamedTuple):
     type: str
 
 
-def example(split: str, index: int, size: int, seed: int) -> tuple[UInt8[np.ndarray, "S S 3"], list[Asked]]:
+def example(
+    split: str, index: int, size: int, seed: int, cells: int = 0
+) -> tuple[UInt8[np.ndarray, "S S 3"], list[Asked]]:
     """Image `index` of a split and its nine questions, a pure function of the arguments.
 
     Args:
       split: its name enters the random stream, so that splits share no scene.
       size: S, the side in pixels, at least `SMALLEST`.
+      cells: objects lie in the middle of the cells of a grid of cells x cells, so that a mark lies within one patch of
+        that size; 0 = anywhere.
 
     Raises:
       InputError: a size that cannot hold the marks.
     """
-    made = scene(split, index, seed)
+    made = scene(split, index, seed, cells)
     return draw(made, size), [ask(made, form, colour) for form, colour in _asked(split, index, seed)]
 
 
-def scene(split: str, index: int, seed: int) -> Scene:
+def scene(split: str, index: int, seed: int, cells: int = 0) -> Scene:
     """The scene that makes the answers of example `index` what the cycle wants."""
     rng = np.random.default_rng((seed, *split.encode(), index))
     wanted = {form: _wanted(split, seed, form, index) for form in FORMS}
@@ -119,7 +123,7 @@ def scene(split: str, index: int, seed: int) -> Scene:
         colour, mark = _mark(split, seed, index, number)
         marks[colour] = mark
     for tries in itertools.count():
-        centres = _place(rng, large, side)
+        centres = _place(rng, large, side, cells)
         distance = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
         ends = _nearest(distance[wanted["nearest"][0]]), _farthest(distance[wanted["farthest"][0]])
         if ends[0] is None or ends[1] is None:
@@ -197,15 +201,25 @@ def _radius(number: int, large: int) -> float:
     return _LARGE if number == large else _SMALL
 
 
-def _place(rng: np.random.Generator, large: int, side: int) -> np.ndarray:
+def _place(rng: np.random.Generator, large: int, side: int, cells: int) -> np.ndarray:
     """Centres of six objects that do not touch, the large one wholly on its side."""
+
+    def settled(centre: np.ndarray, low: Any, high: Any) -> np.ndarray:
+        """In the middle of a cell between the bounds."""
+        if not cells:
+            return centre
+        first, last = (np.asarray(bound) * cells - 0.5 for bound in (low, high))
+        return (np.clip(np.round(centre * cells - 0.5), np.ceil(first), np.floor(last)) + 0.5) / cells
+
     low, high = (0.5 + _LARGE, 1 - _LARGE) if side else (_LARGE, 0.5 - _LARGE)
     small = [number for number in range(OBJECTS) if number != large]
     centres = np.zeros((OBJECTS, 2))
     while True:
-        centres[large] = rng.uniform(_LARGE, 1 - _LARGE), rng.uniform(low, high)
+        drawn_large = np.array([rng.uniform(_LARGE, 1 - _LARGE), rng.uniform(low, high)])
+        centres[large] = settled(drawn_large, (_LARGE, low), (1 - _LARGE, high))
         # Free places out of thirty: the first that touches nothing placed before.
-        drawn = rng.uniform(1.2 * _SMALL, 1 - 1.2 * _SMALL, (30, 2))
+        edge = 1.2 * _SMALL
+        drawn = settled(rng.uniform(edge, 1 - edge, (30, 2)), edge, 1 - edge)
         free = np.linalg.norm(drawn - centres[large], axis=-1) >= _CORNER * (_LARGE + _SMALL)
         for number in small:
             if not free.any():

@@ -218,9 +218,8 @@ def added(spec: VLMSpec, params: Mapping[str, Any], key: Array) -> dict[str, Any
     if NAME not in decoder:
         decoder[NAME] = fresh(spec, routers)
     wanted = jax.eval_shape(lambda key: fresh(spec, key), routers)
-    found = {name: tree for name, tree in decoder[NAME].items() if name != "relax"}
-    for name in sorted(wanted.keys() | found.keys()):
-        here, there = (str(jax.tree.map(jnp.shape, tree.get(name))) for tree in (found, wanted))
+    for name in sorted(wanted.keys() | decoder[NAME].keys()):
+        here, there = (str(jax.tree.map(jnp.shape, tree.get(name))) for tree in (decoder[NAME], wanted))
         if here != there:
             raise InputError(f"params['{NAME}'][{name!r}] must be {there}, as the spec says, found {here}")
     return {**params, "decoder": decoder, "bridge": bridge}
@@ -228,8 +227,9 @@ def added(spec: VLMSpec, params: Mapping[str, Any], key: Array) -> dict[str, Any
 
 def fresh(spec: VLMSpec, key: Array) -> dict[str, Any]:
     """New `params["decoder"]["dpn"]`: per stage, under the name of its block, `router`, and `filters` of depthwise
-    pooling, which begin as averages."""
-    d, out = spec.decoder.width, {}
+    pooling, which begin as averages; and `relax`, 0."""
+    d = spec.decoder.width
+    out: dict[str, Any] = {"relax": jnp.zeros(())}
     kind = router_of(spec)
 
     def kernel(key: Array, rows: int, columns: int) -> dict[str, Array]:

@@ -337,6 +337,11 @@ class VLM:
                     f"images must be [{len(input_ids)}, {', '.join(map(str, size))}], or several of them per text, "
                     f"found {list(images.shape)}"
                 )
+            if not jnp.issubdtype(images.dtype, jnp.floating):
+                raise InputError(
+                    f"images must be floating, normalised as spec.preprocess says (vtjax.answer.inputs makes them), "
+                    f"found {images.dtype}"
+                )
             count = 1 if images.ndim == 4 else images.shape[1]
             if isinstance(spec.tower, TiledViTSpec):
                 tiles = images.shape[2] if images.ndim == 6 else 1

@@ -195,6 +195,8 @@ class VLMSpec(ModelSpec):
                 f"found {self.tower.width}"
             )
         cross = self.bridge.cross
+        if cross is not None and not cross.layers:
+            raise InputError("CrossSpec.layers must name at least one layer, found none: no text would see an image")
         for layer in () if cross is None else cross.layers:
             if not 0 <= layer < self.decoder.depth:
                 raise InputError(f"CrossSpec.layers must be in 0..{self.decoder.depth - 1}, found {layer}")

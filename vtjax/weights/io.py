@@ -127,7 +127,9 @@ def read_folder(folder: Path) -> Files:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise InputError(f"{folder} holds no safetensors file, only {pickles[0]}; {_CONVERT}")
-    raise InputError(f"{folder} must hold model.safetensors or model.safetensors.index.json, found neither")
+    raise InputError(
+        f"{folder} must hold model.safetensors or model.safetensors.index.json (or a finished run), found neither"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

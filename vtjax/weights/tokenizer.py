@@ -55,6 +55,8 @@ class Tokenizer:
 
     def batch(self, texts: Sequence[str], side: str = "left") -> tuple[np.ndarray, np.ndarray]:
         """`input_ids` and `attention_mask`, int32 `[B, N]`, padded on the given side."""
+        if isinstance(texts, str):
+            raise InputError(f"a batch must be a list of texts, found one text, {texts!r}")
         rows = [self.encode(text) for text in texts]
         n = max(map(len, rows))
         if not all(rows) or side not in ("left", "right"):
@@ -86,6 +88,8 @@ class Tokenizer:
         for message in messages:
             if set(message) != {"role", "content"}:
                 raise InputError(f"a message must have role and content, found {', '.join(message) or 'neither'}")
+            if message["role"] not in (roles := ("system", "user", "assistant")):
+                raise InputError(f"the role of a message must be one of {', '.join(roles)}, found {message['role']!r}")
         if not messages or messages[0]["role"] != "system":
             messages = [{"role": "system", "content": SYSTEM}, *messages]
         told = [f"{_START}{message['role']}\n{message['content']}{_END}\n" for message in messages]
