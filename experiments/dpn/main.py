@@ -118,7 +118,8 @@ def build(config: ConfigDict) -> Task:
         spent = dpn.macs(spec, text_tokens(batch), made["live"])
         names = ("choice", "p", "visual")
         asked = {"question": batch["question"][:, 0], "type": batch["type"][:, 0], "correct": found.right[:, 0]}
-        return {**asked, **{name: made[name] for name in names}, "macs": spent}
+        ratio = shares(spec, batch, made)["mac_ratio"]
+        return {**asked, **{name: made[name] for name in names}, "macs": spent, "mac_ratio": ratio}
 
     return Task(
         spec=spec,

@@ -76,7 +76,8 @@ def test_a_run_and_its_decisions(dense: Path, tmp_path: Path, capsys: Any) -> No
     assert moved["guard"] in ("within", "dense")
     spec, params = checkpoint.load_params(workdir)
     task, data = assemble.assemble(config(init_from=workdir))
-    sums = task.evaluate(task.relax(params, 1.0), {}, {}, {}, next(data.eval()))
+    leaning = jax.tree.map(jnp.asarray, task.relax(params, 1.0))
+    sums = jax.jit(lambda p, b: task.evaluate(p, {}, {}, {}, b))(leaning, next(data.eval()))
     assert float(sums["mac_ratio"] / sums["count"]) == 1.0 and spec == task.spec
 
 

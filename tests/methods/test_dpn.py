@@ -224,6 +224,10 @@ def test_deployed_forms_say_what_the_masked_model_says(pool):
     done = dpn_deploy.Staged(model)(PARAMS, dpn_deploy.entered(model, PARAMS, IDS, IMAGES, MASK))
     assert done.choice.tolist() == made["choice"].tolist()
     np.testing.assert_allclose(done.logits, last, atol=2e-5)
+    paths = np.array([[2, 0, 1], [0, 0, 0], [2, 0, 2]], np.int32)
+    forced = dpn_deploy.Staged(model)(PARAMS, dpn_deploy.entered(model, PARAMS, IDS, IMAGES, MASK), paths)
+    also = np.asarray(masked(dpn.given(SPEC, jnp.asarray(paths)), pool=pool)[0])[np.arange(3), MASK.sum(1) - 1]
+    np.testing.assert_allclose(forced.logits, also, atol=2e-5)
     switch = jax.jit(dpn_deploy.Switch(model).__call__)
     for row in range(3):
         part = [a[row : row + 1] for a in (IDS, IMAGES, MASK)]

@@ -130,8 +130,11 @@ def run_layers(
     return rows._replace(x=tokens.x), held
 
 
-def route(reducer: Dpn, held: Mapping[str, Any], rows: Rows, n: int | Array) -> tuple[Array, Array]:
-    """Experts of the samples, which have n visual tokens now, and what their tokens are multiplied by."""
+def route(
+    reducer: Dpn, held: Mapping[str, Any], rows: Rows, n: int | Array, given: Array | None = None
+) -> tuple[Array, Array]:
+    """Experts of the samples, which have n visual tokens now, and what their tokens are multiplied by; `given`: decided
+    elsewhere."""
     slot = rows.start[:, None] + n + jnp.arange(rows.asks.shape[1])
     states = jnp.take_along_axis(rows.x, jnp.minimum(slot, rows.x.shape[1] - 1)[:, :, None], axis=1)
     weight = rows.asks / rows.asks.sum(1, keepdims=True)
@@ -139,7 +142,7 @@ def route(reducer: Dpn, held: Mapping[str, Any], rows: Rows, n: int | Array) -> 
     state = jnp.einsum("bt,btd->bd", weight, states.astype(jnp.float32), precision=exact)
     logp = ops.scores(state, held["router"], reducer.temperature)
     least = reducer.least if reducer.floor_at_eval else 1
-    choice = ops.likeliest(logp, ops.allowed(jnp.full(len(state), n), least))
+    choice = ops.likeliest(logp, ops.allowed(jnp.full(len(state), n), least)) if given is None else given
     return choice, ops.gate(jnp.exp(logp), choice, reducer.gate)
 
 
@@ -267,12 +270,12 @@ class Staged:
         self._pool = jax.jit(self._pooled, static_argnums=(2, 3, 4))
         self._end = jax.jit(lambda params, rows, n: finish(model, params, rows, n), static_argnums=2)
 
-    def _segment(self, params: Any, rows: Rows, stage: int, n: int) -> Any:
+    def _segment(self, params: Any, rows: Rows, stage: int, n: int, given: Any = None) -> Any:
         rows, held = run_layers(self.model, params, rows, n, self._segments[stage], self.keep is not None)
         if stage == len(self._made):
             return rows, held, None, None
         own = params["decoder"][dpn.NAME][block_name(self._layers[stage])]
-        return rows, held, *route(self._made[stage], own, rows, n)
+        return rows, held, *route(self._made[stage], own, rows, n, given)
 
     def _pooled(self, params: Any, given: Any, stage: int, grid: Grid, expert: int) -> Rows:
         rows, scale, index = given
@@ -280,7 +283,8 @@ class Staged:
         part = jax.tree.map(lambda a: a[index], rows)
         return pooled(self._made[stage], own, part, scale[index], grid, expert)
 
-    def __call__(self, params: Any, rows: Rows) -> Prefilled:
+    def __call__(self, params: Any, rows: Rows, given: Int[np.ndarray, "B M"] | None = None) -> Prefilled:
+        """Prefills; `given`: experts that were decided elsewhere."""
         spec, total = self.model.spec, len(rows.x)
         grid_of = np.array([spec.tower.grid] * total)
         choice = np.zeros((total, len(self._made)), np.int32)
@@ -291,7 +295,8 @@ class Staged:
             held_here, waiting = [], []
             for members, group in groups:
                 n = int(grid_of[members[0]].prod())
-                group, held, experts, scale = self._run(params, group, stage, n)
+                told = None if given is None or stage == len(self._made) else given[_power(members), stage]
+                group, held, experts, scale = self._run(params, group, stage, n, told)
                 if self.keep is not None:
                     held_here.append((members, n, group.text, held))
                 waiting.append((members, group, experts, scale, n))

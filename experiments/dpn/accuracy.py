@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DPN beside its controls on the procedural questions: every arm starts from one dense model per seed, equal steps.
+
+    python -m experiments.dpn.accuracy dense       the dense models, 5 seeds
+    python -m experiments.dpn.accuracy arms        the arms of the comparison, from the dense models
+    python -m experiments.dpn.accuracy tau         the budget: tau = 0.5, 1.0, 1.5, 1.8
+
+`--seed=S` and `--only=TEXT` choose; what was recorded is not run again; runs lie in runs/dpn and resume. Every record
+in results/accuracy.jsonl holds which questions were answered rightly and which experts were taken, so that differences
+are paired; and what the same model answers with its decisions permuted over the test questions (the same histogram of
+paths, so the same work), which tells whether decisions fit their questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.vlm import main as vlm
+from vtjax.account import record
+from vtjax.cli import assemble
+from vtjax.cli import config as config_lib
+from vtjax.methods import dpn
+from vtjax.parallel import mesh as mesh_lib
+from vtjax.train import checkpoint, loop
+from vtjax.train.executables import Executables
+from vtjax.train.task import closing
+from vtjax.viz import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "experiments" / "dpn" / "results" / "accuracy.jsonl"
+CONFIG = "configs/dpn.py"
+SEEDS = (0, 1, 2, 3, 4)
+PERMUTATIONS = 3
+STATIC = ("(0, 1, 1)", "(1, 1, 1)", "(0, 2, 2)", "(0, 0, 2)", "(1, 2, 2)", "(2, 2, 2)", "(2, 1, 0)")
+OURS = {"dpn.gate": "st", "dpn.loss": "expected", "dpn.temperature": "1.0", "dpn.floor_at_eval": "true"}
+
+Arm = tuple[str, dict[str, str]]
+"""Name and overrides of `configs/dpn.py:sortofclevr`."""
+
+
+def arms() -> Iterator[Arm]:
+    """The arms of spec section 11: no compression, static paths, random routing, DPN as released, without its routing
+    loss, with the expected form, and the extensions that tell a router which expert harms."""
+    yield "dense", {"dpn.mode": "off"}
+    for path in STATIC:
+        yield f"static {path}", {"dpn.mode": "forced", "dpn.path": path}
+    yield "random", {"dpn.mode": "random"}
+    yield "dpn", {}
+    yield "dpn lam=0", {"dpn.lam": "0.0"}
+    yield "dpn expected", {"dpn.loss": "expected", "dpn.lam": "0.1"}
+    yield "st", {**OURS, "dpn.lam": "0.3", "dpn.tau": "1.0"}
+    yield "st quality", {**OURS, "dpn.lam": "0.3", "dpn.tau": "1.0", "dpn.quality": "3.0"}
+    yield "st quality distill", {**OURS, "dpn.lam": "0.3", "dpn.tau": "1.0", "dpn.quality": "3.0", "dpn.distill": "1.0"}
+
+
+def tau() -> Iterator[Arm]:
+    """More and less compression, as released and with the extensions."""
+    for value in ("0.5", "1.0", "1.5", "1.8"):
+        yield f"dpn tau={value}", {"dpn.tau": value}
+        yield f"st quality tau={value}", {**OURS, "dpn.lam": "0.3", "dpn.quality": "3.0", "dpn.tau": value}
+
+
+ARMS = {"arms": arms, "tau": tau}
+
+
+def dense_run(seed: int) -> str:
+    """Where the dense model of a seed lies."""
+    return f"runs/dpn/dense_{seed}"
+
+
+def dense(seed: int) -> dict[str, Any]:
+    """Trains the dense model of a seed, or finds it done."""
+    config = config_lib.load_config(CONFIG, "sortofclevr_dense", {"seed": str(seed)})
+    config_lib.override(config, "workdir", dense_run(seed))
+    task, data = assemble.assemble(config)
+    result = loop.train(task, data, config, dense_run(seed))
+    kept = ("params", "params_sha256", "loss", "count")
+    return {"steps": config.steps, **{k: v for k, v in result.items() if k in kept or k.startswith("top1")}}
+
+
+def arm(name: str, overrides: dict[str, str], seed: int, executables: Executables) -> dict[str, Any]:
+    """Trains one arm from the dense model of the seed, and measures it."""
+    given = {**overrides, "seed": str(seed), "init_from": dense_run(seed)}
+    config = config_lib.load_config(CONFIG, "sortofclevr", given)
+    workdir = f"runs/dpn/{name.replace(' ', '_').replace(',', '').strip('()')}_{seed}"
+    config_lib.override(config, "workdir", workdir)
+    task, data = assemble.assemble(config)
+    result = loop.train(task, data, config, workdir, executables)
+    _, params = checkpoint.load_params(workdir)
+    return {
+        **{"arm": name, "steps": config.steps, "batch_size": config.batch_size, "lr": config.optim.lr},
+        **{leaf.replace(".", "_"): value for leaf, value in overrides.items()},
+        **{"params_sha256": result["params_sha256"], "images_per_s": result.get("images_per_s")},
+        **measured(config, task, data, params),
+    }
+
+
+def measured(config: Any, task: Any, data: Any, params: Any) -> dict[str, Any]:
+    """Answers and decisions for every test question; and the answers with decisions of other questions."""
+    made = loop.decisions(task, data.eval("eval"), config, params)
+    order = np.argsort(made["question"])
+    made = {key: value[order] for key, value in made.items()}
+    names = vlm.TYPES[config.data.name]
+    right, kind, choice = made["correct"], made["type"], made["choice"]
+    found = {
+        "top1": float(right.mean()),
+        **{f"top1@{name}": float(right[kind == i].mean()) for i, name in enumerate(names)},
+        "mac_ratio": float(made["mac_ratio"].mean()),
+        **{f"halvings@{name}": float(choice[kind == i].mean(-1).mean()) for i, name in enumerate(names)},
+        "halvings": float(choice.mean()),
+        "information_bits": information(choice, kind),
+        "paths": {str(tuple(p)): int(c) for p, c in zip(*np.unique(choice, axis=0, return_counts=True), strict=True)},
+        "count": len(right),
+        "correct": "".join(map(str, right.astype(int))),
+    }
+    if config.dpn.mode == "adaptive":
+        told = [permuted(config, task, data, params, choice, number) for number in range(PERMUTATIONS)]
+        found["permuted_top1"] = [float(row.mean()) for row in told]
+        found["permuted_correct"] = ["".join(map(str, row.astype(int))) for row in told]
+        found["choice"] = "".join(map(str, choice.ravel()))
+    return found
+
+
+def permuted(config: Any, task: Any, data: Any, params: Any, choice: np.ndarray, number: int) -> np.ndarray:
+    """Which questions are right where each takes the experts of another one."""
+    shuffled = choice[np.random.default_rng((config.seed, number)).permutation(len(choice))]
+    options = {**vlm.options(config), "gate": config.dpn.gate, "floor_at_eval": config.dpn.floor_at_eval}
+    model, params = dpn.vlm(task.spec, **options), jax.tree.map(jnp.asarray, params)
+    run = _forced(model)
+    right = np.zeros(len(choice), bool)
+    batches = data.eval("eval")
+    with closing(batches), jax.set_mesh(mesh_lib.make(config.mesh)):
+        for batch in batches:
+            asked = batch["question"][:, 0]
+            taken = shuffled[np.maximum(asked, 0)]
+            given = {name: batch[name] for name in batch if name not in ("valid", "index")}
+            said = np.asarray(run(params, given, taken))
+            right[asked[batch["valid"]]] = said[batch["valid"]] > 0
+    return right
+
+
+@functools.lru_cache(maxsize=8)
+def _forced(model: Any) -> Any:
+    return jax.jit(lambda p, b, choice: vlm.asked(model, p, b, dpn.given(model.spec, choice)).right[:, 0])
+
+
+def information(choice: np.ndarray, kind: np.ndarray) -> float:
+    """Mutual information between path and type of question, in bits, less what chance gives (the mean of 20
+    permutations of the types)."""
+    _, path = np.unique(choice, axis=0, return_inverse=True)
+
+    def of(kind: np.ndarray) -> float:
+        joint = np.zeros((path.max() + 1, kind.max() + 1))
+        np.add.at(joint, (path, kind), 1 / len(path))
+        expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+        used = joint > 0
+        return float((joint[used] * np.log2(joint[used] / expected[used])).sum())
+
+    rng = np.random.default_rng(0)
+    return of(kind) - float(np.mean([of(rng.permutation(kind)) for _ in range(20)]))
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("dense", *ARMS))
+    parser.add_argument("--seed", type=int, action="append", help="one of them; else all")
+    parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    options = parser.parse_args(arguments)
+    known = {
+        (r["kind"], r["name"], r["seed"]) for r in (tables.read_jsonl(options.out) if options.out.exists() else [])
+    }
+    executables = Executables()
+    for seed in options.seed or SEEDS:
+        made: list[Arm] = [("dense", {})] if options.what == "dense" else list(ARMS[options.what]())
+        for name, overrides in made:
+            if options.only not in name or (options.what, name, seed) in known:
+                continue
+            found = dense(seed) if options.what == "dense" else arm(name, overrides, seed, executables)
+            options.out.parent.mkdir(exist_ok=True)
+            record.write(options.out, {"kind": options.what, "name": name, "seed": seed, **found})
+            work = f" at {found['mac_ratio']:.3f} of the work" if "mac_ratio" in found else ""
+            print(f"{name}, seed {seed}: {100 * found['top1']:.1f} %{work}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

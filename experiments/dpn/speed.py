@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill with pooled tokens gone, beside the dense model: how much of the saved work is saved time.
+
+    python -m experiments.dpn.speed latency        one question: 576 visual and 64 text tokens, SmolLM2's shape
+    python -m experiments.dpn.speed throughput     eight questions with different paths, regrouped by the host
+    python -m experiments.dpn.speed tokens         one question, fewer visual tokens: where it stops to pay
+
+Weights are random, and routers are set such that a path is taken; they and all dispatching are in the time. `realised`
+= (dense time / pooled time) / (dense MACs / pooled MACs), MACs of the decoder's blocks. The static pyramid is the same
+pooling without routers, compiled for its path. Sides take turns in one process; records go to results/speed.jsonl. It
+means nothing on a machine that does other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vtjax.account import record, timing
+from vtjax.methods import dpn, dpn_deploy
+from vtjax.models.vlm import VLM
+from vtjax.ops.pooling_experts import WINDOWS
+from vtjax.spec import BridgeSpec, LMSpec, ViTSpec, VLMSpec
+
+RECORDS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
+SMOLLM2 = {"depth": 30, "width": 576, "heads": 9, "kv_heads": 3, "mlp": 1536, "vocab": 49152, "context": 2048}
+TEXT = 64
+PATHS = ((0, 0, 0), (1, 1, 1), (2, 1, 1), (2, 2, 2))
+SIDES = {"latency": (24,), "throughput": (24,), "tokens": (8, 16, 24, 32)}
+
+
+def model(side: int) -> tuple[VLMSpec, Any]:
+    """A decoder of SmolLM2's shape behind side x side patches; random weights."""
+    tower = ViTSpec.uniform(depth=1, width=64, heads=1, mlp=64, image_size=side * 2, patch=2)
+    base = VLMSpec(tower, BridgeSpec(hidden=64), LMSpec.uniform(**SMOLLM2), image_token=SMOLLM2["vocab"])
+    spec, _ = dpn.install(base, None, jax.random.key(0), least=1)
+    params = jax.jit(VLM(spec.unreduced()).init)(jax.random.key(1))
+    return spec, dpn.added(spec, params, jax.random.key(2))
+
+
+def taking(spec: VLMSpec, params: Any, path: Sequence[int]) -> Any:
+    """The parameters with routers that take a path whatever they read."""
+    held = dict(params["decoder"][dpn.NAME])
+    for (layer, _), expert in zip(dpn.reducers(spec), path, strict=True):
+        name = f"block_{layer:02d}"
+        router = dict(held[name]["router"])
+        norm = {"scale": jnp.zeros_like(router["norm"]["scale"]), "bias": jnp.ones_like(router["norm"]["bias"])}
+        said = jax.nn.gelu(jnp.ones(spec.decoder.width) @ router["hidden"]["kernel"], approximate=False)
+        score = jnp.zeros((len(said), len(WINDOWS))).at[:, expert].set(100 * said)
+        held[name] = {**held[name], "router": {**router, "norm": norm, "score": {"kernel": score}}}
+    return {**params, "decoder": {**params["decoder"], dpn.NAME: held}}
+
+
+def asked(spec: VLMSpec, batch: int) -> np.ndarray:
+    """Ids of questions of `TEXT` tokens behind their image."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, spec.decoder.vocab, (batch, TEXT))
+    words[:, -2] = spec.router_token
+    return np.concatenate([np.full((batch, spec.visual_tokens), spec.image_token), words], axis=1).astype(np.int32)
+
+
+def static(deployed: VLM, params: Any, rows: Any, path: Sequence[int]) -> jax.Array:
+    """The same poolings without routers, in a program of their own."""
+    grid, made = deployed.spec.tower.grid, dpn.reducers(deployed.spec)
+    ones = jnp.ones(len(rows.x))
+    for stage, layers in enumerate(dpn_deploy.edges(deployed.spec)):
+        n = grid[0] * grid[1]
+        rows, _ = dpn_deploy.run_layers(deployed, params, rows, n, layers, keep=False)
+        if stage < len(made):
+            layer, reducer = made[stage]
+            held = params["decoder"][dpn.NAME][f"block_{layer:02d}"]
+            rows = dpn_deploy.pooled(reducer, held, rows, ones, grid, path[stage])
+            height, width = WINDOWS[path[stage]]
+            grid = grid[0] // height, grid[1] // width
+    return dpn_deploy.finish(deployed, params, rows, grid[0] * grid[1])
+
+
+def one(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Times one path for one question."""
+    spec, params = model(side)
+    params = taking(spec, params, path)
+    deployed = dpn.vlm(spec)
+    ids, images = asked(spec, 1), np.zeros((1, side * 2, side * 2, 3), np.float32)
+    rows = dpn_deploy.entered(deployed, params, ids, images)
+    switch = jax.jit(dpn_deploy.Switch(deployed).__call__)
+    taken = np.asarray(switch(params, rows)[1])
+    if taken.tolist() != list(path):
+        raise AssertionError(f"the routers must take {tuple(path)}, found {taken}")
+    lm, alone = VLM(spec.unreduced()).lm, {n: t for n, t in params["decoder"].items() if n != dpn.NAME}
+    dense = jax.jit(lambda p, x: lm.prefill(p, embeddings=x, room=0)[0])
+    pyramid = jax.jit(lambda p, r: static(deployed, p, r, path))
+    found = timing.compare(
+        {
+            "dense": timing.timer(lambda: dense(alone, rows.x)),
+            "switch": timing.timer(lambda: switch(params, rows)),
+            "static": timing.timer(lambda: pyramid(params, rows)),
+        },
+        rounds=rounds,
+        calls=2,
+        warmup=1,
+    )
+    return {**told(what, spec, [path], side), **ratios(spec, [path], found)}
+
+
+def many(what: str, side: int, rounds: int) -> dict[str, Any]:
+    """Times eight questions that take four paths, two each."""
+    spec, params = model(side)
+    paths = [path for path in PATHS for _ in range(2)]
+    ids, images = asked(spec, len(paths)), np.zeros((len(paths), side * 2, side * 2, 3), np.float32)
+    deployed = dpn.vlm(spec)
+    rows = dpn_deploy.entered(deployed, params, ids, images)
+    # Random routers do not differ between random questions: theirs is the time, the paths are given.
+    staged, chosen = dpn_deploy.Staged(deployed), np.asarray(paths, np.int32)
+    lm, alone = VLM(spec.unreduced()).lm, {n: t for n, t in params["decoder"].items() if n != dpn.NAME}
+    dense = jax.jit(lambda p, x: lm.prefill(p, embeddings=x, room=0)[0])
+    found = timing.compare(
+        {
+            "dense": timing.timer(lambda: dense(alone, rows.x)),
+            "staged": timing.timer(lambda: staged(params, rows, chosen).logits),
+        },
+        rounds=rounds,
+        calls=1,
+        warmup=1,
+    )
+    return {**told(what, spec, paths, side), **ratios(spec, paths, found)}
+
+
+def told(what: str, spec: VLMSpec, paths: Sequence[Sequence[int]], side: int) -> dict[str, Any]:
+    """What was timed."""
+    macs = [dpn.path_macs(spec, path, TEXT) for path in paths]
+    dense = dpn.path_macs(spec, (0,) * len(paths[0]), TEXT)
+    return {
+        **{"kind": what, "visual": side * side, "text": TEXT, "batch": len(paths)},
+        "paths": [list(path) for path in paths] if len(paths) > 1 else list(paths[0]),
+        "mac_ratio": dense * len(paths) / sum(macs),
+    }
+
+
+def ratios(spec: VLMSpec, paths: Sequence[Sequence[int]], found: timing.Comparison) -> dict[str, Any]:
+    """Time over the dense time, and how much of the saved work it is."""
+    summary = found.summary()
+    macs = sum(dpn.path_macs(spec, path, TEXT) for path in paths)
+    dense = len(paths) * dpn.path_macs(spec, (0,) * len(paths[0]), TEXT)
+    out: dict[str, Any] = dict(summary)
+    for name in found.timings:
+        if name != "dense":
+            out[f"{name}_ratio"] = found.timings["dense"].median / found.timings[name].median
+            out[f"{name}_realised"] = out[f"{name}_ratio"] * macs / dense
+    return out
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=tuple(SIDES))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    options = parser.parse_args(arguments)
+    options.out.parent.mkdir(exist_ok=True)
+    for side in SIDES[options.what]:
+        if options.what == "throughput":
+            cases = [many(options.what, side, options.rounds)]
+        else:
+            chosen = PATHS[1:] if options.what == "latency" else PATHS[-1:]
+            cases = [one(options.what, side, path, options.rounds) for path in chosen]
+        for found in cases:
+            record.write(options.out, found)
+            realised = {n.removesuffix("_realised"): round(v, 3) for n, v in found.items() if n.endswith("_realised")}
+            print(f"{found['visual']} visual tokens, {found['paths']}: realised {realised}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
