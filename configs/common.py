@@ -133,6 +133,7 @@ def questions(**leaves: Any) -> ConfigDict:
         {
             "n": 4000,  # images in the training split of "marked_shapes"
             "size": 64,  # their side, pixels
+            "mark": 1,  # pixels of one dot of a mark
             "cells": 0,  # objects lie in the middle of the cells of such a grid; 0: anywhere
             "pack": 1,  # most questions of a row; 1: each has its own
             "buckets": 1,  # most row lengths, each of which is compiled once

@@ -2,7 +2,7 @@
 """Procedural scenes with questions whose difficulty is known, in the style of Sort-of-CLEVR (Santoro et al. 2017).
 
 A scene has six objects of six colours on a plain ground, a large one and five small ones: circles, squares, triangles.
-Each carries a black mark of 3 x 3 pixels, whatever the size of the image. Three questions of each of three types:
+Each carries a black mark of 3 x 3 dots, of one pixel each unless told otherwise, whatever the size of the image. Three questions of each of three types:
 
 - `coarse`, about the large object: its shape, its colour, on which side it lies. Survives strong pooling.
 - `relation`, two hops: the shape of what is nearest to (farthest from) an object, how many objects share its shape.
@@ -96,7 +96,7 @@ class Asked(NamedTuple):
 
 
 def example(
-    split: str, index: int, size: int, seed: int, cells: int = 0
+    split: str, index: int, size: int, seed: int, cells: int = 0, mark: int = 1
 ) -> tuple[UInt8[np.ndarray, "S S 3"], list[Asked]]:
     """Image `index` of a split and its nine questions, a pure function of the arguments.
 
@@ -105,12 +105,13 @@ def example(
       size: S, the side in pixels, at least `SMALLEST`.
       cells: objects lie in the middle of the cells of a grid of cells x cells, so that a mark lies within one patch of
         that size; 0 = anywhere.
+      mark: pixels of one of the 3 x 3 dots of a mark.
 
     Raises:
       InputError: a size that cannot hold the marks.
     """
     made = scene(split, index, seed, cells)
-    return draw(made, size), [ask(made, form, colour) for form, colour in _asked(split, index, seed)]
+    return draw(made, size, mark), [ask(made, form, colour) for form, colour in _asked(split, index, seed)]
 
 
 def scene(split: str, index: int, seed: int, cells: int = 0) -> Scene:
@@ -155,7 +156,7 @@ def ask(made: Scene, form: str, colour: int) -> Asked:
     return Asked(about.text.format(tuple(COLOURS)[colour]), about.answers[truth[form]()], about.type)
 
 
-def draw(made: Scene, size: int) -> UInt8[np.ndarray, "S S 3"]:
+def draw(made: Scene, size: int, mark: int = 1) -> UInt8[np.ndarray, "S S 3"]:
     """The image of a scene, `size` pixels wide and high; edges are not smoothed.
 
     Raises:
@@ -170,9 +171,9 @@ def draw(made: Scene, size: int) -> UInt8[np.ndarray, "S S 3"]:
         image[_inside(SHAPES[made.shapes[number]], (rows - centre[0]) / radius, (columns - centre[1]) / radius)] = (
             colour
         )
-        top, left = (int(round(c * size)) - 1 for c in centre)
-        mark = np.array(tuple(MARKS.values())[made.marks[number]], bool)
-        image[top : top + 3, left : left + 3][mark] = 0
+        top, left = (int(round(c * size)) - 3 * mark // 2 for c in centre)
+        dots = np.kron(tuple(MARKS.values())[made.marks[number]], np.ones((mark, mark))) > 0
+        image[top : top + 3 * mark, left : left + 3 * mark][dots] = 0
     return image
 
 

@@ -269,7 +269,7 @@ def open_split(config: Any, split: str) -> Questions:
     Raises:
       InputError: as `questions.open_questions`.
     """
-    own: dict[str, Any] = {name: config[name] for name in ("n", "size", "cells")}
+    own: dict[str, Any] = {name: config[name] for name in ("n", "size", "cells", "mark")}
     elsewhere = {"path": config["path"]} if config["path"] else {}
     options = {**own, **elsewhere} if config["name"] == "marked_shapes" else elsewhere
     return questions.open_questions(config["name"], split, **options)

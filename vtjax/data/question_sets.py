@@ -39,9 +39,9 @@ def open_easy_vqa() -> Splits:
     return splits(prepared.prepare(_easy_vqa_builder()))
 
 
-def open_marked_shapes(n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0) -> Splits:
+def open_marked_shapes(n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0, mark: int = 1) -> Splits:
     """`marked_shapes` with n images in "train" and n // 4 (at least one) in "val" and "test" each, nine questions per
-    image; images are `size` x `size`. `cells`: as in `marked_shapes.example`.
+    image; images are `size` x `size`. `cells`, `mark`: as in `marked_shapes.example`.
 
     Raises:
       InputError: a value out of range.
@@ -51,9 +51,11 @@ def open_marked_shapes(n: int = 4000, size: int = 64, seed: int = 0, cells: int 
             f"marked_shapes needs n >= 1, size >= {marked_shapes.SMALLEST} and seed >= 0, "
             f"found n={n}, size={size}, seed={seed}"
         )
+    if not 1 <= mark <= size // 16:
+        raise InputError(f"marked_shapes needs mark in 1..{size // 16} for {size} pixels, found {mark}")
     if cells and cells < 8:
         raise InputError(f"marked_shapes needs cells = 0 (anywhere) or at least 8, found {cells}")
-    return splits(prepared.prepare(_marked_shapes_builder(n, size, seed, cells)))
+    return splits(prepared.prepare(_marked_shapes_builder(n, size, seed, cells, mark)))
 
 
 def splits(folder: str) -> Splits:
@@ -169,14 +171,16 @@ def _easy_vqa_builder() -> Any:
 
 
 @functools.cache
-def _marked_shapes_builder(n: int, size: int, seed: int, cells: int) -> Any:
+def _marked_shapes_builder(n: int, size: int, seed: int, cells: int, mark: int) -> Any:
     import tensorflow_datasets as tfds
 
     class MarkedShapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """Procedural scenes with coarse, relational and fine questions (vtjax.data.marked_shapes)."""
 
         VERSION = tfds.core.Version("1.0.0")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=f"n{n}_size{size}_seed{seed}" + f"_cells{cells}" * (cells > 0))]
+        # As before there were such options, where they are not used.
+        more = f"_cells{cells}" * (cells > 0) + f"_mark{mark}" * (mark > 1)
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=f"n{n}_size{size}_seed{seed}{more}")]
         name = "marked_shapes"
 
         def _info(self) -> Any:
@@ -194,7 +198,7 @@ def _marked_shapes_builder(n: int, size: int, seed: int, cells: int) -> Any:
 
         def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
             for index in range(count):
-                image, asked = marked_shapes.example(split, index, size, seed, cells)
+                image, asked = marked_shapes.example(split, index, size, seed, cells, mark)
                 # Encoded, because an array would need TensorFlow.
                 png = io.BytesIO()
                 Image.fromarray(image).save(png, "PNG")

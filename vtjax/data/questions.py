@@ -128,7 +128,7 @@ def open_questions(name: str, split: str, **options: Any) -> Questions:
         array_record form, with an `image` and `questions`: a sequence of `text`, `answer` and `type`, the latter two
         class labels with names.
       split: `NAME` or `NAME[FROM:TO]`, in images.
-      **options: `n, size, seed, cells` of "marked_shapes" (`question_sets.open_marked_shapes`); `path` of a TFDS set.
+      **options: `n, size, seed, cells, mark` of "marked_shapes" (`question_sets.open_marked_shapes`); `path` of a TFDS set.
 
     Raises:
       InputError: unknown name, split or option; an extra that is missing; an empty split. One line each.
@@ -160,10 +160,12 @@ def _open_easy_vqa(name: str) -> Splits:
     return question_sets.open_easy_vqa()
 
 
-def _open_marked_shapes(name: str, n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0) -> Splits:
+def _open_marked_shapes(
+    name: str, n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0, mark: int = 1
+) -> Splits:
     from vtjax.data import question_sets
 
-    return question_sets.open_marked_shapes(n, size, seed, cells)
+    return question_sets.open_marked_shapes(n, size, seed, cells, mark)
 
 
 def _open_prepared(name: str, path: str = "") -> Splits:
