@@ -297,3 +297,21 @@ def test_images_are_read_once_if_small() -> None:
 
     kept = Cached(Counted())
     assert [int(kept[i][0, 0, 0]) for i in (2, 2, 1, 2)] == [2, 2, 1, 2] and read == [2, 1]
+
+
+def test_marks_may_be_larger_and_lie_within_one_patch() -> None:
+    """With 16 cells at 128 pixels no mark crosses the edge of a patch of 8 x 8; answers are true as before."""
+    for index in range(12):
+        made = marked_shapes.scene("train", index, 0, 16)
+        np.testing.assert_allclose(made.centres * 16 % 1, 0.5)
+        image, asked = marked_shapes.example("train", index, 128, 0, 16, 2)
+        by_patch = (image == 0).all(-1).reshape(16, 8, 16, 8).any((1, 3))
+        cells = {tuple(cell) for cell in np.floor(made.centres * 16).astype(int).tolist()}
+        assert {tuple(cell) for cell in np.argwhere(by_patch).tolist()} == cells and len(cells) == 6
+        again = [marked_shapes.ask(made, form, colour) for form, colour in marked_shapes._asked("train", index, 0)]
+        assert asked == again
+    dots = marked_shapes.draw(made, 128) == 0
+    assert (image == 0).all(-1).sum() == 4 * dots.all(-1).sum()
+    for option in ({"cells": 4}, {"mark": 0}, {"mark": 9, "size": 128}):
+        with pytest.raises(InputError, match=f"marked_shapes needs {next(iter(option))}"):
+            open_questions("marked_shapes", "train", **option)

@@ -2,7 +2,8 @@
 """Procedural scenes with questions whose difficulty is known, in the style of Sort-of-CLEVR (Santoro et al. 2017).
 
 A scene has six objects of six colours on a plain ground, a large one and five small ones: circles, squares, triangles.
-Each carries a black mark of 3 x 3 dots, of one pixel each unless told otherwise, whatever the size of the image. Three questions of each of three types:
+Each carries a black mark of 3 x 3 dots, of one pixel each unless told otherwise, whatever the size of the image. Three
+questions of each of three types:
 
 - `coarse`, about the large object: its shape, its colour, on which side it lies. Survives strong pooling.
 - `relation`, two hops: the shape of what is nearest to (farthest from) an object, how many objects share its shape.

@@ -128,7 +128,8 @@ def open_questions(name: str, split: str, **options: Any) -> Questions:
         array_record form, with an `image` and `questions`: a sequence of `text`, `answer` and `type`, the latter two
         class labels with names.
       split: `NAME` or `NAME[FROM:TO]`, in images.
-      **options: `n, size, seed, cells, mark` of "marked_shapes" (`question_sets.open_marked_shapes`); `path` of a TFDS set.
+      **options: `n, size, seed, cells, mark` of "marked_shapes" (`question_sets.open_marked_shapes`); `path` of a TFDS
+        set.
 
     Raises:
       InputError: unknown name, split or option; an extra that is missing; an empty split. One line each.
