@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from configs import common
-from vtjax import models, spec, weights
+from vtjax import methods, models, spec, weights
 from vtjax.account import params
 from vtjax.data import question_loader
 from vtjax.errors import InputError
+from vtjax.methods import dpn, ltmp
 from vtjax.models import lora
 from vtjax.models.lm import LM
 from vtjax.models.vlm import VLM
@@ -140,8 +141,44 @@ def test_tokens_that_the_tower_drops_are_not_read():
         InputError, match="must come after its last cross-attention, .*layer 1, found one after layer 0"
     ):
         VLM(described("hyper"), reducers=((0, Drop()),))
-    with pytest.raises(InputError, match="for a bridge with cross-attention only, found projector"):
-        VLM(described("projector"), tower_reducers=((0, Drop()),))
+    with_prefix = dataclasses.replace(described("projector"), bridge=BridgeSpec(hidden=20, prefix=True))
+    with pytest.raises(InputError, match="gives its patches back, found a bridge with prefix=True"):
+        VLM(with_prefix, tower_reducers=((0, Drop()),))
+
+
+@pytest.mark.parametrize("pools", [False, True])
+def test_a_pruning_tower_gives_its_grid_back_and_pruned_patches_are_dead(pools):
+    """LTMP before a projector, and DPN on what is left: the text without those placeholders says the same."""
+    tower, thresholds = ltmp.install(TOWER.edit(image_size=(16, 16)), variant="ltmp", merge_threshold=0.9)
+    one = dataclasses.replace(described("projector"), tower=tower)
+    deep = LMSpec.uniform(depth=4, width=16, heads=4, kv_heads=2, mlp=24, vocab=29, context=60)
+    one = dataclasses.replace(one, decoder=deep)
+    images = np.random.default_rng(5).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    ids = np.full((2, 16 + 5), IMAGE, np.int32)
+    ids[:, [0, 17, 18, 19, 20]] = np.random.default_rng(6).integers(6, 29, (2, 5))
+    knobs = {}
+    if pools:
+        one, _ = dpn.install(one, None, jax.random.key(0), at=(2,), gate="off", least=1)
+        ids[:, 19], knobs = one.router_token, dpn.forced(one, (2,))
+    weights = drawn(one.unreduced())
+    weights["tower"]["ltmp"] = {**thresholds, "prune_threshold": np.full(2, 0.055, np.float32)}
+    if pools:
+        weights["decoder"]["dpn"] = dpn.fresh(one, jax.random.key(1))
+    model = methods.build(one)
+    y, aux = jax.jit(lambda p: model.apply(p, ids, images, knobs=knobs))(weights)
+    entered, _ = jax.jit(lambda p: model.enter(p, ids, images))(weights)
+    there = np.asarray(entered["attention_mask"])
+    assert 4 < there.sum() - 10 < 30 and there[:, [0, 17, 18, 19, 20]].all()
+    if pools:
+        left = np.asarray(aux["tokens"].alive) > 0
+        assert (left.sum(1) < there.sum(1)).all() and (left.sum(1) >= 5 + 1).all()
+        return
+    for row in range(2):
+        kept = entered["embeddings"][row : row + 1, there[row] > 0]
+        alone, _ = jax.jit(lambda p, x: model.lm.apply(p, embeddings=x))(model.decoder_params(weights), kept)
+        np.testing.assert_allclose(np.asarray(y)[row][there[row] > 0], alone[0], atol=2e-5)
+    tokens, _ = model.generate(weights, ids, images, new_tokens=2)
+    assert tokens[:, 0].tolist() == np.asarray(y)[:, -1].argmax(-1).tolist()
 
 
 def test_a_closed_gate_leaves_the_decoder_alone():

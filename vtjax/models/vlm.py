@@ -26,10 +26,10 @@ from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, counted
 from vtjax.models.segments import block_name, call_module
 from vtjax.models.tiled import TiledViT, check_tiles
 from vtjax.models.vit import ViT
-from vtjax.ops import cross_attention, splice
+from vtjax.ops import cross_attention, splice, token_reduction
 from vtjax.ops.cross_attention import Attend, Memory
 from vtjax.ops.tokens import Lattice
-from vtjax.spec import TiledViTSpec, VLMSpec
+from vtjax.spec import TiledViTSpec, VLMSpec, is_backbone
 
 Images = (
     Float[Array | np.ndarray, "B H W C"]
@@ -50,13 +50,15 @@ class VLM:
       remat, scan: see `models.segments`; of tower and decoder.
       attention: of the decoder, see `LM`.
       reducers, adapters: of the decoder, see `LM`.
-      tower_reducers, tower_adapters: of the tower, see `ViT`; a tiled one has neither.
+      tower_reducers, tower_adapters: of the tower, see `ViT`; a tiled one has neither. Where each visual token has its
+        placeholder, the grid is restored (`ops.token_reduction.unmerge`): a merged patch copies its holder, and the
+        placeholder of a pruned one is dead.
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
       attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
 
     Raises:
-      InputError: what `ViT`, `TiledViT` and `LM` refuse, or a tower that reduces its tokens where each has its
-        placeholder.
+      InputError: what `ViT`, `TiledViT` and `LM` refuse; a tower that reduces its tokens where its prefix has
+        placeholders, too.
     """
 
     spec: VLMSpec
@@ -75,8 +77,8 @@ class VLM:
         if not isinstance(self.spec, VLMSpec):
             raise InputError(f"a VLM is built from a VLMSpec, found {type(self.spec).__name__}")
         self.tower.blocks()
-        if self.tower_reducers and self.spec.bridge.cross is None:
-            raise InputError("a tower may drop tokens for a bridge with cross-attention only, found projector")
+        if self.tower_reducers and self.spec.bridge.cross is None and self.spec.bridge.prefix:
+            raise InputError("a tower that drops tokens gives its patches back, found a bridge with prefix=True")
         layers = () if self.spec.bridge.cross is None else self.spec.bridge.cross.layers
         # Cross-attention knows the rows of the text by their slots.
         shorten = [layer for layer, reducer in self.reducers if not getattr(reducer, "keeps_slots", False)]
@@ -190,16 +192,8 @@ class VLM:
         entered, visual = self.enter(
             params, input_ids, images, image_mask, attention_mask, positions, aspect_ratio, segments
         )
-        y, aux = self.lm.apply(
-            self.decoder_params(params),
-            attention_mask=attention_mask,
-            positions=positions,
-            segments=segments,
-            knobs=knobs,
-            want=want,
-            slots=slots,
-            **entered,
-        )
+        text = {"attention_mask": attention_mask, "positions": positions, "segments": segments, **entered}
+        y, aux = self.lm.apply(self.decoder_params(params), knobs=knobs, want=want, slots=slots, **text)
         return y, aux if visual is None else {**aux, "visual": visual}
 
     def generate(
@@ -226,7 +220,7 @@ class VLM:
         given = (jnp.asarray(input_ids), images, image_mask, attention_mask, options.get("positions"), aspect_ratio)
         options = {"attention_mask": attention_mask, "new_tokens": new_tokens, **options}
         entered = _entered(self, params, *given)
-        return generate_lib.generate(self.lm, self.decoder_params(params), **entered, **options)
+        return generate_lib.generate(self.lm, self.decoder_params(params), **{**options, **entered})
 
     def decoder_params(self, params: Params) -> Params:
         """The decoder's parameters with the bridge's cross-attention in the blocks, where `LM` looks for it."""
@@ -245,11 +239,15 @@ class VLM:
         many = images[:, None] if images.ndim == 4 else images
         flat = jnp.asarray(many).reshape(-1, *many.shape[2:])
         ratio = () if aspect_ratio is None else (jnp.asarray(aspect_ratio).reshape(-1),)
-        _, aux = self.tower.apply(params["tower"], flat, *ratio)
+        _, aux = self.tower.apply(self._tower_params(params["tower"]), flat, *ratio)
         x, alive = aux["features"], aux["tokens"].alive
-        live = jnp.ones(x.shape[:2], jnp.int32) if alive is None else (alive > 0.5).astype(jnp.int32)
-        if not spec.bridge.prefix:
-            x, live = self._without_prefix(x), self._without_prefix(live)
+        if self.tower_reducers and spec.bridge.cross is None:
+            whole, known = token_reduction.unmerge(aux["tokens"].replace(x=x), spec.tower.grid, spec.tower.prefix)
+            x, live = whole.reshape(len(x), -1, x.shape[-1]), known.reshape(len(x), -1).astype(jnp.int32)
+        else:
+            live = jnp.ones(x.shape[:2], jnp.int32) if alive is None else (alive > 0.5).astype(jnp.int32)
+            if not spec.bridge.prefix:
+                x, live = self._without_prefix(x), self._without_prefix(live)
         if spec.bridge.projector != "none":
             x = call_module(self._projector, jax.tree.map(jnp.asarray, params["bridge"]["projector"]), x)
         return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live.reshape(len(many), -1)
@@ -265,7 +263,8 @@ class VLM:
         aspect_ratio: Ratio | None = None,
         segments: Ids | None = None,
     ) -> tuple[dict[str, Any], Float[Array, "B M E"] | None]:
-        """What `LM.apply` takes of text and images (`embeddings`, `memory`), and the visual tokens.
+        """What `LM.apply` takes of text and images (`embeddings`, `memory`, `lattice`; and `attention_mask` or
+        `segments` anew where the tower pruned patches), and the visual tokens.
 
         Raises:
           InputError: as `apply`.
@@ -292,7 +291,16 @@ class VLM:
             return known, None
         visual, live = self.look(params, images, aspect_ratio)
         if cross is None:
-            return {**known, "embeddings": splice.splice(x, placeholder, visual)}, visual
+            known["embeddings"] = splice.splice(x, placeholder, visual)
+            if self.tower_reducers:
+                place = jnp.maximum(jnp.cumsum(placeholder, axis=1) - 1, 0)
+                there = jnp.take_along_axis(live, place, axis=1) | ~placeholder
+                if segments is not None:
+                    known["segments"] = jnp.where(there, jnp.asarray(segments), -1)
+                else:
+                    mask = 1 if attention_mask is None else jnp.asarray(attention_mask)
+                    known["attention_mask"] = there.astype(jnp.int32) * mask
+            return known, visual
         if segments is not None:
             placeholder = self._shared(placeholder, segments)
         count = 1 if images.ndim == 4 else images.shape[1]
@@ -381,6 +389,17 @@ class VLM:
                 raise InputError(
                     f"text {row} must hold the router token ({spec.router_token}) behind its image, found none"
                 )
+
+    def _tower_params(self, params: Params) -> Params:
+        """The tower's, of whose methods (thresholds, one per layer) the layers that are not computed have no part."""
+        depth, used = self.spec.tower.depth, self.tower.spec.depth
+        if used == depth:
+            return params
+
+        def cut(a: Any) -> Any:
+            return a[:used] if jnp.ndim(a) and len(a) == depth else a
+
+        return {name: tree if is_backbone(name) else jax.tree.map(cut, tree) for name, tree in params.items()}
 
     def _without_prefix(self, a: Array) -> Array:
         """`[B, N, ...]` without the tokens of each tile that are not patches."""
