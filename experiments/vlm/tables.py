@@ -27,6 +27,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("decoder", "decoder", decoder),
         ("beside_torch", "beside_torch", beside_torch),
         ("accuracy", "accuracy", accuracy),
+        ("compiled", "aot", compiled),
         ("packing", "packing", packing),
         ("baselines", "data", baselines),
         ("batches", "data", batches),
@@ -127,6 +128,41 @@ def packing(records: Records) -> str:
     busy = f"; {r['other_cores']:.2f} cores busy elsewhere" if r.get("other_cores") is not None else ""
     note = f"{r['per_question']:.2f} times as many questions per second when packed{busy}. "
     return tables.markdown(head, rows) + "\n\n" + note + circumstances([r])
+
+
+def compiled(records: Records) -> str:
+    """What compiles ahead of time say, the latest of every config and topology."""
+    rows = []
+    for r in {(r["config"], r["topology"]): r for r in records}.values():
+        sent = "; ".join(
+            f"{kind} {found['count']}, {found['bytes'] / 1e9:.1f} GB"
+            for kind, found in r.get("collectives", {}).items()
+        )
+        memory = f"{r['hbm_bytes_per_device'] / 2**30:.1f} of {r['hbm_limit'] / 2**30:.1f}"
+        fits = "yes" if r["fits"] else "**no**"
+        rows.append(
+            (
+                f"`{r['config'].partition(':')[2]}`",
+                r["topology"],
+                r["devices"],
+                r["batch_size"],
+                memory,
+                fits,
+                sent,
+                f"{r['compile_s']:.0f}",
+            )
+        )
+    header = (
+        "config",
+        "slice",
+        "chips",
+        "batch",
+        "GiB per chip",
+        "fits",
+        "collectives of a step: number, sent",
+        "compiled in, s",
+    )
+    return tables.markdown(header, rows) + "\n\n" + circumstances(records[-1:])
 
 
 def baselines(records: Records) -> str:
