@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from configs import dgmr, ltmp, vit, vlm
+from configs import dgmr, dpn, ltmp, vit, vlm
 from docs import make_configs
 from vtjax.errors import InputError
 from vtjax.viz import tables
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {"dgmr": dgmr.VARIANTS, "ltmp": ltmp.VARIANTS, "vit": vit.VARIANTS, "vlm": vlm.VARIANTS}
+MODULES = (dgmr, dpn, ltmp, vit, vlm)
+FILES = {module.__name__.split(".")[-1]: module.VARIANTS for module in MODULES}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_every_variant_has_a_row(built: dict[str, str]) -> None:
     assert "| `vit.py:b16_i1k` | 86,567,656 | 17,563,828,224 |" in built["configs"]
 
 
-@pytest.mark.parametrize(("module", "variant"), [(m, name) for m in (dgmr, ltmp, vit, vlm) for name in m.VARIANTS])
+@pytest.mark.parametrize(("module", "variant"), [(m, name) for m in MODULES for name in m.VARIANTS])
 def test_the_docstring_names_the_expected_figure(module: Any, variant: str) -> None:
     """Either as a share or in percent."""
     text = " ".join((module.VARIANTS[variant].__doc__ or "").split())
