@@ -133,8 +133,10 @@ def questions(**leaves: Any) -> ConfigDict:
         {
             "n": 4000,  # images in the training split of "marked_shapes"
             "size": 64,  # their side, pixels
+            "objects": 1.0,  # their size, over the usual one
             "mark": 1,  # pixels of one dot of a mark
             "cells": 0,  # objects lie in the middle of the cells of such a grid; 0: anywhere
+            "types": (),  # of the training questions, in place of all
             "pack": 1,  # most questions of a row; 1: each has its own
             "buckets": 1,  # most row lengths, each of which is compiled once
             "limit": 0,  # most tokens of a row; 0: what the longest needs

@@ -312,6 +312,15 @@ def test_marks_may_be_larger_and_lie_within_one_patch() -> None:
         assert asked == again
     dots = marked_shapes.draw(made, 128) == 0
     assert (image == 0).all(-1).sum() == 4 * dots.all(-1).sum()
-    for option in ({"cells": 4}, {"mark": 0}, {"mark": 9, "size": 128}):
+    small = marked_shapes.scene("train", index, 0, 16, 0.5)
+    covered = [(marked_shapes.draw(small, 128, 1, scale) != small.ground).any(-1).mean() for scale in (1.0, 0.5)]
+    assert 3.3 < covered[0] / covered[1] < 4.4
+    whole, part = (open_questions("marked_shapes", "train", n=8, size=48) for _ in range(2))
+    part = part.of_types(("fine",))
+    assert len(part) == 24 and set(part.type) == {2} and len(part.images) == 8
+    assert part.texts == tuple(t for t, kind in zip(whole.texts, whole.type, strict=True) if kind == 2)
+    with pytest.raises(InputError, match="must be one of coarse, relation, fine, found 'hard'"):
+        whole.of_types(("hard",))
+    for option in ({"cells": 4}, {"mark": 0}, {"mark": 9, "size": 128}, {"objects": 2.0}):
         with pytest.raises(InputError, match=f"marked_shapes needs {next(iter(option))}"):
             open_questions("marked_shapes", "train", **option)

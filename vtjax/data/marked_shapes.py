@@ -97,7 +97,7 @@ class Asked(NamedTuple):
 
 
 def example(
-    split: str, index: int, size: int, seed: int, cells: int = 0, mark: int = 1
+    split: str, index: int, size: int, seed: int, cells: int = 0, mark: int = 1, objects: float = 1.0
 ) -> tuple[UInt8[np.ndarray, "S S 3"], list[Asked]]:
     """Image `index` of a split and its nine questions, a pure function of the arguments.
 
@@ -107,15 +107,16 @@ def example(
       cells: objects lie in the middle of the cells of a grid of cells x cells, so that a mark lies within one patch of
         that size; 0 = anywhere.
       mark: pixels of one of the 3 x 3 dots of a mark.
+      objects: their size, over the usual one.
 
     Raises:
       InputError: a size that cannot hold the marks.
     """
-    made = scene(split, index, seed, cells)
-    return draw(made, size, mark), [ask(made, form, colour) for form, colour in _asked(split, index, seed)]
+    made = scene(split, index, seed, cells, objects)
+    return draw(made, size, mark, objects), [ask(made, form, colour) for form, colour in _asked(split, index, seed)]
 
 
-def scene(split: str, index: int, seed: int, cells: int = 0) -> Scene:
+def scene(split: str, index: int, seed: int, cells: int = 0, objects: float = 1.0) -> Scene:
     """The scene that makes the answers of example `index` what the cycle wants."""
     rng = np.random.default_rng((seed, *split.encode(), index))
     wanted = {form: _wanted(split, seed, form, index) for form in FORMS}
@@ -125,7 +126,7 @@ def scene(split: str, index: int, seed: int, cells: int = 0) -> Scene:
         colour, mark = _mark(split, seed, index, number)
         marks[colour] = mark
     for tries in itertools.count():
-        centres = _place(rng, large, side, cells)
+        centres = _place(rng, large, side, cells, objects)
         distance = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
         ends = _nearest(distance[wanted["nearest"][0]]), _farthest(distance[wanted["farthest"][0]])
         if ends[0] is None or ends[1] is None:
@@ -157,7 +158,7 @@ def ask(made: Scene, form: str, colour: int) -> Asked:
     return Asked(about.text.format(tuple(COLOURS)[colour]), about.answers[truth[form]()], about.type)
 
 
-def draw(made: Scene, size: int, mark: int = 1) -> UInt8[np.ndarray, "S S 3"]:
+def draw(made: Scene, size: int, mark: int = 1, objects: float = 1.0) -> UInt8[np.ndarray, "S S 3"]:
     """The image of a scene, `size` pixels wide and high; edges are not smoothed.
 
     Raises:
@@ -168,7 +169,7 @@ def draw(made: Scene, size: int, mark: int = 1) -> UInt8[np.ndarray, "S S 3"]:
     image = np.full((size, size, 3), made.ground, np.uint8)
     rows, columns = (np.indices((size, size)) + 0.5) / size
     for number, colour in enumerate(COLOURS.values()):
-        centre, radius = made.centres[number], _radius(number, made.large)
+        centre, radius = made.centres[number], objects * _radius(number, made.large)
         image[_inside(SHAPES[made.shapes[number]], (rows - centre[0]) / radius, (columns - centre[1]) / radius)] = (
             colour
         )
@@ -203,8 +204,10 @@ def _radius(number: int, large: int) -> float:
     return _LARGE if number == large else _SMALL
 
 
-def _place(rng: np.random.Generator, large: int, side: int, cells: int) -> np.ndarray:
+def _place(rng: np.random.Generator, large: int, side: int, cells: int, objects: float) -> np.ndarray:
     """Centres of six objects that do not touch, the large one wholly on its side."""
+    wide, narrow = objects * _LARGE, objects * _SMALL
+    low, high = (0.5 + wide, 1 - wide) if side else (wide, 0.5 - wide)
 
     def settled(centre: np.ndarray, low: Any, high: Any) -> np.ndarray:
         """In the middle of a cell between the bounds."""
@@ -213,21 +216,20 @@ def _place(rng: np.random.Generator, large: int, side: int, cells: int) -> np.nd
         first, last = (np.asarray(bound) * cells - 0.5 for bound in (low, high))
         return (np.clip(np.round(centre * cells - 0.5), np.ceil(first), np.floor(last)) + 0.5) / cells
 
-    low, high = (0.5 + _LARGE, 1 - _LARGE) if side else (_LARGE, 0.5 - _LARGE)
     small = [number for number in range(OBJECTS) if number != large]
     centres = np.zeros((OBJECTS, 2))
     while True:
-        drawn_large = np.array([rng.uniform(_LARGE, 1 - _LARGE), rng.uniform(low, high)])
-        centres[large] = settled(drawn_large, (_LARGE, low), (1 - _LARGE, high))
+        drawn_large = np.array([rng.uniform(wide, 1 - wide), rng.uniform(low, high)])
+        centres[large] = settled(drawn_large, (wide, low), (1 - wide, high))
         # Free places out of thirty: the first that touches nothing placed before.
-        edge = 1.2 * _SMALL
+        edge = 1.2 * narrow
         drawn = settled(rng.uniform(edge, 1 - edge, (30, 2)), edge, 1 - edge)
-        free = np.linalg.norm(drawn - centres[large], axis=-1) >= _CORNER * (_LARGE + _SMALL)
+        free = np.linalg.norm(drawn - centres[large], axis=-1) >= _CORNER * (wide + narrow)
         for number in small:
             if not free.any():
                 break
             centres[number] = drawn[free.argmax()]
-            free &= np.linalg.norm(drawn - centres[number], axis=-1) >= _CORNER * 2 * _SMALL
+            free &= np.linalg.norm(drawn - centres[number], axis=-1) >= _CORNER * 2 * narrow
         else:
             return centres
 

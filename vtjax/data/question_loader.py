@@ -269,7 +269,7 @@ def open_split(config: Any, split: str) -> Questions:
     Raises:
       InputError: as `questions.open_questions`.
     """
-    own: dict[str, Any] = {name: config[name] for name in ("n", "size", "cells", "mark")}
+    own: dict[str, Any] = {name: config[name] for name in ("n", "size", "cells", "mark", "objects")}
     elsewhere = {"path": config["path"]} if config["path"] else {}
     options = {**own, **elsewhere} if config["name"] == "marked_shapes" else elsewhere
     return questions.open_questions(config["name"], split, **options)
@@ -338,6 +338,8 @@ def from_config(
         if train is None:
             raise InputError("config.data.train_split must name the split whose words make the vocabulary, found none")
         tokenizer = vocabulary(train)
+    if train is not None and config["types"]:
+        train = train.of_types(config["types"])
     names = ("crop", "interpolation", "squash", "mean", "std")
     form = {} if preprocess is None else {name: getattr(preprocess, name) for name in names}
     data = QuestionData(

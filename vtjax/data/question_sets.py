@@ -39,9 +39,12 @@ def open_easy_vqa() -> Splits:
     return splits(prepared.prepare(_easy_vqa_builder()))
 
 
-def open_marked_shapes(n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0, mark: int = 1) -> Splits:
+def open_marked_shapes(
+    n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0, mark: int = 1, objects: float = 1.0
+) -> Splits:
     """`marked_shapes` with n images in "train" and n // 4 (at least one) in "val" and "test" each, nine questions per
-    image; images are `size` x `size`. `cells`, `mark`: as in `marked_shapes.example`.
+    image; images are `size` x `size`. `cells`, `mark`, `objects`: as in
+    `marked_shapes.example`.
 
     Raises:
       InputError: a value out of range.
@@ -53,9 +56,11 @@ def open_marked_shapes(n: int = 4000, size: int = 64, seed: int = 0, cells: int 
         )
     if not 1 <= mark <= size // 16:
         raise InputError(f"marked_shapes needs mark in 1..{size // 16} for {size} pixels, found {mark}")
+    if not 0.25 <= objects <= 1.0:
+        raise InputError(f"marked_shapes needs objects in 0.25..1 of their usual size, found {objects}")
     if cells and cells < 8:
         raise InputError(f"marked_shapes needs cells = 0 (anywhere) or at least 8, found {cells}")
-    return splits(prepared.prepare(_marked_shapes_builder(n, size, seed, cells, mark)))
+    return splits(prepared.prepare(_marked_shapes_builder(n, size, seed, cells, mark, objects)))
 
 
 def splits(folder: str) -> Splits:
@@ -171,7 +176,7 @@ def _easy_vqa_builder() -> Any:
 
 
 @functools.cache
-def _marked_shapes_builder(n: int, size: int, seed: int, cells: int, mark: int) -> Any:
+def _marked_shapes_builder(n: int, size: int, seed: int, cells: int, mark: int, objects: float) -> Any:
     import tensorflow_datasets as tfds
 
     class MarkedShapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -180,6 +185,7 @@ def _marked_shapes_builder(n: int, size: int, seed: int, cells: int, mark: int) 
         VERSION = tfds.core.Version("1.0.0")
         # As before there were such options, where they are not used.
         more = f"_cells{cells}" * (cells > 0) + f"_mark{mark}" * (mark > 1)
+        more += f"_objects{objects}" * (objects != 1)
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=f"n{n}_size{size}_seed{seed}{more}")]
         name = "marked_shapes"
 
@@ -198,7 +204,7 @@ def _marked_shapes_builder(n: int, size: int, seed: int, cells: int, mark: int) 
 
         def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
             for index in range(count):
-                image, asked = marked_shapes.example(split, index, size, seed, cells, mark)
+                image, asked = marked_shapes.example(split, index, size, seed, cells, mark, objects)
                 # Encoded, because an array would need TensorFlow.
                 png = io.BytesIO()
                 Image.fromarray(image).save(png, "PNG")

@@ -84,6 +84,21 @@ class Questions:
             type=self.type[kept],
         )
 
+    def of_types(self, names: Sequence[str]) -> Questions:
+        """Those of some types; images stay.
+
+        Raises:
+          InputError: a type that the set does not have, or no question left.
+        """
+        for name in names:
+            if name not in self.types:
+                raise InputError(f"the type of a question must be one of {', '.join(self.types)}, found {name!r}")
+        kept = np.flatnonzero(np.isin(self.type, [self.types.index(name) for name in names]))
+        if not len(kept):
+            raise InputError(f"a split must hold questions of type {', '.join(names)}, found none")
+        columns = {name: getattr(self, name)[kept] for name in ("image", "answer", "type")}
+        return dataclasses.replace(self, texts=tuple(self.texts[i] for i in kept), **columns)
+
 
 class _Some:
     """Some images of another sequence."""
@@ -128,8 +143,8 @@ def open_questions(name: str, split: str, **options: Any) -> Questions:
         array_record form, with an `image` and `questions`: a sequence of `text`, `answer` and `type`, the latter two
         class labels with names.
       split: `NAME` or `NAME[FROM:TO]`, in images.
-      **options: `n, size, seed, cells, mark` of "marked_shapes" (`question_sets.open_marked_shapes`); `path` of a TFDS
-        set.
+      **options: `n, size, seed, cells, mark, objects` of "marked_shapes" (`question_sets.open_marked_shapes`);
+        `path` of a TFDS set.
 
     Raises:
       InputError: unknown name, split or option; an extra that is missing; an empty split. One line each.
@@ -162,11 +177,11 @@ def _open_easy_vqa(name: str) -> Splits:
 
 
 def _open_marked_shapes(
-    name: str, n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0, mark: int = 1
+    name: str, n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0, mark: int = 1, objects: float = 1.0
 ) -> Splits:
     from vtjax.data import question_sets
 
-    return question_sets.open_marked_shapes(n, size, seed, cells, mark)
+    return question_sets.open_marked_shapes(n, size, seed, cells, mark, objects)
 
 
 def _open_prepared(name: str, path: str = "") -> Splits:
