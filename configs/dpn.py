@@ -85,8 +85,8 @@ def sortofclevr_dense(steps: int, batch_size: int) -> ConfigDict:
     or a GPU. Time: see experiments/dpn/README.md. Expected: every type 20 points above its majority answer.
     """
     config = vlm.easyvqa(steps or 3000, batch_size or 16)
-    # One layer on the patches: detail is not mixed over the image before the decoder. A mark of 6 x 6 pixels lies
-    # within one patch: of 3 x 3 no model of this size read it, anywhere in 1500 steps, in one patch in 1000.
+    # One layer on the patches: detail is not mixed over the image before the decoder. A mark lies within one patch; no
+    # model has read marks yet (experiments/dpn/README.md).
     config.data.update(name="marked_shapes", n=8000, size=128, cells=16, mark=2, objects=0.5, pack=9)
     config.model.tower.update(image_size=(128, 128), depth=1)
     config.model.decoder.update(depth=8, mlp=256)
