@@ -79,7 +79,7 @@ def test_a_llava_folder_answers_in_words(tmp_path):
     known.add_special_tokens(["<answer>", "<end>"])
     known.save(str(tmp_path / "tokenizer.json"))
     picture = np.random.default_rng(0).integers(0, 255, (20, 12, 3)).astype(np.uint8)
-    with pytest.raises(InputError, match="must be known how texts are written, by VLMSpec.text or tokenizer="):
+    with pytest.raises(InputError, match="must be known how texts are written: by VLMSpec.text, .* or by tokenizer="):
         m.answer(picture, "what ?")
     with pytest.raises(InputError, match="go together, found tokenizer=None, template='plain'"):
         m.answer(picture, "what ?", template="plain")
@@ -137,7 +137,7 @@ def test_a_folder_of_llama_vision_gives_the_logits_of_transformers(tmp_path):
         ("text_config", {"cross_attention_layers": [3]}, r"cross_attention_layers must be in 0\.\.2, found 3"),
         ("text_config", {"tie_word_embeddings": True}, "tie_word_embeddings must be false, found true"),
         ("text_config", {"hidden_act": "gelu"}, "hidden_act must be one of silu, found 'gelu'"),
-        ("text_config", {"cross_attention_layers": []}, "4 missing: .*layers.1.self_attn.* 8 extra"),
+        ("text_config", {"cross_attention_layers": []}, "CrossSpec.layers must name at least one layer, found none"),
     ],
 )
 def test_a_folder_of_llama_vision_that_cannot_be_read_is_one_line(tmp_path, part, changes, says):

@@ -186,7 +186,8 @@ def _own_arrays(spec: Spec, params: Params) -> dict[str, np.ndarray]:
     flat = {n: np.asarray(a) for n, a in flat.items()}
     names.check(names.shapes(spec), {n: a.shape for n, a in flat.items() if names.is_own(n)}, "the parameters")
     # jax's bfloat16 is of no numpy kind, so everything that is neither whole nor boolean is widened.
-    return {n: np.ascontiguousarray(a if a.dtype.kind in "iub" else a.astype(np.float32)) for n, a in flat.items()}
+    # Not ascontiguousarray, which makes a number an array of one.
+    return {n: np.asarray(a, a.dtype if a.dtype.kind in "iub" else np.float32, order="C") for n, a in flat.items()}
 
 
 def _save_timm(path: Path, spec: Spec, params: Params, is_file: bool) -> None:
