@@ -94,7 +94,12 @@ def reference(row, path=None, gate="prob", pool="max"):
 
 @pytest.mark.parametrize(
     ("gate", "pool", "path"),
-    [("prob", "max", None), ("prob", "avg", (1, 1, 2)), ("off", "max", (2, 0, 1)), ("st", "avg", (2, 2, 2))],
+    [
+        ("prob", "max", None),
+        ("prob", "avg", (1, 1, 2)),
+        pytest.param("off", "max", (2, 0, 1), marks=pytest.mark.slow),
+        pytest.param("st", "avg", (2, 2, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_masked_tokens_are_tokens_that_are_gone(gate, pool, path):
     y, made, alive, position = masked({} if path is None else dpn.forced(SPEC, path), gate=gate, pool=pool)
@@ -216,7 +221,7 @@ def test_generation_after_a_pooled_prefill_is_full_recomputation():
     assert dpn_deploy.cache_bytes(cache) < 0.8 * 8 * 2 * 3 * lengths[0] * 2 * 4 * 4
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("pool", ["max", pytest.param("avg", marks=pytest.mark.slow)])
 def test_deployed_forms_say_what_the_masked_model_says(pool):
     model = dpn.vlm(SPEC, pool=pool)
     y, made, _, _ = masked(pool=pool)
