@@ -18,7 +18,15 @@ def test_there_are_notebooks() -> None:
     assert [n.name for n in NOTEBOOKS][:1] == ["00_tour.ipynb"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+# Their runs are those of the tests of their experiments.
+LONG = ("dgmr", "ltmp")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS],
+    ids=lambda p: p.stem,
+)
 def test_notebook_runs(path: Path) -> None:
     before = path.read_bytes()
     executed = execute(path, size="tiny", timeout=300)

@@ -111,7 +111,8 @@ CHOSEN = {"vlm": ("tiny", "easyvqa", "llava15_7b"), "dpn": ("tiny",)}
 STEPPED = [(name, variant) for name, variant in VARIANTS if name not in CHOSEN or variant in CHOSEN[name]]
 
 
-LIKE_ANOTHER = (("dgmr", "eva_e"), ("dgmr", "openclip_bigg"))  # eva_8b and openclip_g, in other sizes
+# eva_8b in another size, and dinov2_g and internvit_6b in another family's names
+LIKE_ANOTHER = (("dgmr", "eva_e"), ("dgmr", "openclip_bigg"), ("dgmr", "openclip_g"))
 
 
 @pytest.mark.parametrize(

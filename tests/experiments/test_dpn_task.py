@@ -137,6 +137,7 @@ def test_the_terms_of_the_loss(one: Any) -> None:
     assert max(float(jnp.abs(a - b).max()) for a, b in both) > 1e-7
 
 
+@pytest.mark.slow
 def test_forced_and_random_arms(dense: Path, one: Any) -> None:
     batch = one[3]
     for mode, path, share in (("forced", "(2, 2, 2)", None), ("off", "()", 1.0), ("random", "()", None)):

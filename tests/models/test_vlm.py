@@ -346,6 +346,7 @@ def test_rows_of_the_question_loader_answer_packed_as_alone():
         np.testing.assert_allclose(packed, alone, rtol=0, atol=2e-5 * np.abs(alone).max())
 
 
+@pytest.mark.parametrize("made", ["projector", "mllama"], indirect=True)
 def test_bfloat16_says_about_what_float32_says(made):
     model_spec, model, weights, apply = made
     ids, mask = texts(model_spec)
