@@ -111,7 +111,7 @@ CHOSEN = {"vlm": ("tiny", "easyvqa", "llava15_7b"), "dpn": ("tiny",)}
 STEPPED = [(name, variant) for name, variant in VARIANTS if name not in CHOSEN or variant in CHOSEN[name]]
 
 
-# eva_8b in another size, and dinov2_g and internvit_6b in another family's names
+# Of the code that eva_8b and dinov2_g run, in other sizes.
 LIKE_ANOTHER = (("dgmr", "eva_e"), ("dgmr", "openclip_bigg"), ("dgmr", "openclip_g"))
 
 
