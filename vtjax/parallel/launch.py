@@ -147,6 +147,8 @@ def agree(subject: str, values: Mapping[str, Any], patience: int = 60) -> None:
     if verdict != "equal":
         # All have read it before the first one leaves, whose end would be a loss to the others.
         client.wait_at_barrier(f"{key}/read", 1000 * patience)
+        if me == 0:
+            time.sleep(2)  # it serves the others, which learn of its end at once
         raise InputError(verdict)
 
 
