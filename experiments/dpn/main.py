@@ -104,8 +104,7 @@ def build(config: ConfigDict) -> Task:
         harms = jax.lax.stop_gradient(harms - harms[:, :1])
         if harm_only:
             harms = jnp.maximum(harms, 0.0)
-        p = jnp.take_along_axis(made["p"][:rows], jnp.full((rows, 1, 1), stage), axis=1)[:, 0]
-        weight = jnp.take_along_axis(made["routed"][:rows], jnp.full((rows, 1), stage), axis=1)[:, 0]
+        p, weight = (made[name][:rows, stage] for name in ("p", "routed"))
         return ((p * harms).sum(-1) * weight).sum() / jnp.maximum(weight.sum(), 1.0)
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:

@@ -70,7 +70,7 @@ def static(deployed: VLM, params: Any, rows: Any, path: Sequence[int]) -> jax.Ar
     """The same poolings without routers, in a program of their own."""
     grid, made = deployed.spec.tower.grid, dpn.reducers(deployed.spec)
     ones = jnp.ones(len(rows.x))
-    for stage, layers in enumerate(dpn_deploy.edges(deployed.spec)):
+    for stage, layers in enumerate(dpn.stretches(deployed.spec)):
         n = grid[0] * grid[1]
         rows, _ = dpn_deploy.run_layers(deployed, params, rows, n, layers, keep=False)
         if stage < len(made):

@@ -233,6 +233,8 @@ def test_deployed_forms_say_what_the_masked_model_says(pool):
     forced = dpn_deploy.Staged(model)(PARAMS, dpn_deploy.entered(model, PARAMS, IDS, IMAGES, MASK), paths)
     also = np.asarray(masked(dpn.given(SPEC, jnp.asarray(paths)), pool=pool)[0])[np.arange(3), MASK.sum(1) - 1]
     np.testing.assert_allclose(forced.logits, also, atol=2e-5)
+    leaning = {**PARAMS["decoder"], "dpn": {**PARAMS["decoder"]["dpn"], "relax": jnp.float32(1.0)}}
+    assert (dpn_deploy.Staged(model)({**PARAMS, "decoder": leaning}, ROWS).choice == 0).all()  # the guard's dense path
     switch = jax.jit(dpn_deploy.Switch(model).__call__)
     for row in range(3):
         part = [a[row : row + 1] for a in (IDS, IMAGES, MASK)]

@@ -16,6 +16,7 @@ question, and one of three poolings is taken for the whole image: none, half the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -89,16 +90,14 @@ class Dpn:
         place, valid, alive = self._visual(tokens, lattice)
         state, asked = self._asks(tokens, lattice, alive)
         routed = asked & valid.any(1)
-        logp = ops.scores(state, knobs["router"], self.temperature)
-        choice = self._choose(logp, lattice.halved, knobs)
-        choice = jnp.where(routed, choice, 0)
+        count = self.grid[0] * self.grid[1] >> lattice.halved.sum(1)
+        p, choice, scale = self.decide(state, count, routed, knobs)
         x = tokens.x if memory is None else memory.x
         assert x is not None
         pooled, left, halved = ops.pool(
             x, valid, place, lattice.halved, choice, self.grid,
             most=self.stage, kind=self.pool, filters=knobs.get("filters"),
         )  # fmt: skip
-        scale = jnp.where(routed, ops.gate(jnp.exp(logp), choice, self.gate), 1.0)
         pooled = jnp.where(left[..., None], pooled * scale[:, None, None].astype(pooled.dtype), pooled)
         lattice = dataclasses.replace(lattice, halved=halved)
         if memory is not None:
@@ -109,8 +108,18 @@ class Dpn:
             # Positions are counted anew (spec section 2.7).
             position = jnp.maximum(jnp.cumsum(alive, axis=1) - 1, 0).astype(jnp.int32)
             tokens = tokens.replace(x=pooled, alive=alive, position=position, lattice=lattice)
-        decisions = {"p": jnp.exp(logp), "choice": choice, "routed": routed, "visual": left.sum(1, dtype=jnp.float32)}
+        decisions = {"p": p, "choice": choice, "routed": routed, "visual": left.sum(1, dtype=jnp.float32)}
         return tokens, {**decisions, "live": alive.sum(1)}
+
+    def decide(
+        self, state: Float[Array, "B D"], count: Int[Array, " B"], routed: Bool[Array, " B"], knobs: Mapping[str, Any]
+    ) -> tuple[Float[Array, "B K"], Int[Array, " B"], Float[Array, " B"]]:
+        """p, the expert taken and what pooled tokens are multiplied by, of the router's input and the visual tokens of
+        an image now; samples that are not `routed` stay as they are."""
+        logp = ops.scores(state, knobs["router"], self.temperature)
+        choice = jnp.where(routed, self._choose(logp, count, knobs), 0)
+        p = jnp.exp(logp)
+        return p, choice, jnp.where(routed, ops.gate(p, choice, self.gate), 1.0)
 
     def _visual(self, tokens: Tokens, lattice: Lattice) -> tuple[Array, Array, Array]:
         """Place in the grid and validity of what is pooled, and which slots of the text live."""
@@ -134,11 +143,10 @@ class Dpn:
         exact = jax.lax.Precision.HIGHEST
         return jnp.einsum("bn,bnd->bd", weight, x.astype(jnp.float32), precision=exact), count > 0
 
-    def _choose(self, logp: Array, halved: Array, knobs: Mapping[str, Any]) -> Int[Array, " B"]:
+    def _choose(self, logp: Array, count: Array, knobs: Mapping[str, Any]) -> Int[Array, " B"]:
         key = knobs.get("route_key")
-        tokens = self.grid[0] * self.grid[1] >> halved.sum(1)
         free = key is None and not self.floor_at_eval
-        open_ = ops.allowed(tokens, 1 if free else self.least)
+        open_ = ops.allowed(count, 1 if free else self.least)
         if self.mode == "random":
             if key is None:
                 raise InputError("random routing needs the knob route_key, found none")
@@ -332,6 +340,12 @@ def decisions(aux: Mapping[str, Any], spec: VLMSpec) -> dict[str, Array]:
     return {name: jnp.stack([stage[name] for stage in stages], axis=1) for name in stages[0]}
 
 
+def stretches(spec: VLMSpec) -> list[range]:
+    """The layers before the first stage, between stages, and after the last."""
+    ends = [0, *(layer + 1 for layer, _ in reducers(spec)), spec.decoder.depth]
+    return [range(low, high) for low, high in itertools.pairwise(ends)]
+
+
 def costs(spec: LMSpec) -> Float[np.ndarray, "L 2"]:
     """Per layer: MACs per token, and per pair of tokens (spec section 5): c(n) = c1 n + c2 n^2."""
     rows = []
@@ -345,10 +359,9 @@ def costs(spec: LMSpec) -> Float[np.ndarray, "L 2"]:
 def macs(spec: VLMSpec, start: Float[Array, " B"], live: Float[Array, "B M"]) -> Float[Array, " B"]:
     """MACs of each sample's prefill in the decoder's blocks, from its live tokens before the first layer and after
     each stage. Tower, bridge, routers and head are not counted, as in published figures. Float32."""
-    found, edges = costs(spec.decoder), [0, *(layer + 1 for layer, _ in reducers(spec)), spec.decoder.depth]
-    total: Any = 0.0
-    for stage, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        linear, pairs = found[low:high].sum(0)
+    found, total = costs(spec.decoder), jnp.float32(0)
+    for stage, layers in enumerate(stretches(spec)):
+        linear, pairs = found[layers.start : layers.stop].sum(0)
         n = start if stage == 0 else live[:, stage - 1]
         total = total + linear * n + pairs * n * n
     return total
@@ -361,16 +374,16 @@ def path_macs(spec: VLMSpec, path: Sequence[int], text: int) -> int:
     Raises:
       InputError: a path of another length than there are stages.
     """
-    made, depth = reducers(spec), spec.decoder.depth
-    if len(path) != len(made):
-        raise InputError(f"a path must name an expert for each of {len(made)} stages, found {tuple(path)}")
-    count, total, edges = spec.visual_tokens, 0, [0, *(layer + 1 for layer, _ in made), depth]
-    for stage, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    runs = stretches(spec)
+    if len(path) != len(runs) - 1:
+        raise InputError(f"a path must name an expert for each of {len(runs) - 1} stages, found {tuple(path)}")
+    count, total = spec.visual_tokens, 0
+    for stage, layers in enumerate(runs):
         if stage:
             height, width = WINDOWS[path[stage - 1]]
             count //= height * width
         n = text + count
-        for linear, pairs in costs(spec.decoder)[low:high]:
+        for linear, pairs in costs(spec.decoder)[layers.start : layers.stop]:
             total += int(linear) * n + int(pairs) * n * n
     return total
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +30,6 @@ from vtjax.models import segments
 from vtjax.models.cache import Cache
 from vtjax.models.segments import block_name
 from vtjax.models.vlm import VLM
-from vtjax.ops import pooling_experts as ops
 from vtjax.ops.pooling_experts import WINDOWS
 from vtjax.ops.tokens import Tokens
 
@@ -133,17 +131,22 @@ def run_layers(
 def route(
     reducer: Dpn, held: Mapping[str, Any], rows: Rows, n: int | Array, given: Array | None = None
 ) -> tuple[Array, Array]:
-    """Experts of the samples, which have n visual tokens now, and what their tokens are multiplied by; `given`: decided
-    elsewhere."""
+    """Experts of the samples, which have n visual tokens now, and what their tokens are multiplied by; `held`: of the
+    stage (`stage_knobs`); `given`: decided elsewhere."""
     slot = rows.start[:, None] + n + jnp.arange(rows.asks.shape[1])
     states = jnp.take_along_axis(rows.x, jnp.minimum(slot, rows.x.shape[1] - 1)[:, :, None], axis=1)
     weight = rows.asks / rows.asks.sum(1, keepdims=True)
     exact = jax.lax.Precision.HIGHEST
     state = jnp.einsum("bt,btd->bd", weight, states.astype(jnp.float32), precision=exact)
-    logp = ops.scores(state, held["router"], reducer.temperature)
-    least = reducer.least if reducer.floor_at_eval else 1
-    choice = ops.likeliest(logp, ops.allowed(jnp.full(len(state), n), least)) if given is None else given
-    return choice, ops.gate(jnp.exp(logp), choice, reducer.gate)
+    knobs = dict(held) if given is None else {**held, "choice": given}
+    _, choice, scale = reducer.decide(state, jnp.full(len(state), n), jnp.ones(len(state), bool), knobs)
+    return choice, scale
+
+
+def stage_knobs(params: Any, layer: int) -> dict[str, Any]:
+    """What the stage after a layer has of the method's parameters."""
+    own = params["decoder"][dpn.NAME]
+    return {"relax": own["relax"], **own[block_name(layer)]}
 
 
 def pooled(reducer: Dpn, held: Mapping[str, Any], rows: Rows, scale: Array, grid: Grid, expert: int) -> Rows:
@@ -172,12 +175,6 @@ def finish(model: VLM, params: Any, rows: Rows, n: int | Array) -> Float[Array, 
     return lm._logits(params["decoder"], lm._norm(params["decoder"], last))
 
 
-def edges(spec: Any) -> list[range]:
-    """The layers of every segment."""
-    ends = [0, *(layer + 1 for layer, _ in dpn.reducers(spec)), spec.decoder.depth]
-    return [range(low, high) for low, high in itertools.pairwise(ends)]
-
-
 def grids(grid: Grid, stages: int) -> list[list[Grid]]:
     """Grids that can be there in each segment, from the largest (spec section 2.4)."""
     found = [[grid]]
@@ -202,7 +199,11 @@ class Switch:
 
     def __call__(self, params: Any, rows: Rows) -> tuple[Array, Array]:
         spec = self.model.spec
-        made, segments_, known = dpn.reducers(spec), edges(spec), grids(spec.tower.grid, len(dpn.reducers(spec)))
+        made, segments_, known = (
+            dpn.reducers(spec),
+            dpn.stretches(spec),
+            grids(spec.tower.grid, len(dpn.reducers(spec))),
+        )
         given: dict[int, Any] = dict(self.model.reducers)
         slots, choices = rows.asks.shape[1], []
         # Number of the grid among those of its segment.
@@ -223,7 +224,7 @@ class Switch:
             if stage == len(made):
                 break
             layer = made[stage][0]
-            reducer, held = given[layer], params["decoder"][dpn.NAME][block_name(layer)]
+            reducer, held = given[layer], stage_knobs(params, layer)
             # `n` is traced here: the slots behind the grid are found by it.
             choice, scale = route(reducer, held, rows, n)
             choices.append(choice[0])
@@ -265,7 +266,7 @@ class Staged:
         spec = model.spec
         self._made: list[Any] = [dict(model.reducers)[layer] for layer, _ in dpn.reducers(spec)]
         self._layers = [layer for layer, _ in dpn.reducers(spec)]
-        self._segments = edges(spec)
+        self._segments = dpn.stretches(spec)
         self._run = jax.jit(self._segment, static_argnums=(2, 3))
         self._pool = jax.jit(self._pooled, static_argnums=(2, 3, 4))
         self._end = jax.jit(lambda params, rows, n: finish(model, params, rows, n), static_argnums=2)
@@ -274,12 +275,12 @@ class Staged:
         rows, held = run_layers(self.model, params, rows, n, self._segments[stage], self.keep is not None)
         if stage == len(self._made):
             return rows, held, None, None
-        own = params["decoder"][dpn.NAME][block_name(self._layers[stage])]
+        own = stage_knobs(params, self._layers[stage])
         return rows, held, *route(self._made[stage], own, rows, n, given)
 
     def _pooled(self, params: Any, given: Any, stage: int, grid: Grid, expert: int) -> Rows:
         rows, scale, index = given
-        own = params["decoder"][dpn.NAME][block_name(self._layers[stage])]
+        own = stage_knobs(params, self._layers[stage])
         part = jax.tree.map(lambda a: a[index], rows)
         return pooled(self._made[stage], own, part, scale[index], grid, expert)
 

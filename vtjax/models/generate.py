@@ -76,11 +76,12 @@ def generate(
     return _generate(model, params, prompt, sampling, new_tokens, top_k)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def go_on(
-    model: LM, params: Params, logits: Float[Array, "B V"], cache: Cache, new_tokens: int, *, knobs: Knobs | None = None
+    model: LM, params: Params, logits: Float[Array, "B V"], cache: Cache, new_tokens: int, knobs: Knobs | None = None
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Continues greedily from a prefill whose cache has room for `new_tokens - 1` tokens; returns as `generate`."""
-    return _go_on(model, params, logits, cache, knobs, new_tokens)
+    return _decoded(model, params, logits, cache, knobs, None, new_tokens, None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -89,13 +90,6 @@ def _generate(
 ) -> tuple[Array, Array]:
     logits, cache = model.prefill(params, **prompt, room=new_tokens - 1)
     return _decoded(model, params, logits, cache, prompt["knobs"], sampling, new_tokens, top_k)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _go_on(
-    model: LM, params: Params, logits: Array, cache: Cache, knobs: Knobs | None, new_tokens: int
-) -> tuple[Array, Array]:
-    return _decoded(model, params, logits, cache, knobs, None, new_tokens, None)
 
 
 def _decoded(
