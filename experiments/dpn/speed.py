@@ -93,12 +93,12 @@ def one(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str, Any
     taken = np.asarray(switch(params, rows)[1])
     if taken.tolist() != list(path):
         raise AssertionError(f"the routers must take {tuple(path)}, found {taken}")
-    lm, alone = VLM(spec.unreduced()).lm, {n: t for n, t in params["decoder"].items() if n != dpn.NAME}
+    lm, decoder = VLM(spec.unreduced()).lm, params["decoder"]
     dense = jax.jit(lambda p, x: lm.prefill(p, embeddings=x, room=0)[0])
     pyramid = jax.jit(lambda p, r: static(deployed, p, r, path))
     found = timing.compare(
         {
-            "dense": timing.timer(lambda: dense(alone, rows.x)),
+            "dense": timing.timer(lambda: dense(decoder, rows.x)),
             "switch": timing.timer(lambda: switch(params, rows)),
             "static": timing.timer(lambda: pyramid(params, rows)),
         },
@@ -118,11 +118,11 @@ def many(what: str, side: int, rounds: int) -> dict[str, Any]:
     rows = dpn_deploy.entered(deployed, params, ids, images)
     # Random routers do not differ between random questions: theirs is the time, the paths are given.
     staged, chosen = dpn_deploy.Staged(deployed), np.asarray(paths, np.int32)
-    lm, alone = VLM(spec.unreduced()).lm, {n: t for n, t in params["decoder"].items() if n != dpn.NAME}
+    lm, decoder = VLM(spec.unreduced()).lm, params["decoder"]
     dense = jax.jit(lambda p, x: lm.prefill(p, embeddings=x, room=0)[0])
     found = timing.compare(
         {
-            "dense": timing.timer(lambda: dense(alone, rows.x)),
+            "dense": timing.timer(lambda: dense(decoder, rows.x)),
             "staged": timing.timer(lambda: staged(params, rows, chosen).logits),
         },
         rounds=rounds,

@@ -343,6 +343,10 @@ def test_published_work():
         (lambda: CHECKED.check(IDS[:, ::-1], IMAGES), "router token"),
         (lambda: CHECKED.check(np.roll(IDS, 12, 1), IMAGES), "must follow each other, found a gap"),
         (lambda: dpn_deploy.entered(dpn.vlm(SPEC), PARAMS, IDS[:, N:], IMAGES), "one image per sample, 64 pla"),
+        (
+            lambda: dpn_deploy.entered(dpn.vlm(SPEC, tower_reducers=((0, abs),)), PARAMS, IDS, IMAGES),
+            "a tower that keeps its tokens",
+        ),
         (lambda: dpn_deploy.Staged(dpn.vlm(SPEC)).generate(PARAMS, ROWS, 4), "Staged needs keep=3 or more"),
         (lambda: spec.VLMSpec(TOWER, BridgeSpec(hidden=20), TEXT, 5, router_token=5), "an id other than image_token=5"),
     ],

@@ -72,8 +72,11 @@ def entered(model: VLM, params: Any, ids: Any, images: Any, mask: Any = None) ->
     """The tokens that enter the decoder, moved to the front. Jit it, with `ids` and `mask` known on the host.
 
     Raises:
-      InputError: a sample with other than one image, without a router token, or with one before its image.
+      InputError: a sample with other than one image, without a router token, or with one before its image; a tower
+        that drops tokens.
     """
+    if model.tower_reducers:
+        raise InputError("deployment takes a tower that keeps its tokens, found one with reducers")
     spec, ids = model.spec, np.asarray(ids)
     live = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) > 0
     place = _layout(spec, ids, live)
@@ -118,7 +121,7 @@ def run_layers(
     slot = jnp.arange(rows.x.shape[1])[None]
     tokens = Tokens(rows.x, alive=(slot < rows.text[:, None] + n).astype(jnp.float32))
     want = ("keys", "values") if keep else ()
-    decoder = {name: jax.tree.map(jnp.asarray, tree) for name, tree in params["decoder"].items() if name != dpn.NAME}
+    decoder = jax.tree.map(jnp.asarray, params["decoder"])
     tokens, aux = segments.run(
         lm.blocks(), decoder, tokens, layers=layers, want=want, remat="none", constrain=model.constrain
     )
