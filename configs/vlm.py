@@ -128,8 +128,8 @@ def easyvqa(steps: int, batch_size: int) -> ConfigDict:
     """A small model from scratch on easy-VQA: 38,575 questions about 4000 images of 64 x 64 pixels.
 
     Command: `vtjax run --config=configs/vlm.py:easyvqa --workdir=runs/easyvqa`. Hardware: one CPU core.
-    Time: 20 minutes. Expected: accuracy 0.994 on the 9673 test questions, measured here (experiments/vlm/README.md);
-    answering blindly reaches 0.670. Colours are learned in 400 steps, shapes until 2000.
+    Time: 20 minutes. Expected: accuracy 0.991 on the 9673 test questions, the mean of three seeds
+    (experiments/vlm/README.md); answering blindly reaches 0.670. Colours are learned in 400 steps, shapes until 2000.
     """
     config = questions(steps or 3000, batch_size or 32)
     config.log_every = 50
@@ -290,7 +290,7 @@ _README = "experiments/vlm/README.md"
 _PAPER = common.Expected("not run", "shapes of the published model", False)
 EXPECTED = {
     "tiny": common.Expected("", "for tests and notebooks: its figure means nothing", True, by_data=True),
-    "easyvqa": common.Expected("accuracy 0.994; blindly 0.670", _README, True, by_data=True),
+    "easyvqa": common.Expected("accuracy 0.991; blindly 0.670", _README, True, by_data=True),
     "smollm2": common.Expected("accuracy 0.871 after the bridge; blindly 0.670", _README, True, by_data=True),
     "llava15_7b": _PAPER,
     "llava15_13b": _PAPER,
