@@ -136,7 +136,7 @@ def questions(**leaves: Any) -> ConfigDict:
             "objects": 1.0,  # their size, over the usual one
             "mark": 1,  # pixels of one dot of a mark
             "cells": 0,  # objects lie in the middle of the cells of such a grid; 0: anywhere
-            "types": (),  # of the training questions, in place of all
+            "types": (),  # of the questions, in place of all
             "pack": 1,  # most questions of a row; 1: each has its own
             "buckets": 1,  # most row lengths, each of which is compiled once
             "limit": 0,  # most tokens of a row; 0: what the longest needs

@@ -36,8 +36,8 @@ def dpn(**leaves: Any) -> ConfigDict:
             "gate": "prob",  # st: 1 in the forward pass (ours); off
             "n_min": 18,  # tokens of an image that a draw leaves at least
             "floor_at_eval": False,  # at inference, too
-            "mode": "adaptive",  # random; forced: config.dpn.path; off: no pooling
-            "path": (),  # experts of the stages, 0..2, of mode="forced"
+            "mode": "adaptive",  # random; forced, by_type: config.dpn.path; off: no pooling
+            "path": (),  # experts of the stages, 0..2, for all questions, or for each type in turn
             "trainable": "all",  # routers, lora
             "loss": "argmax_global",  # argmax_per_stage, expected
             "tau": 1.5,  # halvings per stage that the hinge asks for, on average
@@ -84,12 +84,14 @@ def sortofclevr_dense(steps: int, batch_size: int) -> ConfigDict:
     Command: `vtjax run --config=configs/dpn.py:sortofclevr_dense --workdir=runs/dpn/dense_0`. Hardware: one CPU core,
     or a GPU. Time: see experiments/dpn/README.md. Expected: every type 20 points above its majority answer.
     """
-    config = vlm.easyvqa(steps or 3000, batch_size or 16)
-    # One layer on the patches: detail is not mixed over the image before the decoder. A mark lies within one patch; no
-    # model has read marks yet (experiments/dpn/README.md).
-    config.data.update(name="marked_shapes", n=8000, size=128, cells=16, mark=2, objects=0.5, pack=9)
+    config = vlm.easyvqa(steps or 2500, batch_size or 8)
+    # One layer on the patches: detail is not mixed over the image before the decoder. A mark lies within one patch.
+    config.data.update(name="marked_shapes", n=4000, size=128, cells=16, mark=2, pack=15, eval_split="test[:200]")
     config.model.tower.update(image_size=(128, 128), depth=1)
     config.model.decoder.update(depth=8, mlp=256)
+    # At 1e-3 colours and places are learned as soon, and marks never.
+    config.optim.update(lr=5e-4, warmup=100)
+    config.eval_every = 500
     return config
 
 
@@ -99,7 +101,9 @@ def sortofclevr(steps: int, batch_size: int) -> ConfigDict:
     Command: `vtjax run --config=configs/dpn.py:sortofclevr --config.init_from=runs/dpn/dense_0 --workdir=DIR`.
     Hardware: one CPU core, or a GPU. Time, expected: see experiments/dpn/README.md.
     """
-    config = insertion(sortofclevr_dense(steps or 600, batch_size or 32), router_lr=10.0, n_min=4)
+    config = insertion(sortofclevr_dense(steps or 300, batch_size or 16), router_lr=10.0, n_min=4)
+    # Lists teach to find an object by its colour; no path is chosen for them.
+    config.data.types = ("coarse", "object", "relation", "fine")
     config.optim.update(lr=3e-4, warmup=config.steps // 20)
     config.eval_every = 0
     config.checkpoint.every = 200

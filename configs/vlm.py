@@ -118,7 +118,7 @@ def tiny(steps: int, batch_size: int) -> ConfigDict:
     config.log_every = 10
     config.checkpoint.every = 15
     config.optim.update(lr=3e-3, warmup=config.steps // 10, clip=1.0)
-    config.data.update(n=32, size=48, pack=9, prefetch=0)
+    config.data.update(n=32, size=48, pack=15, prefetch=0)
     config.model.tower = tower(image_size=(48, 48), patch=16, width=32, depth=2, heads=2, mlp=64, class_token=False)
     config.model.decoder = decoder(depth=2, width=32, heads=2, kv_heads=1, mlp=64, context=256)
     return config

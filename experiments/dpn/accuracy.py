@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "experiments" / "dpn" / "results" / "accuracy.jsonl"
 CONFIG = "configs/dpn.py"
 SEEDS = (0, 1, 2, 3, 4)
-PERMUTATIONS = 3
+PERMUTATIONS = 2
 STATIC = ("(0, 1, 1)", "(1, 1, 1)", "(0, 2, 2)", "(0, 0, 2)", "(1, 2, 2)", "(2, 2, 2)", "(2, 1, 0)")
 OURS = {"dpn.gate": "st", "dpn.loss": "expected", "dpn.temperature": "1.0", "dpn.floor_at_eval": "true"}
 
@@ -109,13 +109,13 @@ def measured(config: Any, task: Any, data: Any, params: Any) -> dict[str, Any]:
     made = loop.decisions(task, data.eval("eval"), config, params)
     order = np.argsort(made["question"])
     made = {key: value[order] for key, value in made.items()}
-    names = vlm.TYPES[config.data.name]
     right, kind, choice = made["correct"], made["type"], made["choice"]
+    names = {i: name for i, name in enumerate(vlm.TYPES[config.data.name]) if (kind == i).any()}
     found = {
         "top1": float(right.mean()),
-        **{f"top1@{name}": float(right[kind == i].mean()) for i, name in enumerate(names)},
+        **{f"top1@{name}": float(right[kind == i].mean()) for i, name in names.items()},
         "mac_ratio": float(made["mac_ratio"].mean()),
-        **{f"halvings@{name}": float(choice[kind == i].mean(-1).mean()) for i, name in enumerate(names)},
+        **{f"halvings@{name}": float(choice[kind == i].mean(-1).mean()) for i, name in names.items()},
         "halvings": float(choice.mean()),
         "information_bits": information(choice, kind),
         "paths": {str(tuple(p)): int(c) for p, c in zip(*np.unique(choice, axis=0, return_counts=True), strict=True)},
@@ -126,7 +126,7 @@ def measured(config: Any, task: Any, data: Any, params: Any) -> dict[str, Any]:
         told = [permuted(config, task, data, params, choice, number) for number in range(PERMUTATIONS)]
         found["permuted_top1"] = [float(row.mean()) for row in told]
         found["permuted_correct"] = ["".join(map(str, row.astype(int))) for row in told]
-        found["choice"] = "".join(map(str, choice.ravel()))
+        found["choice"], found["type"] = ("".join(map(str, x.ravel().astype(int))) for x in (choice, kind))
     return found
 
 

@@ -27,7 +27,7 @@ from vtjax.spec import VLMSpec
 from vtjax.train import optim
 from vtjax.train.task import Task
 
-MODES = ("adaptive", "random", "forced", "off")
+MODES = ("adaptive", "random", "forced", "by_type", "off")
 TRAINABLE = ("routers", "lora", "all")
 
 
@@ -49,6 +49,11 @@ def build(config: ConfigDict) -> Task:
     plain, teacher_lies = VLM(spec.unreduced(), **given), settings.trainable != "routers"
     types, stages = vlm.TYPES.get(config.data.name, ()), len(dpn.reducers(spec))
     path = (0,) * stages if settings.mode == "off" else tuple(settings.path)
+    if settings.mode == "by_type" and len(path) != stages * len(types):
+        raise InputError(
+            f"config.dpn.path must hold {stages} experts for each of the types {', '.join(types) or '(none)'}, "
+            f"found {path}"
+        )
     group_of, balance = optim.group_of(config.optim), vlm.answer_weights(config)
     warmup, share, harm_only = (settings[name] for name in ("lam_warmup", "quality_share", "harm_only"))
 
@@ -62,6 +67,9 @@ def build(config: ConfigDict) -> Task:
         """The knobs by which experts are chosen; without a key as at inference."""
         if settings.mode in ("forced", "off"):
             return dpn.forced(spec, path)
+        if settings.mode == "by_type":
+            of_type = jnp.asarray(path, jnp.int32).reshape(len(types), stages)
+            return dpn.given(spec, of_type[jnp.maximum(batch["type"][:, 0], 0)])
         if key is None and settings.mode == "random":
             key = jax.random.fold_in(jax.random.key(config.seed), jnp.maximum(batch["index"][0], 0))
         return {} if key is None else dpn.drawing(spec, key)
@@ -180,10 +188,12 @@ def check(config: ConfigDict) -> None:
         raise InputError(f"config.data.pack must be 1, as experts are chosen by the question, found {config.data.pack}")
     if settings.trainable == "lora" and not config.model.lora.rank:
         raise InputError("config.dpn.trainable='lora' needs config.model.lora.rank, found 0")
-    if settings.mode == "forced" and any(expert not in range(len(ops.WINDOWS)) for expert in settings.path):
+    if any(expert not in range(len(ops.WINDOWS)) for expert in settings.path):
         raise InputError(f"config.dpn.path must hold numbers of experts, 0..2, found {settings.path}")
-    if (settings.mode == "forced") != bool(settings.path):
-        raise InputError(f"config.dpn.path belongs to mode='forced', found {settings.path} for {settings.mode!r}")
+    if (settings.mode in ("forced", "by_type")) != bool(settings.path):
+        raise InputError(
+            f"config.dpn.path belongs to mode='forced' and 'by_type', found {settings.path} for {settings.mode!r}"
+        )
 
 
 def trained(what: str, path: str) -> bool:

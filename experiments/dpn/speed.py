@@ -4,6 +4,7 @@
     python -m experiments.dpn.speed latency        one question: 576 visual and 64 text tokens, SmolLM2's shape
     python -m experiments.dpn.speed throughput     eight questions with different paths, regrouped by the host
     python -m experiments.dpn.speed tokens         one question, fewer visual tokens: where it stops to pay
+    python -m experiments.dpn.speed decode         four answers of 32 tokens over short caches, and the caches' bytes
 
 Weights are random, and routers are set such that a path is taken; they and all dispatching are in the time. `realised`
 = (dense time / pooled time) / (dense MACs / pooled MACs), MACs of the decoder's blocks. The static pyramid is the same
@@ -25,6 +26,7 @@ import numpy as np
 
 from vtjax.account import record, timing
 from vtjax.methods import dpn, dpn_deploy
+from vtjax.models import generate
 from vtjax.models.vlm import VLM
 from vtjax.ops.pooling_experts import WINDOWS
 from vtjax.spec import BridgeSpec, LMSpec, ViTSpec, VLMSpec
@@ -32,8 +34,9 @@ from vtjax.spec import BridgeSpec, LMSpec, ViTSpec, VLMSpec
 RECORDS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
 SMOLLM2 = {"depth": 30, "width": 576, "heads": 9, "kv_heads": 3, "mlp": 1536, "vocab": 49152, "context": 2048}
 TEXT = 64
+NEW = 32  # tokens of an answer
 PATHS = ((0, 0, 0), (1, 1, 1), (2, 1, 1), (2, 2, 2))
-SIDES = {"latency": (24,), "throughput": (24,), "tokens": (8, 16, 24, 32)}
+SIDES = {"latency": (24,), "throughput": (24,), "tokens": (8, 16, 24, 32), "decode": (24,)}
 
 
 def model(side: int) -> tuple[VLMSpec, Any]:
@@ -106,7 +109,7 @@ def one(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str, Any
         calls=2,
         warmup=1,
     )
-    return {**told(what, spec, [path], side), **ratios(spec, [path], found)}
+    return {**told(what, spec, [path], side), **measures(spec, [path], found)}
 
 
 def many(what: str, side: int, rounds: int) -> dict[str, Any]:
@@ -129,7 +132,38 @@ def many(what: str, side: int, rounds: int) -> dict[str, Any]:
         calls=1,
         warmup=1,
     )
-    return {**told(what, spec, paths, side), **ratios(spec, paths, found)}
+    return {**told(what, spec, paths, side), **measures(spec, paths, found)}
+
+
+def decoding(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Times the tokens after the first one, for four questions that take one path."""
+    spec, params = model(side)
+    paths = [path] * 4
+    ids, images = asked(spec, len(paths)), np.zeros((len(paths), side * 2, side * 2, 3), np.float32)
+    deployed = dpn.vlm(spec)
+    rows = dpn_deploy.entered(deployed, params, ids, images)
+    pooled = dpn_deploy.Staged(deployed, keep=NEW - 1)(params, rows, np.asarray(paths, np.int32))
+    lm, decoder = VLM(spec.unreduced()).lm, params["decoder"]
+    logits, cache = jax.jit(lambda p, x: lm.prefill(p, embeddings=x, room=NEW - 1))(decoder, rows.x)
+    short = deployed.decoder_params(params)
+    found = timing.compare(
+        {
+            "dense": timing.timer(lambda: generate.go_on(lm, decoder, logits, cache, NEW)),
+            "pooled": timing.timer(lambda: generate.go_on(deployed.lm, short, pooled.logits, pooled.cache, NEW)),
+        },
+        rounds=rounds,
+        calls=2,
+        warmup=1,
+    )
+    times = found.timings
+    return {
+        **told(what, spec, paths, side),
+        **found.summary(),
+        "new_tokens": NEW,
+        "pooled_ratio": times["dense"].median / times["pooled"].median,
+        "tokens_per_s": {name: len(paths) * (NEW - 1) / t.median for name, t in times.items()},
+        "cache_bytes": {"dense": dpn_deploy.cache_bytes(cache), "pooled": dpn_deploy.cache_bytes(pooled.cache)},
+    }
 
 
 def told(what: str, spec: VLMSpec, paths: Sequence[Sequence[int]], side: int) -> dict[str, Any]:
@@ -143,7 +177,7 @@ def told(what: str, spec: VLMSpec, paths: Sequence[Sequence[int]], side: int) ->
     }
 
 
-def ratios(spec: VLMSpec, paths: Sequence[Sequence[int]], found: timing.Comparison) -> dict[str, Any]:
+def measures(spec: VLMSpec, paths: Sequence[Sequence[int]], found: timing.Comparison) -> dict[str, Any]:
     """Time over the dense time, and how much of the saved work it is."""
     summary = found.summary()
     macs = sum(dpn.path_macs(spec, path, TEXT) for path in paths)
@@ -166,14 +200,15 @@ def main(arguments: list[str]) -> int:
     options.out.parent.mkdir(exist_ok=True)
     for side in SIDES[options.what]:
         if options.what == "throughput":
-            cases = [many(options.what, side, options.rounds)]
+            cases = iter([many(options.what, side, options.rounds)])
         else:
-            chosen = PATHS[1:] if options.what == "latency" else PATHS[-1:]
-            cases = [one(options.what, side, path, options.rounds) for path in chosen]
+            chosen = PATHS[-1:] if options.what == "tokens" else PATHS[1:]
+            measure = decoding if options.what == "decode" else one
+            cases = (measure(options.what, side, path, options.rounds) for path in chosen)
         for found in cases:
             record.write(options.out, found)
-            realised = {n.removesuffix("_realised"): round(v, 3) for n, v in found.items() if n.endswith("_realised")}
-            print(f"{found['visual']} visual tokens, {found['paths']}: realised {realised}", file=sys.stderr)
+            said = {name: round(v, 3) for name, v in found.items() if name.endswith(("_realised", "_ratio"))}
+            print(f"{found['visual']} visual tokens, {found['paths']}: {said}", file=sys.stderr)
     return 0
 
 

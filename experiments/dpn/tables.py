@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ltmp.tables import bits, circumstances, interval
+from experiments.ltmp.tables import circumstances
 from vtjax.viz import tables
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
-TYPES = ("coarse", "relation", "fine")
+TYPES = ("coarse", "object", "relation", "fine")
 
 Records = list[dict[str, Any]]
 
@@ -26,6 +26,7 @@ Records = list[dict[str, Any]]
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
     makers = (("dense", "accuracy", dense), ("arms", "accuracy", arms), ("speed", "speed", speed))
+    makers += (("decode", "speed", decode),)
     return tables.from_records(results, makers)
 
 
@@ -44,46 +45,88 @@ def dense(records: Records) -> str:
             r["seed"],
             f"{r['params']:,}",
             f"{r['steps']:,}",
-            *(f"{100 * r[name]:.1f} %" for name in ("top1", *(f"top1@{t}" for t in TYPES))),
+            *(f"{100 * r[name]:.1f} %" for name in ("top1", *(f"top1@{t}" for t in (*TYPES, "list")))),
         )
         for r in by_arm(records, "dense").get("dense", [])
     ]
     if not rows:
         return ""
     used = [r for r in records if r["kind"] == "dense"]
-    return tables.markdown(("seed", "parameters", "steps", "all", *TYPES), rows) + "\n\n" + circumstances(used)
+    return tables.markdown(("seed", "parameters", "steps", "all", *TYPES, "list"), rows) + "\n\n" + circumstances(used)
 
 
 def arms(records: Records) -> str:
-    """Accuracy and work of every arm; and what its own decisions are worth, against the same ones permuted."""
-    rows = []
+    """Accuracy and work of every arm; what its own decisions are worth against the same ones permuted; and how it
+    stands to the dense arm and to the best static path of no more work, over the seeds that both have."""
+    rows, dense = [], by_arm(records, "arms").get("dense", [])
+    static = {name: found for name, found in by_arm(records, "arms").items() if name.startswith("static")}
     for kind in ("arms", "tau"):
         for name, found in by_arm(records, kind).items():
+            work = mean(found, "mac_ratio")
             tops = [100 * r["top1"] for r in found]
-            gain = information = ""
-            if "permuted_correct" in found[0]:
-                other = np.mean([[[int(c) for c in row] for row in r["permuted_correct"]] for r in found], (0, 1))
-                gain, information = (
-                    interval(bits(found) - other),
-                    f"{np.mean([r['information_bits'] for r in found]):.3f}",
+            own = "" if "permuted_correct" not in found[0] else paired([(told(r), permuted(r)) for r in found])
+            fixed = [other for other in static.values() if mean(other, "mac_ratio") <= work + 1e-6]
+            best = max(fixed, key=lambda other: mean(other, "top1"), default=[])
+            rows.append(
+                (
+                    name,
+                    len(found),
+                    f"{work:.3f}",
+                    f"**{np.mean(tops):.1f}**" + (f" [{min(tops):.1f}, {max(tops):.1f}]" if len(tops) > 1 else ""),
+                    " / ".join(f"{100 * mean(found, f'top1@{t}'):.0f}" for t in TYPES),
+                    " / ".join(f"{mean(found, f'halvings@{t}'):.2f}" for t in TYPES),
+                    f"{mean(found, 'information_bits'):.2f}" if own else "",
+                    own,
+                    "" if name == "dense" else beside(found, dense),
+                    "" if name == "dense" or name.startswith("static") else beside(found, best),
                 )
-            types = [f"{100 * np.mean([r[f'top1@{t}'] for r in found]):.1f}" for t in TYPES]
-            halvings = [f"{np.mean([r[f'halvings@{t}'] for r in found]):.2f}" for t in TYPES]
-            spread = f"{np.mean(tops):.1f}" + (f" [{min(tops):.1f}, {max(tops):.1f}]" if len(tops) > 1 else "")
-            work = f"{np.mean([r['mac_ratio'] for r in found]):.3f}"
-            rows.append((name, len(found), work, f"**{spread}**", *types, *halvings, gain, information))
+            )
     if not rows:
         return ""
-    header = ("arm", "seeds", "work over dense", "accuracy, %", *TYPES, *(f"halvings, {t}" for t in TYPES))
-    header += ("own decisions minus permuted ones [95 %]", "path tells of the type, bits")
+    header = ("arm", "seeds", "work", "accuracy, %", "by type", "halvings by type", "bits")
+    header += ("own decisions minus permuted", "minus dense", "minus best static")
     used = [r for r in records if r["kind"] in ("arms", "tau")]
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+def mean(found: Records, name: str) -> float:
+    """Over the seeds."""
+    return float(np.mean([r[name] for r in found]))
+
+
+def told(r: dict[str, Any]) -> np.ndarray:
+    """Which questions were answered rightly, `[questions]`."""
+    return np.array([int(c) for c in r["correct"]], float)
+
+
+def permuted(r: dict[str, Any]) -> np.ndarray:
+    """The same with decisions of other questions, a mean over permutations."""
+    return np.mean([[int(c) for c in row] for row in r["permuted_correct"]], 0)
+
+
+def beside(found: Records, other: Records) -> str:
+    """`paired` over the seeds that both have."""
+    there = {r["seed"]: r for r in other}
+    pairs = [(told(r), told(there[r["seed"]])) for r in found if r["seed"] in there]
+    return paired(pairs) if pairs else ""
+
+
+def paired(pairs: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Mean difference in points and its 95 % interval, bootstrapped over questions and seeds."""
+    rng, difference = np.random.default_rng(0), np.array([own - other for own, other in pairs])
+    seeds, questions = difference.shape
+    draws = [
+        difference[rng.integers(0, seeds, seeds)].mean(0)[rng.integers(0, questions, questions)].mean()
+        for _ in range(2000)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def speed(records: Records) -> str:
     """Time saved over work saved, the latest record of every case."""
     rows = []
-    for r in {(r["kind"], r["visual"], str(r["paths"])): r for r in records}.values():
+    for r in _latest(records):
         path = "four paths, two each" if r["batch"] > 1 else ", ".join(map(str, r["paths"]))
         for side in ("switch", "static", "staged"):
             if f"{side}_ratio" in r:
@@ -101,6 +144,40 @@ def speed(records: Records) -> str:
                 )
     header = ("batch", "visual tokens", "experts", "program", "times less work", "times as fast", "realised")
     return tables.markdown(header, rows) + "\n\n" + circumstances(records)
+
+
+def decode(records: Records) -> str:
+    """Tokens after the first one, over the short caches."""
+    rows = []
+    for r in _latest(records):
+        if r["kind"] == "decode":
+            rate, held = r["tokens_per_s"], {name: size / 2**20 for name, size in r["cache_bytes"].items()}
+            rows.append(
+                (
+                    ", ".join(map(str, r["paths"][0])),
+                    f"{rate['dense']:.0f}",
+                    f"{rate['pooled']:.0f}",
+                    f"{r['pooled_ratio']:.2f}",
+                    f"{held['dense']:.1f}",
+                    f"{held['pooled']:.1f}",
+                )
+            )
+    if not rows:
+        return ""
+    header = (
+        "experts",
+        "tokens/s, dense",
+        "tokens/s, pooled",
+        "times as fast",
+        "cache, MiB, dense",
+        "cache, MiB, pooled",
+    )
+    return tables.markdown(header, rows) + "\n\n" + circumstances([r for r in records if r["kind"] == "decode"])
+
+
+def _latest(records: Records) -> Records:
+    """The last record of every case."""
+    return list({(r["kind"], r["visual"], str(r["paths"])): r for r in records}.values())
 
 
 if __name__ == "__main__":

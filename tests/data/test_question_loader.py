@@ -132,7 +132,7 @@ def test_an_epoch_is_every_row_once(form: dict, monkeypatch: pytest.MonkeyPatch)
         assert sorted(first) == sorted(second) == list(range(rows)) and (first != second).any()
 
 
-@pytest.mark.parametrize("form", [*FORMS, {"pack": 9, "batch_size": 16}], ids=["alone", "packed", "one batch"])
+@pytest.mark.parametrize("form", [*FORMS, {"pack": 15, "batch_size": 16}], ids=["alone", "packed", "one batch"])
 def test_an_evaluation_asks_every_question_once(form: dict) -> None:
     data = make(**form)
     batches = list(data.eval())
@@ -161,7 +161,7 @@ def test_packed_and_alone_say_the_same() -> None:
 
 
 def test_lengths_are_few_and_short_rows_come_together() -> None:
-    data, plain = make(pack=9, buckets=3, batch_size=2), make(pack=9, batch_size=2)
+    data, plain = make(pack=15, buckets=3, batch_size=2), make(pack=15, batch_size=2)
     assert 1 < len(data.lengths) <= 3 and data.lengths[-1] == plain.lengths[0]
     batches = take(data.train(0), 30)
     assert {b["input_ids"].shape[1] for b in batches} == set(data.lengths)
@@ -219,7 +219,7 @@ def test_an_answer_outside_the_vocabulary_is_refused() -> None:
 
 def questions_config(**leaves: Any) -> Any:
     config = common.base()
-    config.data = common.questions(**{"n": 8, "size": 48, "pack": 9, "buckets": 2, **leaves})
+    config.data = common.questions(**{"n": 8, "size": 48, "pack": 15, "buckets": 2, **leaves})
     return config_lib.Config(config.to_dict())
 
 
@@ -240,5 +240,7 @@ def test_from_config_reads_every_leaf(tmp_path: Path, monkeypatch: pytest.Monkey
     ]:
         with pytest.raises(InputError, match=message):
             from_config(questions_config(**leaves).data, **sizes)
+    fine, _ = from_config(questions_config(types=("fine",), pack=1).data, **sizes)
+    assert (fine.train_examples, fine.eval_examples) == (32, 8)  # of both splits
     alone, _ = from_config(questions_config(train_split="").data, **sizes, tokenizer=tokenizer)
     assert alone.train_examples == 0 and len(list(alone.eval())) == 1

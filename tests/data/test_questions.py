@@ -138,24 +138,46 @@ def test_easy_vqa_that_is_missing_or_damaged(cache: Path, tmp_path: Path, monkey
 
 
 def test_marked_shapes_are_balanced_also_given_the_text() -> None:
-    count = 72  # whole cycles of every form
+    count = 96  # whole cycles of every form
     given: dict[str, Counter[str]] = defaultdict(Counter)
     for index in range(count):
         made = marked_shapes.scene("train", index, 0)
-        asked = [marked_shapes.ask(made, form, colour) for form, colour in marked_shapes._asked("train", index, 0)]
-        assert Counter(q.type for q in asked) == {name: 3 for name in marked_shapes.TYPES}
-        assert len({q.text for q in asked}) == 9
+        asked = [marked_shapes.ask(made, *about) for about in marked_shapes._asked("train", index, 0)]
+        assert Counter(q.type for q in asked) == {"coarse": 3, "object": 3, "relation": 2, "fine": 4, "list": 3}
+        assert len({q.text for q in asked}) == len(asked) == marked_shapes.QUESTIONS
         for q in asked:
             given[q.text][q.answer] += 1
     for text, found in given.items():
-        answers = next(
-            f.answers
-            for f in marked_shapes.FORMS.values()
+        form, about = next(
+            (name, f)
+            for name, f in marked_shapes.FORMS.items()
             if re.fullmatch(f.text.replace("{}", r"\w+")[:-1] + r"\?", text)
         )
-        assert set(found) == set(answers), text
-        # A wish that contradicts another one is given up: rare, and for the nearest and farthest shape only.
-        assert max(found.values()) - min(found.values()) <= (2 if "est" in text else 0), (text, found)
+        assert set(found) <= set(about.answers), text
+        if about.type in ("coarse", "fine"):
+            assert len({*found.values()}) == 1 and set(found) == set(about.answers), (text, found)
+        # A wish that contradicts another one is given up: rare.
+        elif about.type == "object":
+            share = count * marked_shapes.TIMES[form] / marked_shapes.OBJECTS / len(about.answers)
+            assert max(abs(n - share) for n in found.values()) <= share / 3, (text, found)
+    for answers in (marked_shapes.SIDES, marked_shapes.HEIGHTS):
+        found = sum((n for text, n in given.items() if f"{answers[0]} or {answers[1]}" in text), Counter())
+        assert abs(found[answers[0]] - found[answers[1]]) <= 8, found
+
+
+def test_marks_of_a_scene_do_not_follow_from_each_other() -> None:
+    """Two objects' marks go together in all sixteen ways, and no mark tells of the other."""
+    pairs = Counter(tuple(marked_shapes.scene("train", i, 0).marks[:2].tolist()) for i in range(320))
+    assert len(pairs) == 16 and max(pairs.values()) < 40
+
+
+def test_lists_say_what_the_questions_about_one_object_say() -> None:
+    for index in range(5):
+        made = marked_shapes.scene("val", index, 0)
+        for listed, form in (("shapes", "its_shape"), ("sides", "its_side"), ("marks", "mark")):
+            said = [marked_shapes.ask(made, form, (number,)).answer for number in range(marked_shapes.OBJECTS)]
+            words = marked_shapes.ask(made, listed, ()).answer.split()
+            assert words[::2] == list(marked_shapes.COLOURS) and words[1::2] == said
 
 
 def test_a_scene_is_drawn_as_it_is_told() -> None:
@@ -172,7 +194,7 @@ def test_a_scene_is_drawn_as_it_is_told() -> None:
             black = (image[top : top + 3, left : left + 3] == 0).all(-1)
             mark = tuple(marked_shapes.MARKS.values())[made.marks[number]]
             np.testing.assert_array_equal(black, np.array(mark, bool))
-        # No object covers another one: black pixels are those of the six marks.
+        # No object covers another one: black pixels are those of the marks.
         marks = [np.sum(tuple(marked_shapes.MARKS.values())[m]) for m in made.marks]
         assert (image == 0).all(-1).sum() == sum(marks)
 
@@ -189,7 +211,7 @@ def test_marked_shapes_depend_on_split_index_and_seed_only() -> None:
 
 def test_marked_shapes_as_a_prepared_set(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, val = (open_questions("marked_shapes", split, n=8, size=48) for split in ("train", "val"))
-    assert (len(train.images), len(train), len(val.images)) == (8, 72, 2)
+    assert (len(train.images), len(train), len(val.images)) == (8, 120, 2)
     assert train.answers == val.answers == marked_shapes.ANSWERS and train.types == marked_shapes.TYPES
     for index in (0, 7):
         image, asked = marked_shapes.example("train", index, 48, 0)
@@ -198,12 +220,12 @@ def test_marked_shapes_as_a_prepared_set(cache: Path, capsys: pytest.CaptureFixt
         found = [(train.texts[i], train.answers[train.answer[i]], train.types[train.type[i]]) for i in rows]
         assert found == [tuple(q) for q in asked]
     part = open_questions("marked_shapes", "train[2:-50%]", n=8, size=48)
-    assert len(part.images) == 2 and part.texts == train.texts[18:36] and part.image.tolist() == [0] * 9 + [1] * 9
+    assert len(part.images) == 2 and part.texts == train.texts[30:60] and part.image.tolist() == [0] * 15 + [1] * 15
     np.testing.assert_array_equal(part.images[1], train.images[3])
     assert [p.name for p in (cache / "tfds").iterdir()] == ["marked_shapes"]
     assert capsys.readouterr().out == "" and "tensorflow" not in sys.modules
     # By its TFDS name, as a set that somebody else has prepared.
-    assert open_questions("marked_shapes/n8_size48_seed0:1.0.0", "val").texts == val.texts
+    assert open_questions("marked_shapes/n8_size48_seed0:2.0.0", "val").texts == val.texts
     with pytest.raises(InputError, match="must have an image and a class label, found "):
         sources.open_source("marked_shapes", "train")
 
@@ -307,8 +329,8 @@ def test_marks_may_be_larger_and_lie_within_one_patch() -> None:
         image, asked = marked_shapes.example("train", index, 128, 0, 16, 2)
         by_patch = (image == 0).all(-1).reshape(16, 8, 16, 8).any((1, 3))
         cells = {tuple(cell) for cell in np.floor(made.centres * 16).astype(int).tolist()}
-        assert {tuple(cell) for cell in np.argwhere(by_patch).tolist()} == cells and len(cells) == 6
-        again = [marked_shapes.ask(made, form, colour) for form, colour in marked_shapes._asked("train", index, 0)]
+        assert {tuple(cell) for cell in np.argwhere(by_patch).tolist()} == cells and len(cells) == marked_shapes.OBJECTS
+        again = [marked_shapes.ask(made, *about) for about in marked_shapes._asked("train", index, 0)]
         assert asked == again
     dots = marked_shapes.draw(made, 128) == 0
     assert (image == 0).all(-1).sum() == 4 * dots.all(-1).sum()
@@ -317,9 +339,9 @@ def test_marks_may_be_larger_and_lie_within_one_patch() -> None:
     assert 3.3 < covered[0] / covered[1] < 4.4
     whole, part = (open_questions("marked_shapes", "train", n=8, size=48) for _ in range(2))
     part = part.of_types(("fine",))
-    assert len(part) == 24 and set(part.type) == {2} and len(part.images) == 8
-    assert part.texts == tuple(t for t, kind in zip(whole.texts, whole.type, strict=True) if kind == 2)
-    with pytest.raises(InputError, match="must be one of coarse, relation, fine, found 'hard'"):
+    assert len(part) == 32 and set(part.type) == {3} and len(part.images) == 8
+    assert part.texts == tuple(t for t, kind in zip(whole.texts, whole.type, strict=True) if kind == 3)
+    with pytest.raises(InputError, match="must be one of coarse, object, relation, fine, list, found 'hard'"):
         whole.of_types(("hard",))
     for option in ({"cells": 4}, {"mark": 0}, {"mark": 9, "size": 128}, {"objects": 2.0}):
         with pytest.raises(InputError, match=f"marked_shapes needs {next(iter(option))}"):

@@ -59,19 +59,19 @@ def one(dense: Path) -> tuple[Any, Any, Any, Any]:
 def test_a_run_and_its_decisions(dense: Path, tmp_path: Path, capsys: Any) -> None:
     workdir, file = tmp_path / "run", tmp_path / "decisions.jsonl"
     result = vtjax(capsys, "run", f"--config={CONFIG}", f"--config.init_from={dense}", f"--workdir={workdir}")
-    assert 0.3 < result["mac_ratio"] <= 1 and 0 <= result["halvings"] <= 2 and result["count"] == 72
+    assert 0.3 < result["mac_ratio"] <= 1 and 0 <= result["halvings"] <= 2 and result["count"] == 120
     assert result["dense_macs_per_prompt"] > result["least_macs_per_prompt"] > 0
     again = vtjax(capsys, "eval", f"--workdir={workdir}", f"--decisions={file}")
     assert again["top1"] == result["top1"] and again["mac_ratio"] == pytest.approx(result["mac_ratio"], rel=1e-6)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert sorted(row["question"] for row in rows) == list(range(72)) and np.shape(rows[0]["p"]) == (3, 3)
+    assert sorted(row["question"] for row in rows) == list(range(120)) and np.shape(rows[0]["p"]) == (3, 3)
     assert np.mean([row["correct"] for row in rows]) == pytest.approx(again["top1"])
     for row in rows:
         left = [64 // 2 ** sum((0, 1, 2)[k] for k in row["choice"][: stage + 1]) for stage in range(3)]
         assert row["visual"] == left and row["choice"] == np.argmax(row["p"], 1).tolist()
     m = package.load(workdir)
     assert dpn.reducers(m.spec) and m.spec.lineage[-1].operation == "dpn.install"
-    assert isinstance(m.answer("experiments/vlm/circle.png", "what shape is the large object?", new_tokens=2), str)
+    assert isinstance(m.answer("experiments/vlm/circle.png", "shape of the large one?", new_tokens=2), str)
     spec, params = checkpoint.load_params(workdir)
     task, data = assemble.assemble(config(init_from=workdir))
     leaning = jax.tree.map(jnp.asarray, task.relax(params, 1.0))
@@ -159,11 +159,18 @@ def test_forced_and_random_arms(dense: Path, one: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ({"dpn__mode": "static"}, "config.dpn.mode must be one of adaptive, random, forced, off, found 'static'"),
+        (
+            {"dpn__mode": "static"},
+            "config.dpn.mode must be one of adaptive, random, forced, by_type, off, found 'static'",
+        ),
         ({"dpn__tau": 2.0}, "config.dpn.tau must be at least 0 and below 2 halvings, found 2.0"),
         ({"dpn__lam": -1.0}, "config.dpn.lam must be 0 or more, found -1.0"),
         ({"dpn__trainable": "lora"}, "config.dpn.trainable='lora' needs config.model.lora.rank, found 0"),
-        ({"dpn__path": "(1, 1, 1)"}, r"config.dpn.path belongs to mode='forced', found \(1, 1, 1\) for 'adaptive'"),
+        ({"dpn__path": "(1, 1, 1)"}, r"path belongs to mode='forced' and 'by_type', found \(1, 1, 1\) for 'adaptive'"),
+        (
+            {"dpn__mode": "by_type", "dpn__path": "(1, 1, 1)"},
+            "must hold 3 experts for each of the types coarse, object",
+        ),
         ({"dpn__mode": "forced", "dpn__path": "(1, 1, 3)"}, "must hold numbers of experts"),
         ({"data__pack": 9}, "config.data.pack must be 1, as experts are chosen by the question, found 9"),
         ({"dpn__quality_share": 0.0}, r"config.dpn.quality_share must be in \(0, 1\], found 0.0"),

@@ -88,8 +88,8 @@ def test_a_run_its_stages_and_an_answer(tmp_path, capsys):
     assert m.spec.decoder.lora is None and m.spec.decoder.lineage[-1].operation == "lora.merge"
     picture = np.random.default_rng(0).integers(0, 255, (60, 50, 3)).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
-    said = m.answer(picture, "what shape is the large object?", new_tokens=3)
-    assert said == m.answer(tmp_path / "picture.png", "What shape is the large object?", new_tokens=3)
+    said = m.answer(picture, "shape of the large one?", new_tokens=3)
+    assert said == m.answer(tmp_path / "picture.png", "Shape of the large one?", new_tokens=3)
     with pytest.raises(InputError, match="a question must be a text, found list"):
         m.answer(picture, ["what?"])
     with pytest.raises(InputError, match="control tokens, found '<answer>'"):

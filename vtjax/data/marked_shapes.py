@@ -2,23 +2,25 @@
 """Procedural scenes with questions whose difficulty is known, in the style of Sort-of-CLEVR (Santoro et al. 2017).
 
 A scene has six objects of six colours on a plain ground, a large one and five small ones: circles, squares, triangles.
-Each carries a black mark of 3 x 3 dots, of one pixel each unless told otherwise, whatever the size of the image. Three
-questions of each of three types:
+Each carries a black mark of 3 x 3 dots, of one pixel each unless told otherwise, whatever the size of the image.
+Fifteen questions of four types:
 
-- `coarse`, about the large object: its shape, its colour, on which side it lies. Survives strong pooling.
-- `relation`, two hops: the shape of what is nearest to (farthest from) an object, how many objects share its shape.
-- `fine`: which mark an object carries. Pooling blurs it.
+- `coarse`, three about the large object: its shape, its colour, on which side it lies. Survives strong pooling.
+- `object`, four about the object of a colour: its shape, its side. What asks for marks is learned from these.
+- `relation`, two about a pair: which one is further left, which one is higher.
+- `fine`, six: which mark an object carries. Pooling blurs it.
 
-Answers are balanced by construction: example i asks every form about colour and for answer number i in a shuffled
-cycle over all pairs, and the scene is drawn so that this is the truth. So within a split every answer of a form comes
-equally often (up to one cycle that is not full), also given the text of the question.
+Answers are balanced by construction: example i asks every form about the objects and for the answer number i in a
+shuffled cycle over all combinations, and the scene is drawn so that this is the truth. So within a split every answer
+of a form comes equally often (up to one cycle that is not full), also given the text of the question; those of
+`object` and `relation` nearly so, as a few combinations contradict each other.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,48 +29,61 @@ from jaxtyping import Int, UInt8
 from vtjax.errors import InputError
 
 COLOURS = {
-    "red": (214, 40, 40),
-    "green": (44, 160, 44),
-    "blue": (40, 90, 220),
-    "orange": (255, 140, 20),
-    "purple": (150, 70, 190),
-    "cyan": (30, 190, 200),
+    "red": (225, 30, 30),
+    "green": (30, 170, 40),
+    "blue": (40, 70, 235),
+    "yellow": (240, 220, 30),
 }
 SHAPES = ("circle", "square", "triangle")
 SIDES = ("left", "right")
-COUNTS = ("1", "2", "3", "4")
+HEIGHTS = ("above", "below")
 MARKS = {
     "minus": ((0, 0, 0), (1, 1, 1), (0, 0, 0)),
     "bar": ((0, 1, 0), (0, 1, 0), (0, 1, 0)),
     "plus": ((0, 1, 0), (1, 1, 1), (0, 1, 0)),
     "ring": ((1, 1, 1), (1, 0, 1), (1, 1, 1)),
 }
-TYPES = ("coarse", "relation", "fine")
-ANSWERS = (*SHAPES, *COLOURS, *SIDES, *COUNTS, *MARKS)
+TYPES = ("coarse", "object", "relation", "fine", "list")
 OBJECTS = len(COLOURS)
 SMALLEST = 48  # pixels; below it objects would not hold their marks
 
+Subjects = tuple[int, ...]
+"""Numbers of the objects that a question names by their colours: none, one or two."""
+
 
 class Form(NamedTuple):
-    """One question: its type, its text with `{}` for a colour, whether it names one, and its answers."""
+    """One question: its type, its text with `{}` for each colour, how many it names, and its answers."""
 
     type: str
     text: str
-    coloured: bool
+    named: int
     answers: tuple[str, ...]
 
 
+def _listed(words: Sequence[str]) -> tuple[str, ...]:
+    """All answers that say a word about every object, by colour."""
+    every = itertools.product(words, repeat=len(COLOURS))
+    return tuple(" ".join(itertools.chain(*zip(COLOURS, chosen, strict=True))) for chosen in every)
+
+
 FORMS = {
-    "shape": Form("coarse", "what shape is the large object?", False, SHAPES),
-    "colour": Form("coarse", "what color is the large object?", False, tuple(COLOURS)),
-    "side": Form("coarse", "is the large object on the left or on the right?", False, SIDES),
-    "nearest": Form("relation", "what shape is the object nearest to the {} object?", True, SHAPES),
-    "farthest": Form("relation", "what shape is the object farthest from the {} object?", True, SHAPES),
-    "count": Form("relation", "how many objects have the shape of the {} object?", True, COUNTS),
-    "mark": Form("fine", "what mark is on the {} object?", True, tuple(MARKS)),
+    "shape": Form("coarse", "shape of the large one?", 0, SHAPES),
+    "colour": Form("coarse", "color of the large one?", 0, tuple(COLOURS)),
+    "side": Form("coarse", "side of the large one?", 0, SIDES),
+    "its_shape": Form("object", "shape of {}?", 1, SHAPES),
+    "its_side": Form("object", "side of {}?", 1, SIDES),
+    "beside": Form("relation", "is {} left or right of {}?", 2, SIDES),
+    "above": Form("relation", "is {} above or below {}?", 2, HEIGHTS),
+    "mark": Form("fine", "mark of {}?", 1, tuple(MARKS)),
+    "shapes": Form("list", "shapes?", 0, _listed(SHAPES)),
+    "sides": Form("list", "sides?", 0, _listed(SIDES)),
+    "marks": Form("list", "marks?", 0, _listed(tuple(MARKS))),
 }
-MARKS_ASKED = 3
-PATIENCE = 60  # placements after which an example gives up its wishes for the nearest and the farthest shape
+WISHED = ("shape", "colour", "side", "its_shape", "its_side", "beside", "above", "mark")
+ANSWERS = tuple(dict.fromkeys(answer for form in FORMS.values() for answer in form.answers))
+TIMES = dict.fromkeys(FORMS, 1) | {"its_shape": 2, "mark": 4}  # how often a form is asked about an image
+QUESTIONS = sum(TIMES.values())
+PATIENCE = 200  # placements after which an example gives up its wishes for positions
 
 
 class Scene(NamedTuple):
@@ -99,7 +114,7 @@ class Asked(NamedTuple):
 def example(
     split: str, index: int, size: int, seed: int, cells: int = 0, mark: int = 1, objects: float = 1.0
 ) -> tuple[UInt8[np.ndarray, "S S 3"], list[Asked]]:
-    """Image `index` of a split and its nine questions, a pure function of the arguments.
+    """Image `index` of a split and its questions, a pure function of the arguments.
 
     Args:
       split: its name enters the random stream, so that splits share no scene.
@@ -113,49 +128,37 @@ def example(
       InputError: a size that cannot hold the marks.
     """
     made = scene(split, index, seed, cells, objects)
-    return draw(made, size, mark, objects), [ask(made, form, colour) for form, colour in _asked(split, index, seed)]
+    return draw(made, size, mark, objects), [ask(made, form, subjects) for form, subjects in _asked(split, index, seed)]
 
 
 def scene(split: str, index: int, seed: int, cells: int = 0, objects: float = 1.0) -> Scene:
     """The scene that makes the answers of example `index` what the cycle wants."""
     rng = np.random.default_rng((seed, *split.encode(), index))
-    wanted = {form: _wanted(split, seed, form, index) for form in FORMS}
-    large, side = wanted["colour"][1], wanted["side"][1]
-    marks = rng.integers(len(MARKS), size=OBJECTS)
-    for number in range(MARKS_ASKED):
-        colour, mark = _mark(split, seed, index, number)
-        marks[colour] = mark
+    wanted = {form: _wanted(split, seed, form, index) for form in WISHED}
+    large = wanted["colour"][1]
+    shapes, marks = rng.integers(len(SHAPES), size=OBJECTS), rng.integers(len(MARKS), size=OBJECTS)
+    for form, of in (("its_shape", shapes), ("mark", marks)):
+        for number in range(TIMES[form]):
+            (named,), answer = _wanted(split, seed, form, index, number)
+            of[named] = answer
+    # Where two wishes for one object contradict each other, the one that calls it large comes first.
+    shapes[large] = wanted["shape"][1]
+    if wanted["its_side"][0] == (large,):
+        wanted["its_side"] = (large,), wanted["side"][1]
     for tries in itertools.count():
-        centres = _place(rng, large, side, cells, objects)
-        distance = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
-        ends = _nearest(distance[wanted["nearest"][0]]), _farthest(distance[wanted["farthest"][0]])
-        if ends[0] is None or ends[1] is None:
+        centres = _place(rng, large, wanted["side"][1], cells, objects)
+        if not _clear(centres, wanted):
             continue
-        fits = (_EVERY[:, large] == wanted["shape"][1]) & (_alike(wanted["count"][0]) == wanted["count"][1] + 1)
-        # A few wishes contradict each other: an object cannot be alone in its shape and have its like nearest to it.
-        if tries < PATIENCE:
-            fits &= (_EVERY[:, ends[0]] == wanted["nearest"][1]) & (_EVERY[:, ends[1]] == wanted["farthest"][1])
-        if fits.any():
-            break
-    shapes = _EVERY[rng.choice(np.flatnonzero(fits))]
-    return Scene(centres, large, shapes, marks, int(rng.integers(205, 246)))
+        made = Scene(centres, large, shapes, marks, int(rng.integers(118, 139)))
+        if tries >= PATIENCE or all(_truth(made, form, wanted[form][0]) == wanted[form][1] for form in _PLACED):
+            return made
 
 
-def ask(made: Scene, form: str, colour: int) -> Asked:
-    """The question of a form about the object of a colour, answered by looking at the scene."""
-    distance = np.linalg.norm(made.centres - made.centres[colour], axis=-1)
-    alone = np.where(np.arange(OBJECTS) == colour, np.inf, distance)
-    truth: dict[str, Callable[[], int]] = {
-        "shape": lambda: int(made.shapes[made.large]),
-        "colour": lambda: made.large,
-        "side": lambda: int(made.centres[made.large, 1] > 0.5),
-        "nearest": lambda: int(made.shapes[alone.argmin()]),
-        "farthest": lambda: int(made.shapes[distance.argmax()]),
-        "count": lambda: int((made.shapes == made.shapes[colour]).sum()) - 1,
-        "mark": lambda: int(made.marks[colour]),
-    }
-    about = FORMS[form]
-    return Asked(about.text.format(tuple(COLOURS)[colour]), about.answers[truth[form]()], about.type)
+def ask(made: Scene, form: str, subjects: Subjects) -> Asked:
+    """The question of a form about some objects, answered by looking at the scene."""
+    about, colours = FORMS[form], tuple(COLOURS)
+    text = about.text.format(*(colours[number] for number in subjects))
+    return Asked(text, about.answers[_truth(made, form, subjects)], about.type)
 
 
 def draw(made: Scene, size: int, mark: int = 1, objects: float = 1.0) -> UInt8[np.ndarray, "S S 3"]:
@@ -179,16 +182,38 @@ def draw(made: Scene, size: int, mark: int = 1, objects: float = 1.0) -> UInt8[n
     return image
 
 
-# All ways to give six objects three shapes, [729, 6].
-_EVERY = np.array(list(itertools.product(range(len(SHAPES)), repeat=OBJECTS)))
-_LARGE, _SMALL = 0.17, 0.085  # radii
+_PLACED = ("its_side", "beside", "above")  # forms whose answers are positions that are drawn until they fit
+_LARGE, _SMALL = 0.2, 0.13  # radii
 _CORNER = 1.27  # how far the corners of squares and triangles reach, in radii: no two objects touch
-_MARGIN = 0.04  # between the nearest and the next one, the farthest and the next one
+_MARGIN = 0.05  # by which a position that is asked for differs from the one it is compared with
 
 
-def _alike(colour: int) -> np.ndarray:
-    """How many objects have the shape of that object, in each of the 729 ways."""
-    return (_EVERY[:, [colour]] == _EVERY).sum(1)
+def _truth(made: Scene, form: str, subjects: Subjects) -> int:
+    """The number of the right answer."""
+    about = subjects or (made.large,)
+    place = made.centres[about[0]]
+    other = made.centres[about[1]] if len(about) > 1 else np.array([0.5, 0.5])
+    listed = {"shapes": made.shapes, "sides": made.centres[:, 1] > 0.5, "marks": made.marks}
+    if form in listed:
+        words = round(len(FORMS[form].answers) ** (1 / OBJECTS))
+        return int(np.ravel_multi_index(listed[form].astype(int), (words,) * OBJECTS))
+    truth: dict[str, Any] = {
+        **dict.fromkeys(("shape", "its_shape"), made.shapes[about[0]]),
+        **dict.fromkeys(("side", "its_side", "beside"), place[1] > other[1]),
+        **{"colour": made.large, "above": place[0] > other[0], "mark": made.marks[about[0]]},
+    }
+    return int(truth[form])
+
+
+def _clear(centres: np.ndarray, wanted: dict[str, tuple[Subjects, int]]) -> bool:
+    """Whether the positions that are asked for are not about the same."""
+    (one,), (left, right), (upper, lower) = (wanted[form][0] for form in _PLACED)
+    apart = (
+        centres[one, 1] - 0.5,
+        centres[left, 1] - centres[right, 1],
+        centres[upper, 0] - centres[lower, 0],
+    )
+    return bool(min(map(abs, apart)) >= _MARGIN)
 
 
 def _inside(shape: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:
@@ -234,37 +259,28 @@ def _place(rng: np.random.Generator, large: int, side: int, cells: int, objects:
             return centres
 
 
-def _nearest(distance: np.ndarray) -> int | None:
-    """The object nearest to the one at distance 0; None where another one is about as near."""
-    order = np.argsort(distance)
-    return int(order[1]) if distance[order[2]] - distance[order[1]] >= _MARGIN else None
+def _asked(split: str, index: int, seed: int) -> list[tuple[str, Subjects]]:
+    """(form, subjects) of the questions of an example."""
+    return [
+        (form, _wanted(split, seed, form, index, number)[0] if form in WISHED else ())
+        for form in FORMS
+        for number in range(TIMES[form])
+    ]
 
 
-def _farthest(distance: np.ndarray) -> int | None:
-    """The farthest object; None where another one is about as far."""
-    order = np.argsort(-distance)
-    return int(order[0]) if distance[order[0]] - distance[order[1]] >= _MARGIN else None
-
-
-def _asked(split: str, index: int, seed: int) -> list[tuple[str, int]]:
-    """(form, colour) of the nine questions of an example."""
-    forms = [(form, _wanted(split, seed, form, index)[0]) for form in FORMS if form != "mark"]
-    return forms + [("mark", _mark(split, seed, index, number)[0]) for number in range(MARKS_ASKED)]
-
-
-def _wanted(split: str, seed: int, form: str, index: int) -> tuple[int, int]:
-    """(colour, answer) that example `index` asks a form about and for."""
-    answers, colours = len(FORMS[form].answers), OBJECTS if FORMS[form].coloured else 1
-    cycle, place = divmod(index, answers * colours)
-    colour, answer = divmod(int(_shuffled(split, seed, form, cycle, answers * colours)[place]), answers)
-    return colour, answer
-
-
-def _mark(split: str, seed: int, index: int, number: int) -> tuple[int, int]:
-    """(colour, mark) of one of the questions about marks; their colours differ."""
-    colour, mark = _wanted(split, seed, "mark", index)
-    # The same mark cycle, moved on: over a whole cycle every pair comes once for each number.
-    return (colour + 2 * number) % OBJECTS, (mark + number) % len(MARKS)
+def _wanted(split: str, seed: int, form: str, index: int, number: int = 0) -> tuple[Subjects, int]:
+    """(subjects, answer) that example `index` asks a form about and for, for the `number`-th time."""
+    every = list(itertools.permutations(range(OBJECTS), FORMS[form].named))
+    answers = len(FORMS[form].answers)
+    cycle, place = divmod(index, answers * len(every))
+    about, answer = divmod(int(_shuffled(split, seed, form, cycle, answers * len(every))[place]), answers)
+    if number:
+        # Another object, and the answer moved on by as much for all answers of a cycle: every pair comes once again.
+        answer += int(
+            np.random.default_rng((seed, *split.encode(), *form.encode(), cycle, about, number)).integers(answers)
+        )
+        about = (about + number) % len(every)
+    return every[about], answer % answers
 
 
 @functools.lru_cache(maxsize=64)

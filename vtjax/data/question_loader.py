@@ -338,8 +338,8 @@ def from_config(
         if train is None:
             raise InputError("config.data.train_split must name the split whose words make the vocabulary, found none")
         tokenizer = vocabulary(train)
-    if train is not None and config["types"]:
-        train = train.of_types(config["types"])
+    if config["types"]:
+        train, evaluation = (part and part.of_types(config["types"]) for part in (train, evaluation))
     names = ("crop", "interpolation", "squash", "mean", "std")
     form = {} if preprocess is None else {name: getattr(preprocess, name) for name in names}
     data = QuestionData(

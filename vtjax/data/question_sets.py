@@ -42,7 +42,7 @@ def open_easy_vqa() -> Splits:
 def open_marked_shapes(
     n: int = 4000, size: int = 64, seed: int = 0, cells: int = 0, mark: int = 1, objects: float = 1.0
 ) -> Splits:
-    """`marked_shapes` with n images in "train" and n // 4 (at least one) in "val" and "test" each, nine questions per
+    """`marked_shapes` with n images in "train" and n // 4 (at least one) in "val" and "test" each, 15 questions per
     image; images are `size` x `size`. `cells`, `mark`, `objects`: as in
     `marked_shapes.example`.
 
@@ -180,9 +180,9 @@ def _marked_shapes_builder(n: int, size: int, seed: int, cells: int, mark: int, 
     import tensorflow_datasets as tfds
 
     class MarkedShapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        """Procedural scenes with coarse, relational and fine questions (vtjax.data.marked_shapes)."""
+        """Procedural scenes with questions of known difficulty (vtjax.data.marked_shapes)."""
 
-        VERSION = tfds.core.Version("1.0.0")
+        VERSION = tfds.core.Version("2.0.0")  # other questions than in 1.0.0
         # As before there were such options, where they are not used.
         more = f"_cells{cells}" * (cells > 0) + f"_mark{mark}" * (mark > 1)
         more += f"_objects{objects}" * (objects != 1)
