@@ -53,6 +53,8 @@ def arms() -> Iterator[Arm]:
     yield "dense", {"dpn.mode": "off"}
     for path in STATIC:
         yield f"static {path}", {"dpn.mode": "forced", "dpn.path": path}
+    for pool in ("(1, 2)", "(2, 2)"):
+        yield f"before the decoder {pool}", {"dpn.mode": "off", "model.bridge.pool": pool}
     yield "random", {"dpn.mode": "random"}
     yield "dpn", {}
     yield "dpn lam=0", {"dpn.lam": "0.0"}

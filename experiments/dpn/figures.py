@@ -101,7 +101,7 @@ def looked(model: vtjax.Model, asked: Questions, place: int) -> list[tuple[np.nd
     choice = np.asarray(told["choice"])[0]
     first = answer.tokenizer_of(spec).decode([int(np.asarray(logits)[0, -1].argmax())])
     visual = made["input_ids"][0] == spec.image_token
-    grid, window, shown = spec.tower.grid, (1, 1), []
+    grid, window, shown = spec.grid, (1, 1), []
     for stage, layers in enumerate(dpn.stretches(spec)):
         if stage:
             height, width = WINDOWS[int(choice[stage - 1])]

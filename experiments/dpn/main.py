@@ -10,6 +10,7 @@ Letters: B rows, M stages, K experts, S the slice of the batch that all experts 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ def build(config: ConfigDict) -> Task:
     def init(key: jax.Array) -> tuple[Any, Any, Any]:
         params, _, _ = base_init(key)
         params = dpn.added(spec, params, jax.random.fold_in(key, 2))
-        frozen = {"teacher": _without_method(params)} if settings.distill and teacher_lies else {}
+        frozen = {"teacher": params} if settings.distill and teacher_lies else {}
         return params, frozen, {}
 
     def routing(key: jax.Array | None, batch: Any) -> Any:
@@ -176,7 +177,7 @@ def check(config: ConfigDict) -> None:
     settings = config.dpn
     for name, known in (("mode", MODES), ("trainable", TRAINABLE), ("loss", ops.LOSSES), ("gate", ops.GATES)):
         check_choice(f"config.dpn.{name}", settings[name], known)
-    most = max(ops.scales())
+    most = max(ops.SCALES)
     if not 0.0 <= settings.tau < most:
         raise InputError(f"config.dpn.tau must be at least 0 and below {most:.0f} halvings, found {settings.tau}")
     for name in ("lam", "distill", "quality"):
@@ -210,10 +211,12 @@ def text_tokens(batch: Any) -> jax.Array:
 
 
 def shares(spec: VLMSpec, batch: Any, made: Any) -> dict[str, jax.Array]:
-    """Per row: the decoder's MACs over the dense model's, and mean halvings per stage."""
+    """Per row: the decoder's MACs over those of the model that reads every patch and pools nothing, and mean halvings
+    per stage."""
     start = text_tokens(batch)
-    dense = dpn.macs(spec, start, jnp.repeat(start[:, None], made["live"].shape[1], axis=1))
-    sigma = jnp.asarray(ops.scales())[made["choice"]].mean(-1)
+    whole = start + math.prod(spec.tower.grid) - math.prod(spec.grid)
+    dense = dpn.macs(spec, whole, jnp.repeat(whole[:, None], made["live"].shape[1], axis=1))
+    sigma = jnp.asarray(ops.SCALES)[made["choice"]].mean(-1)
     return {"mac_ratio": dpn.macs(spec, start, made["live"]) / jnp.maximum(dense, 1.0), "halvings": sigma}
 
 
@@ -228,11 +231,6 @@ def relaxed(params: Any, amount: float) -> Any:
     """Parameters with which routers lean towards identity; 1 = the dense path."""
     decoder = params["decoder"]
     return {**params, "decoder": {**decoder, dpn.NAME: {**decoder[dpn.NAME], "relax": jnp.float32(amount)}}}
-
-
-def _without_method(params: Any) -> Any:
-    decoder = {name: tree for name, tree in params["decoder"].items() if name != dpn.NAME}
-    return {**params, "decoder": decoder}
 
 
 def _summary(config: ConfigDict, spec: VLMSpec, path: tuple[int, ...]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def asked(spec: VLMSpec, batch: int) -> np.ndarray:
 
 def static(deployed: VLM, params: Any, rows: Any, path: Sequence[int]) -> jax.Array:
     """The same poolings without routers, in a program of their own."""
-    grid, made = deployed.spec.tower.grid, dpn.reducers(deployed.spec)
+    grid, made = deployed.spec.grid, dpn.reducers(deployed.spec)
     ones = jnp.ones(len(rows.x))
     for stage, layers in enumerate(dpn.stretches(deployed.spec)):
         n = grid[0] * grid[1]

@@ -74,7 +74,7 @@ def attention(model: vtjax.Model, image: Any, question: str) -> np.ndarray:
         raise InputError(f"attention to patches needs a projector and no prefix, found {spec.bridge.kind}")
     made = answer.inputs(spec, image, question)
     weights = np.asarray(_weights(build(spec), model.params, made))[0]
-    return weights[made["input_ids"][0] == spec.image_token].reshape(spec.tower.grid)
+    return weights[made["input_ids"][0] == spec.image_token].reshape(spec.grid)
 
 
 @functools.partial(jax.jit, static_argnums=0)

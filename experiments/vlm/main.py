@@ -236,6 +236,8 @@ def source(config: ConfigDict) -> tuple[VLMSpec, Any]:
         return spec, lambda key: (VLM(spec).init(key), {}, {})
     m = vtjax.load(config.init_from)
     spec = _multimodal(m.spec, config.init_from)
+    if (pool := tuple(config.model.bridge.pool)) != (1, 1):
+        spec = spec.edit(bridge=dataclasses.replace(spec.bridge, pool=pool))
     if spec.text is None and config.model.text.tokenizer not in ("none", "words"):
         spec = spec.edit(text=written(config)[0])
     name = Path(config.init_from).name if Path(config.init_from).is_absolute() else config.init_from
@@ -361,6 +363,7 @@ def bridge(config: ConfigDict, decoder: LMSpec) -> BridgeSpec:
         hidden=decoder.width if wanted.projector == "mlp" else 0,
         bias=wanted.bias,
         prefix=wanted.prefix,
+        pool=tuple(wanted.pool),
         cross=forms[wanted.cross](),
     )
 

@@ -11,11 +11,11 @@ import pytest
 
 from configs import common
 from vtjax import methods, models, spec, weights
-from vtjax.account import params
+from vtjax.account import flops, params
 from vtjax.data import question_loader
 from vtjax.errors import InputError
 from vtjax.methods import dpn, ltmp
-from vtjax.models import lora
+from vtjax.models import bridge, lora
 from vtjax.models.lm import LM
 from vtjax.models.vlm import VLM
 from vtjax.ops import cross_attention
@@ -301,6 +301,12 @@ def test_a_prompt_longer_than_the_context_is_refused():
         (lambda: described("mllama").edit(bridge=FORMS["hyper"]), "needs self-attention at layer 1"),
         (lambda: CrossSpec.flamingo((1, 0), 16), "layers must ascend"),
         (lambda: CrossSpec.mllama((1,), 4, 3, 4, 8), "kv_heads that divide heads"),
+        (lambda: BridgeSpec(hidden=3, pool=(0, 1)), "BridgeSpec.pool must be two numbers of patches"),
+        (lambda: BridgeSpec(hidden=3, prefix=True, pool=(1, 2)), r"\(1, 1\) with prefix=True, found \(1, 2\)"),
+        (
+            lambda: VLMSpec(TOWER, BridgeSpec(hidden=4, pool=(1, 4)), TEXT, 5),
+            r"must divide the grid 2 x 2, found \(1, 4\)",
+        ),
         (lambda: BridgeSpec("linear", hidden=3), "hidden is the width inside projector='mlp'"),
         (lambda: LoRASpec(0, 1.0), "rank above 0"),
         (lambda: LoRASpec(1, 1.0, ("head",)), "sites must be some of"),
@@ -316,6 +322,33 @@ def answers(model, params, batch):
     text = {name: batch[name] for name in ("positions", "segments")}
     slots = jnp.maximum(batch["learned"], 0)
     return model.apply(params, batch["input_ids"], batch["images"], slots=slots, **text)[0]
+
+
+def test_patches_pooled_before_the_projector():
+    """The mean of what lives in every window; the decoder gets fewer tokens and the work says so."""
+    rng = np.random.default_rng(0)
+    x, live = rng.normal(size=(2, 48, 3)).astype(np.float32), (rng.random((2, 48)) > 0.4).astype(np.int32)
+    live[0, :3] = live[0, 6:9] = 0  # the first window of the first tile is dead
+    y, there = (np.asarray(a) for a in bridge.pooled(jnp.asarray(x), jnp.asarray(live), (4, 6), (2, 3)))
+    assert y.shape == (2, 8, 3) and not there[0, 0]
+    for image, place in np.ndindex(2, 8):
+        tile, row, column = place // 4, place % 4 // 2, place % 2
+        window = np.s_[tile, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+        inside, kept = (a.reshape(2, 2, 4, 6, -1)[image][window].reshape(6, -1) for a in (x, live))
+        assert there[image, place] == kept.any()
+        if kept.any():
+            np.testing.assert_allclose(y[image, place], inside[kept[:, 0] > 0].mean(0), atol=1e-6)
+    whole = described("projector")
+    one = whole.edit(bridge=dataclasses.replace(whole.bridge, pool=(1, 2)))
+    assert (one.grid, one.visual_tokens, whole.visual_tokens) == ((2, 1), 2, 4)
+    assert spec.from_json(one.to_json()) == one and flops.macs(one) < flops.macs(whole)
+    images, ids = jnp.asarray(IMAGES[:, :1]), np.array([[9, IMAGE, IMAGE, 10]] * 2, np.int32)
+    assert VLM(one).apply(drawn(one), ids, images)[0].shape == (2, 4, 29)
+    # A linear projector and the mean change places.
+    straight = one.edit(bridge=dataclasses.replace(one.bridge, projector="linear", hidden=0))
+    params, every = drawn(straight), straight.edit(bridge=dataclasses.replace(straight.bridge, pool=(1, 1)))
+    fewer, all_of_them = (np.asarray(VLM(s).look(params, images)[0]) for s in (straight, every))
+    np.testing.assert_allclose(fewer, all_of_them.reshape(2, 2, 2, -1).mean(2), atol=1e-5)
 
 
 def test_rows_of_the_question_loader_answer_packed_as_alone():

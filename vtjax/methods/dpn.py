@@ -33,6 +33,7 @@ from vtjax.ops import pooling_experts as ops
 from vtjax.ops.pooling_experts import WINDOWS
 from vtjax.ops.tokens import Lattice, Tokens
 from vtjax.spec import Lineage, LMSpec, VLMSpec
+from vtjax.spec import settings as settings_text
 
 NAME = "dpn"
 ROUTERS = ("mlp", "linear")
@@ -203,7 +204,7 @@ def install(
     token = spec.router_token
     if token < 0:
         token = max(spec.decoder.ids, spec.image_token + 1)
-    made = {layer - 1: describe(Dpn(stage, spec.tower.grid, **settings)) for stage, layer in enumerate(at)}
+    made = {layer - 1: describe(Dpn(stage, spec.grid, **settings)) for stage, layer in enumerate(at)}
     _check_layers(spec, at)
     decoder = spec.decoder.edit(blocks={layer: {"reduce": text} for layer, text in made.items()})
     arguments = {"at": list(at), "router": router, **settings}
@@ -279,8 +280,7 @@ _OF_SPEC = ("grid",)
 
 def describe(reducer: Dpn) -> str:
     """The reducer as `DecoderBlockSpec.reduce` holds it: `dpn:stage=0,pool=max,...`."""
-    values = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer) if f.name not in _OF_SPEC}
-    return f"{NAME}:" + ",".join(f"{name}={value}" for name, value in values.items())
+    return settings_text.write(f"{NAME}:", reducer, _OF_SPEC)
 
 
 def reducer(text: str, spec: VLMSpec) -> Dpn:
@@ -289,16 +289,7 @@ def reducer(text: str, spec: VLMSpec) -> Dpn:
     Raises:
       InputError: not such a text, or settings that are not defined.
     """
-    name, _, rest = text.partition(":")
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(Dpn) if f.name not in _OF_SPEC}
-    given = dict(part.partition("=")[::2] for part in rest.split(","))
-    if name != NAME or sorted(kinds) != sorted(given):
-        raise InputError(f"reduce must read as dpn.describe writes it, found {text!r}")
-    read: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "True"}
-    try:
-        made = Dpn(grid=spec.tower.grid, **{key: read[kinds[key]](value) for key, value in given.items()})
-    except ValueError:
-        raise InputError(f"reduce must hold numbers where dpn.describe writes them, found {text!r}") from None
+    made = Dpn(grid=spec.grid, **settings_text.read(text, f"{NAME}:", Dpn, _OF_SPEC))
     _check(made)
     return made
 
@@ -322,7 +313,7 @@ def _check(made: Dpn) -> None:
 
 
 def _check_layers(spec: VLMSpec, at: Sequence[int]) -> None:
-    depth, (rows, columns) = spec.decoder.depth, spec.tower.grid
+    depth, (rows, columns) = spec.decoder.depth, spec.grid
     if list(at) != sorted(set(at)) or not at or at[0] < 1 or at[-1] > depth - AFTER:
         raise InputError(f"dpn.at must ascend within 1..{depth - AFTER} of {depth} layers, found {tuple(at)}")
     if rows % 2 ** len(at) or columns % 2 ** len(at):

@@ -205,7 +205,7 @@ class Switch:
         made, segments_, known = (
             dpn.reducers(spec),
             dpn.stretches(spec),
-            grids(spec.tower.grid, len(dpn.reducers(spec))),
+            grids(spec.grid, len(dpn.reducers(spec))),
         )
         given: dict[int, Any] = dict(self.model.reducers)
         slots, choices = rows.asks.shape[1], []
@@ -290,7 +290,7 @@ class Staged:
     def __call__(self, params: Any, rows: Rows, given: Int[np.ndarray, "B M"] | None = None) -> Prefilled:
         """Prefills; `given`: experts that were decided elsewhere."""
         spec, total = self.model.spec, len(rows.x)
-        grid_of = np.array([spec.tower.grid] * total)
+        grid_of = np.array([spec.grid] * total)
         choice = np.zeros((total, len(self._made)), np.int32)
         groups = [(np.arange(total), _filled(rows, total))]
         kept: list[list[Any]] = []

@@ -29,7 +29,7 @@ from vtjax.errors import InputError, check_choice
 from vtjax.models.vit import ViT
 from vtjax.ops import token_reduction as ops
 from vtjax.ops.tokens import Tokens, check_tokens
-from vtjax.spec import BlockSpec, Lineage, ViTSpec
+from vtjax.spec import BlockSpec, Lineage, ViTSpec, settings
 
 VARIANTS = ("ltmp", "ltm", "ltp", "ltpm")
 """Merge, then prune; merge only; prune only; prune, then merge."""
@@ -319,10 +319,9 @@ _OF_SPEC = ("prefix", "patch")
 
 
 def describe(reducer: Ltmp | FixedRate) -> str:
-    """The reducer as `BlockSpec.reduce` holds it: `ltmp:variant=ltmp,form=consistent,...`."""
-    fields = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer) if f.name not in _OF_SPEC}
+    """The reducer as `BlockSpec.reduce` holds it: `ltmp:thresholds,variant=ltmp,form=consistent,...`."""
     kind = "thresholds" if isinstance(reducer, Ltmp) else "fixed"
-    return f"{NAME}:{kind}," + ",".join(f"{name}={value}" for name, value in fields.items())
+    return settings.write(f"{NAME}:{kind},", reducer, _OF_SPEC)
 
 
 def reducer(text: str, spec: ViTSpec) -> Ltmp | FixedRate:
@@ -331,18 +330,9 @@ def reducer(text: str, spec: ViTSpec) -> Ltmp | FixedRate:
     Raises:
       InputError: not such a text.
     """
-    name, _, rest = text.partition(":")
-    kind, *parts = rest.split(",")
-    cls = {"thresholds": Ltmp, "fixed": FixedRate}.get(kind)
-    kinds = {} if cls is None else {f.name: f.type for f in dataclasses.fields(cls) if f.name not in _OF_SPEC}
-    given = dict(part.partition("=")[::2] for part in parts)
-    if name != NAME or cls is None or sorted(kinds) != sorted(part.partition("=")[0] for part in parts):
-        raise InputError(f"reduce must read as ltmp.describe writes it, found {text!r}")
-    read = {"str": str, "int": int, "float": float}
-    try:
-        values = {key: read[str(kinds[key])](value) for key, value in given.items()}
-    except ValueError:
-        raise InputError(f"reduce must hold numbers where ltmp.describe writes them, found {text!r}") from None
+    fixed = text.startswith(f"{NAME}:fixed,")
+    kind, cls = ("fixed", FixedRate) if fixed else ("thresholds", Ltmp)
+    values = settings.read(text, f"{NAME}:{kind},", cls, _OF_SPEC)
     made = cls(prefix=spec.prefix, **values)
     if isinstance(made, Ltmp):
         made = dataclasses.replace(made, patch=spec.pooling == "mean")

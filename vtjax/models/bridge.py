@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The projector from a tower's tokens to a decoder's width. Its parameter names are an API."""
+"""From a tower's tokens to a decoder's width. The projector's parameter names are an API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vtjax.models.layers import Dense
 from vtjax.ops import linear
@@ -26,3 +26,20 @@ class Projector(nn.Module):
         if self.spec.projector == "mlp":
             x = linear.gelu(Dense(self.spec.hidden, self.spec.bias, self.dtype, name="up")(x))
         return Dense(self.width, self.spec.bias, self.dtype, name="down")(x)
+
+
+def pooled(
+    x: Float[Array, "B N E"], live: Int[Array, "B N"], grid: tuple[int, int], pool: tuple[int, int]
+) -> tuple[Float[Array, "B M E"], Int[Array, "B M"]]:
+    """The mean of the live patches of every window of `pool` rows and columns, tile by tile, and 1 where there are
+    any. The mean is taken in float32."""
+    (rows, columns), (high, wide) = grid, pool
+
+    def windows(a: Array) -> Array:
+        a = a.reshape(len(a), -1, rows // high, high, columns // wide, wide, *a.shape[2:]).swapaxes(3, 4)
+        return a.reshape(len(a), -1, high * wide, *a.shape[6:])
+
+    weight = windows(live.astype(jnp.float32))[..., None]
+    total = (windows(x.astype(jnp.float32)) * weight).sum(2)
+    count = weight.sum(2)
+    return (total / jnp.maximum(count, 1.0)).astype(x.dtype), (count[..., 0] > 0).astype(jnp.int32)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vtjax.errors import InputError
 from vtjax.models import generate as generate_lib
-from vtjax.models.bridge import Projector
+from vtjax.models.bridge import Projector, pooled
 from vtjax.models.layers import Adapter, Knobs, Reducer, identity
 from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, counted
 from vtjax.models.segments import block_name, call_module
@@ -248,6 +248,8 @@ class VLM:
             live = jnp.ones(x.shape[:2], jnp.int32) if alive is None else (alive > 0.5).astype(jnp.int32)
             if not spec.bridge.prefix:
                 x, live = self._without_prefix(x), self._without_prefix(live)
+        if spec.bridge.pool != (1, 1):
+            x, live = pooled(x, live, spec.tower.grid, spec.bridge.pool)
         if spec.bridge.projector != "none":
             x = call_module(self._projector, jax.tree.map(jnp.asarray, params["bridge"]["projector"]), x)
         return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live.reshape(len(many), -1)

@@ -12,7 +12,7 @@ a sample's grid was halved in height and width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,15 +22,13 @@ from jaxtyping import Array, Bool, Float, Int
 from vtjax.ops.norms import layer_norm
 
 WINDOWS = ((1, 1), (1, 2), (2, 2))
+"""Height and width of what each expert makes one token of."""
+SCALES = tuple(math.log2(height * width) for height, width in WINDOWS)
+"""sigma of each expert: how often it halves the tokens (spec section 3)."""
 POOLS = ("max", "avg", "dwconv")
 GATES = ("prob", "st", "off")
 
 _EXACT = jax.lax.Precision.HIGHEST
-
-
-def scales(windows: Sequence[tuple[int, int]] = WINDOWS) -> tuple[float, ...]:
-    """log2 of the area of every window: by how many halvings it shortens."""
-    return tuple(math.log2(height * width) for height, width in windows)
 
 
 def scores(x: Float[Array, "B D"], router: Mapping[str, Any], temperature: float) -> Float[Array, "B K"]:
@@ -46,9 +44,9 @@ def scores(x: Float[Array, "B D"], router: Mapping[str, Any], temperature: float
     return jax.nn.log_softmax(z.astype(jnp.float32) / temperature)
 
 
-def allowed(count: Int[Array, " B"], least: int, windows: Sequence[tuple[int, int]] = WINDOWS) -> Bool[Array, "B K"]:
+def allowed(count: Int[Array, " B"], least: int) -> Bool[Array, "B K"]:
     """Which experts leave at least `least` of `count` tokens; identity is always allowed (spec section 9, item 5)."""
-    areas = jnp.asarray([height * width for height, width in windows])
+    areas = jnp.asarray([height * width for height, width in WINDOWS])
     return (count[:, None] >= least * areas[None]) | (areas == 1)
 
 
@@ -75,7 +73,6 @@ def route_loss(
     tau: Float[Array, ""] | float,
     *,
     form: str = "argmax_global",
-    windows: Sequence[tuple[int, int]] = WINDOWS,
 ) -> Float[Array, ""]:
     """max(0, tau - mean of sigma), the hinge that asks for `tau` halvings per stage on average over the batch.
 
@@ -83,7 +80,7 @@ def route_loss(
     "argmax_per_stage" has a hinge per stage, and their mean; "expected" takes sum_k sigma_k p_k, which has no dead
     ends. 0 where nothing was routed. Source: spec section 3.
     """
-    sigma = jnp.asarray(scales(windows), jnp.float32)
+    sigma = jnp.asarray(SCALES, jnp.float32)
     if form == "expected":
         value = (sigma * p).sum(-1)
     else:
@@ -109,7 +106,6 @@ def pool(
     *,
     most: int,
     kind: str = "max",
-    windows: Sequence[tuple[int, int]] = WINDOWS,
     filters: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, "B N D"], Bool[Array, "B N"], Int[Array, "B 2"]]:
     """Every sample's images pooled by its expert, in place. Slots of text stay as they are.
@@ -129,7 +125,7 @@ def pool(
       The tokens, which of them are valid now, and the state after.
     """
     a, b = halved[:, 0], halved[:, 1]
-    wide, tall = jnp.asarray([w for _, w in windows])[choice] > 1, jnp.asarray([h for h, _ in windows])[choice] > 1
+    wide, tall = jnp.asarray([w for _, w in WINDOWS])[choice] > 1, jnp.asarray([h for h, _ in WINDOWS])[choice] > 1
 
     def shifted(array: Array, unit: int, times: Array) -> Array:
         """The slot `unit * 2^times` further on. What wraps around lands in slots that die."""
@@ -156,7 +152,7 @@ def pool(
     found = x, valid.astype(jnp.float32)
     if kind == "dwconv":
         assert filters is not None
-        found = _filtered(x, valid, shifted, a, b, grid[1], choice, windows, filters)
+        found = _filtered(x, valid, shifted, a, b, grid[1], choice, filters)
     else:
         found = both(both(found, 1, b, wide), grid[1], a, tall)
     after = jnp.stack([a + tall, b + wide], axis=1)
@@ -174,7 +170,6 @@ def _filtered(
     b: Array,
     columns: int,
     choice: Array,
-    windows: Sequence[tuple[int, int]],
     filters: Mapping[str, Any],
 ) -> tuple[Array, Array]:
     """A depthwise convolution with the window as its stride; cells that are not valid count as 0."""
@@ -187,7 +182,7 @@ def _filtered(
         *((shifted(v, columns, a), shifted(w, columns, a)) for v, w in ((cell, weight), right)),
     ]
     value = x
-    for number, (height, width) in enumerate(windows):
+    for number, (height, width) in enumerate(WINDOWS):
         if height * width == 1:
             continue
         used = [cells[2 * i + j] for i in range(height) for j in range(width)]

@@ -102,6 +102,8 @@ class BridgeSpec:
       hidden: width between the two layers.
       bias: the projector's layers have biases.
       prefix: the tower's class token and registers go along; False = patches only, as in LLaVA.
+      pool: rows and columns of patches that become one visual token, their mean, in front of the projector; (1, 1) =
+        every patch is one.
       cross: the decoder attends to the visual tokens. None = they take the place of placeholders in the text.
     """
 
@@ -109,6 +111,7 @@ class BridgeSpec:
     hidden: int = 0
     bias: bool = True
     prefix: bool = False
+    pool: tuple[int, int] = (1, 1)
     cross: CrossSpec | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +119,10 @@ class BridgeSpec:
         if (self.projector == "mlp") != (self.hidden > 0):
             raise InputError(
                 f"BridgeSpec.hidden is the width inside projector='mlp', found {self.hidden} for {self.projector!r}"
+            )
+        if len(self.pool) != 2 or min(self.pool) < 1 or (self.pool != (1, 1) and self.prefix):
+            raise InputError(
+                f"BridgeSpec.pool must be two numbers of patches, and (1, 1) with prefix=True, found {self.pool}"
             )
 
     @property
@@ -189,6 +196,9 @@ class VLMSpec(ModelSpec):
             )
         if isinstance(self.tower, TiledViTSpec) and self.bridge.cross is None:
             raise InputError("a TiledViTSpec needs BridgeSpec.cross, which leaves out tiles that an image lacks")
+        rows, columns = self.tower.grid
+        if rows % self.bridge.pool[0] or columns % self.bridge.pool[1]:
+            raise InputError(f"BridgeSpec.pool must divide the grid {rows} x {columns}, found {self.bridge.pool}")
         if self.bridge.projector == "none" and self.bridge.cross is None and self.tower.width != self.decoder.width:
             raise InputError(
                 f"BridgeSpec.projector='none' needs a tower of the decoder's width {self.decoder.width}, "
@@ -224,9 +234,15 @@ class VLMSpec(ModelSpec):
         return self.tower.preprocess
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of an image's (or tile's) visual tokens."""
+        rows, columns = self.tower.grid
+        return rows // self.bridge.pool[0], columns // self.bridge.pool[1]
+
+    @property
     def visual_tokens(self) -> int:
         """T: tokens of one image that reach the decoder."""
-        rows, columns = self.tower.grid
+        rows, columns = self.grid
         return self.tiles * (rows * columns + (self.tower.prefix if self.bridge.prefix else 0))
 
     @property
