@@ -5,6 +5,7 @@ python -m experiments.aot vit                                    22 compiles, ab
 python -m experiments.aot ltmp                                   6 compiles
 python -m experiments.aot dgmr                                   6 compiles of distillation
 python -m experiments.aot vlm                                    3 compiles of multimodal models
+python -m experiments.aot dpn                                    2 compiles
 python -m experiments.aot vit --only=b16_i1k:train:v6e           what contains this
 python -m experiments.aot vit --only=v5e --out=FILE.jsonl        into another file
 
@@ -72,7 +73,13 @@ def vlm() -> Iterator[Case]:
     yield Case("configs/vlm.py:llama32_11b_vision", "train", "v5p:2x4x4")
 
 
-EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm}
+def dpn() -> Iterator[Case]:
+    """DPN in LLaVA-1.5-7B, where the model without it is compiled, too; and on the larger grid."""
+    yield Case("configs/dpn.py:llava15_7b", "train", "v5e:4x4")
+    yield Case("configs/dpn.py:llava_hr_7b", "train", "v5p:4x4x4")
+
+
+EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm, "dpn": dpn}
 
 
 def compile_one(case: Case) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 
     python -m experiments.dpn.accuracy dense       the dense models, 5 seeds
     python -m experiments.dpn.accuracy arms        the arms of the comparison, from the dense models
-    python -m experiments.dpn.accuracy tau         the budget: tau = 0.5, 1.0, 1.5, 1.8
+    python -m experiments.dpn.accuracy tau         more and less budget
 
 `--seed=S` and `--only=TEXT` choose; what was recorded is not run again; runs lie in runs/dpn and resume. Every record
 in results/accuracy.jsonl holds which questions were answered rightly and which experts were taken, so that differences
@@ -41,7 +41,17 @@ CONFIG = "configs/dpn.py"
 SEEDS = (0, 1, 2, 3, 4)
 PERMUTATIONS = 2
 STATIC = ("(0, 1, 1)", "(1, 1, 1)", "(0, 2, 2)", "(0, 0, 2)", "(1, 2, 2)", "(2, 2, 2)", "(2, 1, 0)")
-OURS = {"dpn.gate": "st", "dpn.loss": "expected", "dpn.temperature": "1.0", "dpn.floor_at_eval": "true"}
+# Experts by type of question, in the order of the types; lists are not asked. An upper bound: somebody knew the type.
+BY_TYPE = "(2, 2, 2, 2, 1, 1, 2, 1, 1, 0, 0, 1, 0, 0, 0)"
+OURS = {
+    "dpn.gate": "st",
+    "dpn.loss": "expected",
+    "dpn.temperature": "1.0",
+    "dpn.floor_at_eval": "true",
+    "dpn.lam": "0.3",
+}
+
+QUALITY = {"dpn.quality": "3.0", "dpn.quality_share": "0.5"}
 
 Arm = tuple[str, dict[str, str]]
 """Name and overrides of `configs/dpn.py:sortofclevr`."""
@@ -59,16 +69,19 @@ def arms() -> Iterator[Arm]:
     yield "dpn", {}
     yield "dpn lam=0", {"dpn.lam": "0.0"}
     yield "dpn expected", {"dpn.loss": "expected", "dpn.lam": "0.1"}
-    yield "st", {**OURS, "dpn.lam": "0.3", "dpn.tau": "1.0"}
-    yield "st quality", {**OURS, "dpn.lam": "0.3", "dpn.tau": "1.0", "dpn.quality": "3.0"}
-    yield "st quality distill", {**OURS, "dpn.lam": "0.3", "dpn.tau": "1.0", "dpn.quality": "3.0", "dpn.distill": "1.0"}
+    yield "by type", {"dpn.mode": "by_type", "dpn.path": BY_TYPE}
+    yield "st", {**OURS, "dpn.tau": "1.0"}
+    yield "st quality", {**OURS, **QUALITY, "dpn.tau": "1.0"}
+    yield "st quality routers", {**OURS, **QUALITY, "dpn.tau": "1.0", "dpn.trainable": "routers"}
+    yield "st quality distill", {**OURS, **QUALITY, "dpn.tau": "1.0", "dpn.distill": "1.0"}
 
 
 def tau() -> Iterator[Arm]:
     """More and less compression, as released and with the extensions."""
-    for value in ("0.5", "1.0", "1.5", "1.8"):
+    for value in ("0.5", "1.0", "1.8"):
         yield f"dpn tau={value}", {"dpn.tau": value}
-        yield f"st quality tau={value}", {**OURS, "dpn.lam": "0.3", "dpn.quality": "3.0", "dpn.tau": value}
+    for value in ("0.5", "0.75", "1.25", "1.5"):
+        yield f"st quality tau={value}", {**OURS, **QUALITY, "dpn.tau": value}
 
 
 ARMS = {"arms": arms, "tau": tau}
@@ -171,12 +184,17 @@ def information(choice: np.ndarray, kind: np.ndarray) -> float:
     return of(kind) - float(np.mean([of(rng.permutation(kind)) for _ in range(20)]))
 
 
+def wanted(name: str, only: str) -> bool:
+    """Whether `--only` means an arm."""
+    return name == only[1:] if only.startswith("=") else only in name
+
+
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("dense", *ARMS))
     parser.add_argument("--seed", type=int, action="append", help="one of them; else all")
-    parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--only", default="", help="arms whose name contains this; =NAME is that one")
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
     known = {
@@ -186,7 +204,7 @@ def main(arguments: list[str]) -> int:
     for seed in options.seed or SEEDS:
         made: list[Arm] = [("dense", {})] if options.what == "dense" else list(ARMS[options.what]())
         for name, overrides in made:
-            if options.only not in name or (options.what, name, seed) in known:
+            if not wanted(name, options.only) or (options.what, name, seed) in known:
                 continue
             found = dense(seed) if options.what == "dense" else arm(name, overrides, seed, executables)
             options.out.parent.mkdir(exist_ok=True)

@@ -324,6 +324,10 @@ def answers(model, params, batch):
     return model.apply(params, batch["input_ids"], batch["images"], slots=slots, **text)[0]
 
 
+def arrays(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
 def test_patches_pooled_before_the_projector():
     """The mean of what lives in every window; the decoder gets fewer tokens and the work says so."""
     rng = np.random.default_rng(0)
@@ -343,10 +347,10 @@ def test_patches_pooled_before_the_projector():
     assert (one.grid, one.visual_tokens, whole.visual_tokens) == ((2, 1), 2, 4)
     assert spec.from_json(one.to_json()) == one and flops.macs(one) < flops.macs(whole)
     images, ids = jnp.asarray(IMAGES[:, :1]), np.array([[9, IMAGE, IMAGE, 10]] * 2, np.int32)
-    assert VLM(one).apply(drawn(one), ids, images)[0].shape == (2, 4, 29)
+    assert VLM(one).apply(arrays(drawn(one)), ids, images)[0].shape == (2, 4, 29)
     # A linear projector and the mean change places.
     straight = one.edit(bridge=dataclasses.replace(one.bridge, projector="linear", hidden=0))
-    params, every = drawn(straight), straight.edit(bridge=dataclasses.replace(straight.bridge, pool=(1, 1)))
+    params, every = arrays(drawn(straight)), straight.edit(bridge=dataclasses.replace(straight.bridge, pool=(1, 1)))
     fewer, all_of_them = (np.asarray(VLM(s).look(params, images)[0]) for s in (straight, every))
     np.testing.assert_allclose(fewer, all_of_them.reshape(2, 2, 2, -1).mean(2), atol=1e-5)
 

@@ -62,20 +62,20 @@ def attend(
     """Softmax attention, scaled by D ** -0.5, on this device.
 
     Args:
-      q, k, v: float32 or bfloat16; query heads h K / H .. share key head floor(h K / H).
+      q, k, v: float32 or bfloat16 (or float64); query heads h K / H .. share key head floor(h K / H).
       low, high: the images that a row sees.
       number: the image of each key, from 1; padding (0) is never read, whatever it holds.
 
     Returns:
-      y in q's dtype, and the natural log-sum-exp of the scores, float32, -inf where a row sees nothing.
+      y in q's dtype, and the natural log-sum-exp of the scores, float32 (float64), -inf where a row sees nothing.
     """
     b, n, heads, d = q.shape
     kv_heads = k.shape[2]
     read = (number > 0)[:, :, None, None]
     k, v = jnp.where(read, k, 0), jnp.where(read, v, 0)
     grouped = (q * d**-0.5).reshape(b, n, kv_heads, heads // kv_heads, d)
-    precision = linear.precision(q)
-    scores = jnp.einsum("bnkgd,bmkd->bkgnm", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    precision, dtype = linear.precision(q), jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bnkgd,bmkd->bkgnm", grouped, k, precision=precision, preferred_element_type=dtype)
     image = number[:, None]
     seen = (image > 0) & (low[:, :, None] <= image) & (image <= high[:, :, None])
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
@@ -85,9 +85,7 @@ def attend(
     total = weight.sum(-1, keepdims=True)
     some = total > 0
     safe = jnp.where(some, total, 1.0)
-    y = jnp.einsum(
-        "bkgnm,bmkd->bkgnd", weight.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
-    )
+    y = jnp.einsum("bkgnm,bmkd->bkgnd", weight.astype(v.dtype), v, precision=precision, preferred_element_type=dtype)
     lse = jnp.where(some, largest + jnp.log(safe), -jnp.inf)[..., 0]
     y = jnp.where(some, y / safe, 0.0).transpose(0, 3, 1, 2, 4).reshape(b, n, heads, d)
     return y.astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(b, n, heads)

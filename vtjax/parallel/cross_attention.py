@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact cross-attention over a mesh: few rows of text, visual tokens by the million, each where it was encoded.
+
+"LV-XAttn: Distributed Cross-Attention for Long Visual Inputs in Multimodal Large Language Models", arXiv 2502.02406
+(spec sections 1 and 6). The paper sends queries and outputs around a ring, in place of keys and values. Gathering the
+queries, one pass over the local keys, and an exchange of partial outputs that are merged at home sends no more and
+waits for two collectives in place of 2 n hops; that is `gather_q`, and the ring is `ring_q`.
+
+Letters: n devices along the axis, B batch, S_Q rows of text, S_K visual tokens, H query heads, K key and value heads,
+D head width; within a device s = S_Q / n and t = S_K / n.
+
+The gradient is one function for all strategies: with the output and the statistics of *all* keys, every device's part
+of it is local but for dq, which is a sum (spec section 1.4). No autodiff goes through a collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from vtjax.ops import partial_softmax as ops
+from vtjax.ops.cross_attention import attend
+from vtjax.ops.partial_softmax import Part
+from vtjax.parallel import strategies
+from vtjax.parallel.strategies import STRATEGIES
+
+SAVED = ("cross_attention_o", "cross_attention_lse")
+"""What a layer has to keep for its backward pass, by `checkpoint_name`: with `save_only_these_names(*SAVED)` queries,
+keys and values are projected again, and the attention is not done again (spec section 2)."""
+
+EVERYTHING = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static about a call.
+
+    Attributes:
+      mesh: of all devices.
+      axis: mesh axes along which frames lie, the first one slowest.
+      strategy: one of `STRATEGIES`, "auto" resolved.
+      scale: of the scores.
+      batch, heads: mesh axes over which batch and heads are split, beside `axis`.
+      check_vma: `shard_map` keeps track of what differs between devices.
+    """
+
+    mesh: Any
+    axis: tuple[str, ...]
+    strategy: str
+    scale: float
+    batch: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    check_vma: bool = True
+
+    @property
+    def n(self) -> int:
+        """Devices along the axis."""
+        return math.prod(self.mesh.shape[name] for name in self.axis)
+
+    @property
+    def rows(self) -> P:
+        """Queries and outputs `[B, S_Q, H, D]`, or without their last axes."""
+        split = None if self.strategy == "replicated_q" else self.axis
+        return P(self.batch or None, split, self.heads or None)
+
+    @property
+    def keys(self) -> P:
+        """Keys and values `[B, S_K, K, D]`."""
+        return P(self.batch or None, self.axis, self.heads or None)
+
+
+def cross_attention(
+    q: Float[Array, "B S_Q H D"],
+    k: Float[Array, "B S_K K D"],
+    v: Float[Array, "B S_K K D"],
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis: str | tuple[str, ...],
+    q_interval: Int[Array, "B S_Q 2"] | None = None,
+    kv_id: Int[Array, "B S_K"] | None = None,
+    scale: float | None = None,
+    strategy: str = "auto",
+    return_lse: bool = False,
+    check_vma: bool = True,
+) -> Float[Array, "B S_Q H D"] | tuple[Float[Array, "B S_Q H D"], Float[Array, "B S_Q H"]]:
+    """Softmax attention of rows of text to visual tokens that lie over a mesh axis. Differentiable in q, k and v, also
+    through the log-sum-exp; once (no gradient of the gradient).
+
+    Args:
+      q, k, v: global arrays, float32, bfloat16 or float64; query heads h H / K .. share a key head. Rows and visual tokens
+        may come in any order, and their numbers need not divide by the devices.
+      mesh, axis: where the visual tokens lie. Batch and heads are split over the mesh's axes "data", "fsdp" and "tensor"
+        where they divide.
+      q_interval: (lo, hi), inclusive: a row sees the keys whose id lies between; None = all that are no padding. lo > hi
+        = none.
+      kv_id: 0 or less = padding; None = all are seen.
+      scale: of the scores; None = D ** -0.5.
+      strategy: one of `STRATEGIES`, or "auto", the cheapest by `strategies.choose` (spec section 6.5), which is logged.
+      return_lse: the natural log-sum-exp of the scores, too, -inf where a row sees nothing, in the dtype of statistics.
+      check_vma: of `jax.shard_map`.
+
+    Returns:
+      In q's dtype. Rows that see nothing are 0 and have no gradients.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, an unknown strategy or axis, ids that are missing, or
+        key heads that do not divide over the devices with `strategy="ulysses"`.
+    """
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    _check(q, k, v, q_interval, kv_id, mesh, axes, strategy)
+    (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
+    n = math.prod(mesh.shape[name] for name in axes)
+    if strategy == "auto":
+        case = strategies.Case(n, b, s_q, s_k, heads, kv_heads, d, q.dtype.itemsize)
+        strategy = strategies.choose(case)
+        logging.log_first_n(logging.INFO, "cross_attention: %s for %s", 8, strategy, case)
+    plan = Plan(
+        mesh=mesh,
+        axis=axes,
+        strategy=strategy,
+        scale=d**-0.5 if scale is None else scale,
+        batch=_dividing(mesh, ("data", "fsdp"), axes, b),
+        heads=_dividing(mesh, ("tensor",), axes, kv_heads),
+        check_vma=check_vma,
+    )
+    if strategy == "ulysses" and kv_heads // math.prod(mesh.shape[a] for a in plan.heads) % n:
+        raise ValueError(f"strategy='ulysses' needs key heads that divide over {n} devices, found {kv_heads}")
+    low, high = (jnp.ones((b, s_q), jnp.int32), jnp.full((b, s_q), EVERYTHING, jnp.int32))
+    if q_interval is not None:
+        low, high = q_interval[..., 0], q_interval[..., 1]
+    number = jnp.ones((b, s_k), jnp.int32) if kv_id is None else kv_id
+    if strategy == "gspmd":
+        o, lse = _partitioned(plan, q, k, v, low, high, number)
+    else:
+        q_pad = 0 if strategy in ("replicated_q", "local") else -s_q % n
+        kv_pad = 0 if strategy == "local" else -s_k % n
+        q, low = _padded(q, q_pad), _padded(low, q_pad, 1)
+        high, number = _padded(high, q_pad), _padded(number, kv_pad)
+        o, lse = _attend(plan, q, _padded(k, kv_pad), _padded(v, kv_pad), low, high, number)
+        o, lse = o[:, :s_q], lse[:, :s_q]
+    return (o, lse) if return_lse else o
+
+
+def attend_over(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...], **options: Any) -> Callable[..., Any]:
+    """`cross_attention` in the form that models take (`attend=`, `ops.cross_attention.attend`)."""
+
+    def attend(q: Array, k: Array, v: Array, *, low: Array, high: Array, number: Array) -> tuple[Array, Array]:
+        interval = jnp.stack([low, high], -1)
+        found = cross_attention(
+            q, k, v, mesh=mesh, axis=axis, q_interval=interval, kv_id=number, return_lse=True, **options
+        )
+        assert isinstance(found, tuple)
+        return found
+
+    return attend
+
+
+def _check(q, k, v, q_interval, kv_id, mesh, axes, strategy) -> None:
+    if strategy not in ("auto", *STRATEGIES):
+        raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, found {strategy!r}")
+    for name in axes:
+        if name not in mesh.shape:
+            raise ValueError(f"axis must be of the mesh, {', '.join(mesh.shape)}, found {name!r}")
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v must be [B, S_Q, H, D], [B, S_K, K, D] and the same, found {shapes}")
+    if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of key heads, found {q.shape[2]} and {k.shape[2]}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise ValueError(f"q, k, v must have one floating dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
+    if q_interval is not None and kv_id is None:
+        raise ValueError("q_interval needs kv_id, found none: nothing says which images the keys are of")
+    for name, value, shape in (
+        ("q_interval", q_interval, (*q.shape[:2], 2)),
+        ("kv_id", kv_id, k.shape[:2]),
+    ):
+        if value is not None and (value.shape != shape or value.dtype != jnp.int32):
+            raise ValueError(f"{name} must be int32 {list(shape)}, found {value.dtype} {list(value.shape)}")
+
+
+def _dividing(mesh: Any, names: tuple[str, ...], taken: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """Those mesh axes, beside the ones taken, over which a dimension is split evenly."""
+    found: list[str] = []
+    for name in names:
+        if name in mesh.shape and name not in taken and size % (mesh.shape[name] * _size(mesh, found)) == 0:
+            found.append(name)
+    return tuple(found)
+
+
+def _size(mesh: Any, names: Any) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _padded(x: Array, more: int, value: int = 0) -> Array:
+    """Rows behind the second axis."""
+    return jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)), constant_values=value) if more else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> tuple[Array, Array]:
+    return _forward(plan, q, k, v, low, high, number)
+
+
+def _attend_forward(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Any:
+    o, lse = (
+        checkpoint_name(x, name) for x, name in zip(_forward(plan, q, k, v, low, high, number), SAVED, strict=True)
+    )
+    return (o, lse), (q, k, v, low, high, number, o, lse)
+
+
+def _attend_backward(plan: Plan, saved: Any, gradients: tuple[Array, Array]) -> Any:
+    q, k, v, low, high, number, o, lse = saved
+    do, dlse = gradients
+    # Where a row sees nothing its lse is constant; autodiff may have made nan of it.
+    dlse = jnp.where(jnp.isfinite(lse), dlse, 0)
+    delta = (do.astype(lse.dtype) * o.astype(lse.dtype)).sum(-1) - dlse
+    dq, dk, dv = _backward(plan, q, k, v, do, lse, delta, low, high, number)
+    return dq, dk, dv, None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> tuple[Array, Array]:
+    def body(q, k, v, low, high, number):
+        o, lse = _FORWARD[plan.strategy](plan, q, k, v, low, high, number)
+        return o.astype(q.dtype), lse
+
+    if plan.strategy == "local":
+        return body(q, k, v, low, high, number)
+    ids, images = _ids(plan)
+    return _mapped(plan, body, (plan.rows, plan.keys, plan.keys, ids, ids, images), (plan.rows, plan.rows))(
+        q, k, v, low, high, number
+    )
+
+
+def _backward(plan: Plan, q, k, v, do, lse, delta, low, high, number) -> tuple[Array, Array, Array]:
+    def body(q, k, v, do, lse, delta, low, high, number):
+        dq, dk, dv = _BACKWARD[plan.strategy](plan, q, k, v, do, lse, delta, low, high, number)
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    given = q, k, v, do, lse, delta, low, high, number
+    if plan.strategy == "local":
+        return body(*given)
+    ids, images = _ids(plan)
+    rows, keys = plan.rows, plan.keys
+    return _mapped(plan, body, (rows, keys, keys, rows, rows, rows, ids, ids, images), (rows, keys, keys))(*given)
+
+
+def _ids(plan: Plan) -> tuple[P, P]:
+    """How intervals and ids are split: whole where every device needs them, which saves collectives of their own."""
+    whole = P(plan.batch or None)
+    rows = whole if plan.strategy in ("gather_q", "gather_q_scatter", "replicated_q", "ulysses") else plan.rows
+    return P(*rows[:2]), whole if plan.strategy == "ulysses" else P(*plan.keys[:2])
+
+
+def _mapped(plan: Plan, body: Callable[..., Any], inside: tuple[P, ...], out: Any) -> Callable[..., Any]:
+    # That what is gathered and then merged is equal everywhere, shard_map cannot see.
+    check = plan.check_vma and plan.strategy != "replicated_q"
+    return jax.shard_map(body, mesh=plan.mesh, in_specs=inside, out_specs=out, check_vma=check)
+
+
+def _masked(plan: Plan, low: Array, high: Array, number: Array) -> dict[str, Any]:
+    return {"low": low, "high": high, "number": number, "scale": plan.scale}
+
+
+def _local(plan, q, k, v, low, high, number) -> Part:
+    return ops.forward(q, k, v, **_masked(plan, low, high, number))
+
+
+def _local_back(plan, q, k, v, do, lse, delta, low, high, number):
+    return ops.backward(q, k, v, do, lse, delta, **_masked(plan, low, high, number))
+
+
+# --- gather_q: all queries everywhere, one pass over the local keys, partial outputs merged at home
+
+
+def _gathered(plan: Plan, x: Array) -> Array:
+    return lax.all_gather(x, plan.axis, axis=1, tiled=True)
+
+
+def _home(plan: Plan, x: Array) -> Array:
+    """`[B, S_Q, ...]`, a part of every row, -> `[n, B, s, ...]`, all parts of the rows at home."""
+    b, rows = x.shape[:2]
+    parts = jnp.moveaxis(x.reshape(b, plan.n, rows // plan.n, *x.shape[2:]), 1, 0)
+    return lax.all_to_all(parts, plan.axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _gather_q(plan, q, k, v, low, high, number) -> Part:
+    part = _local(plan, _gathered(plan, q), k, v, low, high, number)
+    return ops.merge_all(Part(_home(plan, part.o.astype(q.dtype)), _home(plan, part.lse)))
+
+
+def _gather_q_back(plan, q, k, v, do, lse, delta, low, high, number):
+    known = _gathered(plan, jnp.stack([lse, delta], -1))
+    q_all, do_all = _gathered(plan, q), _gathered(plan, do)
+    dq, dk, dv = _local_back(plan, q_all, k, v, do_all, known[..., 0], known[..., 1], low, high, number)
+    return _home(plan, dq.astype(q.dtype)).astype(dq.dtype).sum(0), dk, dv
+
+
+def _gather_q_scatter(plan, q, k, v, low, high, number) -> Part:
+    part = _local(plan, _gathered(plan, q), k, v, low, high, number)
+    top = lax.pmax(part.lse, plan.axis)
+    base = jnp.where(jnp.isfinite(top), top, 0.0)
+    weight = jnp.exp(part.lse - base)
+
+    def reduced(x: Array) -> Array:
+        return lax.psum_scatter(x, plan.axis, scatter_dimension=1, tiled=True)
+
+    weighted = reduced((weight[..., None] * part.o).astype(q.dtype)).astype(weight.dtype)
+    total = reduced(weight)
+    here = lax.dynamic_slice_in_dim(base, _place(plan) * total.shape[1], total.shape[1], 1)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    o = jnp.where(some[..., None], weighted / safe[..., None], 0.0)
+    return Part(o, jnp.where(some, here + jnp.log(safe), -jnp.inf))
+
+
+def _gather_q_scatter_back(plan, q, k, v, do, lse, delta, low, high, number):
+    known = _gathered(plan, jnp.stack([lse, delta], -1))
+    q_all, do_all = _gathered(plan, q), _gathered(plan, do)
+    dq, dk, dv = _local_back(plan, q_all, k, v, do_all, known[..., 0], known[..., 1], low, high, number)
+    return lax.psum_scatter(dq.astype(q.dtype), plan.axis, scatter_dimension=1, tiled=True), dk, dv
+
+
+# --- rings
+
+
+def _place(plan: Plan) -> Array:
+    """This device's place along the axis."""
+    return lax.axis_index(plan.axis)
+
+
+def _next(plan: Plan, x: Any) -> Any:
+    """From every device to the one behind it."""
+    ring = [(i, (i + 1) % plan.n) for i in range(plan.n)]
+    return jax.tree.map(lambda a: lax.ppermute(a, plan.axis, ring), x)
+
+
+def _around(plan: Plan, step: Callable[[Any], Any], carry: Any, rounds: int) -> Any:
+    """`step` so many times. A scan, as an unrolled ring keeps every copy alive (spec section 6.4)."""
+    return lax.scan(lambda carry, _: (step(carry), None), carry, None, length=rounds)[0] if rounds else carry
+
+
+def _ring_q(plan, q, k, v, low, high, number) -> Part:
+    """The paper's ring, where what a block finds at home stays there and is merged last: one hop less."""
+    own = _local(plan, q, k, v, low, high, number)
+    if plan.n == 1:
+        return own
+
+    def found(block: Any) -> Part:
+        return _local(plan, block[0], k, v, *block[1:], number)
+
+    def wire(part: Part) -> Part:
+        return Part(part.o.astype(q.dtype), part.lse)
+
+    def step(carry: Any) -> Any:
+        block, part = _next(plan, carry)
+        return block, wire(ops.merge(part, found(block)))
+
+    block = _next(plan, (q, low, high))
+    _, part = _around(plan, step, (block, wire(found(block))), plan.n - 2)
+    return ops.merge(own, _next(plan, part))
+
+
+def _ring_q_back(plan, q, k, v, do, lse, delta, low, high, number):
+    own, dk, dv = _local_back(plan, q, k, v, do, lse, delta, low, high, number)
+    if plan.n == 1:
+        return own, dk, dv
+
+    def found(block: Any) -> Any:
+        return _local_back(plan, block[0], k, v, *block[1:], number)
+
+    def step(carry: Any) -> Any:
+        (block, dq), dk, dv = _next(plan, carry[:2]), *carry[2:]
+        more = found(block)
+        return block, (dq.astype(own.dtype) + more[0]).astype(q.dtype), dk + more[1], dv + more[2]
+
+    block = _next(plan, (q, do, lse, delta, low, high))
+    dq, more_k, more_v = found(block)
+    _, dq, dk, dv = _around(plan, step, (block, dq.astype(q.dtype), dk + more_k, dv + more_v), plan.n - 2)
+    return own + _next(plan, dq).astype(own.dtype), dk, dv
+
+
+def _ring_kv(plan, q, k, v, low, high, number) -> Part:
+    """Ring attention: keys and values travel (the baseline)."""
+    part = _local(plan, q, k, v, low, high, number)
+
+    def step(carry: Any) -> Any:
+        block, part = _next(plan, carry[0]), carry[1]
+        return block, ops.merge(part, _local(plan, q, *block[:2], low, high, block[2]))
+
+    return _around(plan, step, ((k, v, number), part), plan.n - 1)[1]
+
+
+def _ring_kv_back(plan, q, k, v, do, lse, delta, low, high, number):
+    dq, own_k, own_v = _local_back(plan, q, k, v, do, lse, delta, low, high, number)
+    if plan.n == 1:
+        return dq, own_k, own_v
+
+    def found(block: Any) -> Any:
+        return _local_back(plan, q, *block[:2], do, lse, delta, low, high, block[2])
+
+    def wire(*gradients: Array) -> tuple[Array, ...]:
+        return tuple(x.astype(k.dtype) for x in gradients)
+
+    def step(carry: Any) -> Any:
+        block, dk, dv = _next(plan, carry[0:3])
+        more = found(block)
+        return block, *wire(dk.astype(dq.dtype) + more[1], dv.astype(dq.dtype) + more[2]), carry[3] + more[0]
+
+    block = _next(plan, (k, v, number))
+    first = found(block)
+    carry = block, *wire(*first[1:]), dq + first[0]
+    _, dk, dv, dq = _around(plan, step, carry, plan.n - 2)
+    dk, dv = _next(plan, (dk, dv))
+    return dq, own_k + dk.astype(dq.dtype), own_v + dv.astype(dq.dtype)
+
+
+def _ring_kv_expanded(plan, q, k, v, low, high, number) -> Part:
+    """The same with key heads repeated before they travel, as the paper's baseline was measured."""
+    return _ring_kv(plan, q, *_expanded(q, k, v), low, high, number)
+
+
+def _ring_kv_expanded_back(plan, q, k, v, do, lse, delta, low, high, number):
+    dq, dk, dv = _ring_kv_back(plan, q, *_expanded(q, k, v), do, lse, delta, low, high, number)
+    b, t, heads, d = k.shape
+    return dq, *(x.reshape(b, t, heads, -1, d).sum(3) for x in (dk, dv))
+
+
+def _expanded(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    group = q.shape[2] // k.shape[2]
+    return jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+
+
+# --- ulysses: every device has some heads of everything
+
+
+def _by_heads(plan: Plan, x: Array) -> Array:
+    """`[B, s, H, ...]` -> `[B, S, H / n, ...]`."""
+    return lax.all_to_all(x, plan.axis, split_axis=2, concat_axis=1, tiled=True)
+
+
+def _by_rows(plan: Plan, x: Array) -> Array:
+    return lax.all_to_all(x, plan.axis, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _ulysses(plan, q, k, v, low, high, number) -> Part:
+    part = _local(plan, *(_by_heads(plan, x) for x in (q, k, v)), low, high, number)
+    return Part(_by_rows(plan, part.o.astype(q.dtype)), _by_rows(plan, part.lse))
+
+
+def _ulysses_back(plan, q, k, v, do, lse, delta, low, high, number):
+    given = (_by_heads(plan, x) for x in (q, k, v, do, lse, delta))
+    dq, dk, dv = _local_back(plan, *given, low, high, number)
+    return tuple(_by_rows(plan, x.astype(q.dtype)) for x in (dq, dk, dv))
+
+
+# --- replicated_q: a few rows that every device has (decoding)
+
+
+def _replicated_q(plan, q, k, v, low, high, number) -> Part:
+    part = _local(plan, q, k, v, low, high, number)
+    packed = lax.all_gather(jnp.concatenate([part.o, part.lse[..., None]], -1), plan.axis)
+    return ops.merge_all(Part(packed[..., :-1], packed[..., -1]))
+
+
+def _replicated_q_back(plan, q, k, v, do, lse, delta, low, high, number):
+    dq, dk, dv = _local_back(plan, q, k, v, do, lse, delta, low, high, number)
+    return lax.psum(dq, plan.axis), dk, dv
+
+
+# --- gspmd: what the partitioner makes of the plain equations
+
+
+def _partitioned(plan, q, k, v, low, high, number) -> tuple[Array, Array]:
+    def put(x: Array, spec: P) -> Array:
+        return lax.with_sharding_constraint(x, jax.sharding.NamedSharding(plan.mesh, spec))
+
+    scale = plan.scale * q.shape[-1] ** 0.5
+    even = q.shape[1] % plan.n == 0, k.shape[1] % plan.n == 0
+    if even[0]:
+        q = put(q, plan.rows)
+    if even[1]:
+        k, v = put(k, plan.keys), put(v, plan.keys)
+    return attend(q * scale, k, v, low=low, high=high, number=number)
+
+
+_FORWARD: dict[str, Callable[..., Part]] = {
+    "local": _local,
+    "gather_q": _gather_q,
+    "gather_q_scatter": _gather_q_scatter,
+    "ring_q": _ring_q,
+    "ring_kv": _ring_kv,
+    "ring_kv_expanded": _ring_kv_expanded,
+    "ulysses": _ulysses,
+    "replicated_q": _replicated_q,
+}
+_BACKWARD: dict[str, Callable[..., Any]] = {
+    "local": _local_back,
+    "gather_q": _gather_q_back,
+    "gather_q_scatter": _gather_q_scatter_back,
+    "ring_q": _ring_q_back,
+    "ring_kv": _ring_kv_back,
+    "ring_kv_expanded": _ring_kv_expanded_back,
+    "ulysses": _ulysses_back,
+    "replicated_q": _replicated_q_back,
+}

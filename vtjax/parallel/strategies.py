@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each way to distribute cross-attention sends, and how long it should take; `choose` takes the shortest.
+
+All of it is arithmetic on static shapes, done while tracing. Bytes are those that one device sends for one layer, exact
+(spec section 3.3); seconds are a model (section 6.5) with the numbers of a `Hardware`, good for comparing strategies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+STRATEGIES = (
+    "gather_q",
+    "gather_q_scatter",
+    "ring_q",
+    "ring_kv",
+    "ring_kv_expanded",
+    "ulysses",
+    "replicated_q",
+    "gspmd",
+    "local",
+)
+STATISTIC = 4  # bytes of a log-sum-exp
+
+
+class Case(NamedTuple):
+    """Sizes of a call: devices, batch, rows of text, visual tokens, query heads, key heads, head width, and bytes of an
+    element."""
+
+    n: int
+    batch: int
+    rows: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bytes: int
+
+    @property
+    def q(self) -> int:
+        """Bytes of all queries; outputs and gradients have as many."""
+        return self.batch * self.rows * self.heads * self.head_dim * self.bytes
+
+    @property
+    def statistics(self) -> int:
+        """Bytes of one float32 per row and head."""
+        return self.batch * self.rows * self.heads * STATISTIC
+
+    @property
+    def kv(self) -> int:
+        """Bytes of all keys and values."""
+        return 2 * self.batch * self.keys * self.kv_heads * self.head_dim * self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One device and its links. The defaults are about a TPU v5e's.
+
+    Attributes:
+      flops: of matrix products, per second, as a kernel reaches them.
+      memory: bytes per second.
+      link: bytes per second that a device sends.
+      latency: seconds of one collective.
+      tile: rows of queries that a kernel keeps while keys pass by.
+    """
+
+    flops: float = 100e12
+    memory: float = 800e9
+    link: float = 90e9
+    latency: float = 4e-6
+    tile: int = 1024
+
+
+class Sent(NamedTuple):
+    """Bytes that a device sends in the forward and the backward pass, and collectives that wait for each other."""
+
+    forward: float
+    backward: float
+    steps: int
+
+
+def sent(case: Case, strategy: str) -> Sent:
+    """What one device sends for one layer.
+
+    Raises:
+      ValueError: an unknown strategy; "gspmd", whose collectives are the partitioner's.
+    """
+    r, n = (case.n - 1) / case.n, case.n
+    q, known, kv = case.q, case.statistics, case.kv
+    wide = kv * case.heads // case.kv_heads
+    found = {
+        "local": Sent(0, 0, 0),
+        "gather_q": Sent(r * (2 * q + known), r * (3 * q + 2 * known), 4),
+        "gather_q_scatter": Sent(r * (2 * q + 3 * known), r * (3 * q + 2 * known), 5),
+        "ring_q": Sent(r * (2 * q + known), r * (3 * q + 2 * known), 2 * n),
+        "ring_kv": Sent(r * kv, 2 * r * kv, 2 * n),
+        "ring_kv_expanded": Sent(r * wide, 2 * r * wide, 2 * n),
+        "ulysses": Sent(r / n * (2 * q + kv + known), r / n * (3 * q + 2 * kv + 2 * known), 4),
+        "replicated_q": Sent(
+            (n - 1) * case.batch * case.rows * case.heads * (case.head_dim + 1) * STATISTIC,
+            2 * r * case.batch * case.rows * case.heads * case.head_dim * STATISTIC,
+            2,
+        ),
+    }
+    if strategy not in found:
+        raise ValueError(f"strategy must be one of {', '.join(found)}, found {strategy!r}")
+    return found[strategy] if n > 1 else Sent(0, 0, 0)
+
+
+def seconds(case: Case, strategy: str, hardware: Hardware = Hardware()) -> float:
+    """Forward and backward pass of one layer: work, or the memory traffic of the keys, and what is sent. Rings send
+    beside the work; the others in front of it and behind it."""
+    n, moved = case.n, sent(case, strategy)
+    work = (4 + 14) * case.batch * case.rows * case.keys * case.heads * case.head_dim / (n * hardware.flops)
+    group = case.heads // case.kv_heads
+    once = case.rows // n if strategy.startswith("ring_q") else case.rows
+    passes = (n if strategy == "ring_q" else 1) * math.ceil(max(once, 1) * group / hardware.tile)
+    read = 3 * passes * case.kv / (n * hardware.memory)
+    over = (moved.forward + moved.backward) / hardware.link
+    busy, waits = max(work, read), moved.steps * hardware.latency
+    return (max(busy, over) if strategy.startswith("ring") else busy + over) + waits
+
+
+def choose(case: Case, hardware: Hardware = Hardware()) -> str:
+    """The strategy that should take the least time; `ulysses` where the key heads divide."""
+    if case.n == 1:
+        return "local"
+    able = ["gather_q", "ring_q", "ring_kv", "replicated_q"]
+    if case.kv_heads % case.n == 0:
+        able.append("ulysses")
+    return min(able, key=lambda strategy: seconds(case, strategy, hardware))
