@@ -99,12 +99,12 @@ def cross_attention(
     through the log-sum-exp; once (no gradient of the gradient).
 
     Args:
-      q, k, v: global arrays, float32, bfloat16 or float64; query heads h H / K .. share a key head. Rows and visual tokens
-        may come in any order, and their numbers need not divide by the devices.
-      mesh, axis: where the visual tokens lie. Batch and heads are split over the mesh's axes "data", "fsdp" and "tensor"
-        where they divide.
-      q_interval: (lo, hi), inclusive: a row sees the keys whose id lies between; None = all that are no padding. lo > hi
-        = none.
+      q, k, v: global arrays, float32, bfloat16 or float64; query heads h H / K .. share a key head. Rows and visual
+        tokens may come in any order, and their numbers need not divide by the devices.
+      mesh, axis: where the visual tokens lie. Batch and heads are split over the mesh's axes "data", "fsdp" and
+        "tensor" where they divide.
+      q_interval: (lo, hi), inclusive: a row sees the keys whose id lies between; None = all that are no padding.
+        lo > hi = none.
       kv_id: 0 or less = padding; None = all are seen.
       scale: of the scores; None = D ** -0.5.
       strategy: one of `STRATEGIES`, or "auto", the cheapest by `strategies.choose` (spec section 6.5), which is logged.
