@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ OURS = {
     "dpn.lam": "0.3",
 }
 
+# The hinge counts work, not halvings.
+WORK = {"dpn.loss": "macs", "dpn.lam": "3.0"}
 QUALITY = {"dpn.quality": "3.0", "dpn.quality_share": "0.5"}
 
 Arm = tuple[str, dict[str, str]]
@@ -80,8 +83,9 @@ def tau() -> Iterator[Arm]:
     """More and less compression, as released and with the extensions."""
     for value in ("0.5", "1.0", "1.8"):
         yield f"dpn tau={value}", {"dpn.tau": value}
-    for value in ("0.5", "0.75", "1.25", "1.5"):
-        yield f"st quality tau={value}", {**OURS, **QUALITY, "dpn.tau": value}
+    yield "st quality tau=1.75", {**OURS, **QUALITY, "dpn.tau": "1.75"}
+    for value in ("0.44", "0.5", "0.6", "0.7"):
+        yield f"st quality budget={value}", {**OURS, **QUALITY, **WORK, "dpn.budget": value}
 
 
 ARMS = {"arms": arms, "tau": tau}
@@ -90,6 +94,11 @@ ARMS = {"arms": arms, "tau": tau}
 def dense_run(seed: int) -> str:
     """Where the dense model of a seed lies."""
     return f"runs/dpn/dense_{seed}"
+
+
+def arm_run(name: str, seed: int) -> str:
+    """Where the run of an arm lies."""
+    return f"runs/dpn/arms/{re.sub('[^a-z0-9=.]+', '_', name).strip('_')}_{seed}"
 
 
 def dense(seed: int) -> dict[str, Any]:
@@ -106,7 +115,7 @@ def arm(name: str, overrides: dict[str, str], seed: int, executables: Executable
     """Trains one arm from the dense model of the seed, and measures it."""
     given = {**overrides, "seed": str(seed), "init_from": dense_run(seed)}
     config = config_lib.load_config(CONFIG, "sortofclevr", given)
-    workdir = f"runs/dpn/{name.replace(' ', '_').replace(',', '').strip('()')}_{seed}"
+    workdir = arm_run(name, seed)
     config_lib.override(config, "workdir", workdir)
     task, data = assemble.assemble(config)
     result = loop.train(task, data, config, workdir, executables)
@@ -133,7 +142,9 @@ def measured(config: Any, task: Any, data: Any, params: Any) -> dict[str, Any]:
         **{f"halvings@{name}": float(choice[kind == i].mean(-1).mean()) for i, name in names.items()},
         "halvings": float(choice.mean()),
         "information_bits": information(choice, kind),
-        "paths": {str(tuple(p)): int(c) for p, c in zip(*np.unique(choice, axis=0, return_counts=True), strict=True)},
+        "paths": {
+            str(tuple(map(int, p))): int(c) for p, c in zip(*np.unique(choice, axis=0, return_counts=True), strict=True)
+        },
         "count": len(right),
         "correct": "".join(map(str, right.astype(int))),
     }

@@ -72,7 +72,7 @@ def _line(name: str) -> str | None:
         ("st quality", "ours"),
         ("dpn", "DPN"),
     ):
-        if name == start or name.startswith((f"{start} (", f"{start} tau")):
+        if name == start or name.startswith((f"{start} (", f"{start} tau", f"{start} budget")):
             return line
     return None
 

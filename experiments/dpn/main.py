@@ -81,7 +81,10 @@ def build(config: ConfigDict) -> Task:
         made = dpn.decisions(found.aux, spec)
         answer = vlm.mean_loss(found, batch, balance)
         warm = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
-        route = ops.route_loss(made["p"], made["routed"], knobs["dpn.tau"], form=settings.loss)
+        if settings.loss == "macs":
+            route = over_budget(spec, batch, made, knobs["dpn.budget"])
+        else:
+            route = ops.route_loss(made["p"], made["routed"], knobs["dpn.tau"], form=settings.loss)
         total = answer + knobs["dpn.lam"] * warm * route
         told = {"answer": answer, "route": route, **shares(spec, batch, made)}
         told["train_top1"] = found.right.sum() / jnp.maximum(found.asked.sum(), 1.0)
@@ -135,7 +138,7 @@ def build(config: ConfigDict) -> Task:
         loss=loss,
         evaluate=evaluate,
         trainable=lambda path: group_of(path) if trained(settings.trainable, path) else None,
-        knobs={f"dpn.{name}": settings[name] for name in ("tau", "lam", "distill", "quality")},
+        knobs={f"dpn.{name}": settings[name] for name in ("tau", "budget", "lam", "distill", "quality")},
         summary=_summary(config, spec, path),
         decisions=decisions,
         relax=relaxed,
@@ -175,11 +178,18 @@ def installed(config: ConfigDict, base: VLMSpec) -> VLMSpec:
 def check(config: ConfigDict) -> None:
     """Raises InputError for numbers that no run can have."""
     settings = config.dpn
-    for name, known in (("mode", MODES), ("trainable", TRAINABLE), ("loss", ops.LOSSES), ("gate", ops.GATES)):
+    for name, known in (
+        ("mode", MODES),
+        ("trainable", TRAINABLE),
+        ("loss", (*ops.LOSSES, "macs")),
+        ("gate", ops.GATES),
+    ):
         check_choice(f"config.dpn.{name}", settings[name], known)
     most = max(ops.SCALES)
     if not 0.0 <= settings.tau < most:
         raise InputError(f"config.dpn.tau must be at least 0 and below {most:.0f} halvings, found {settings.tau}")
+    if not 0.0 < settings.budget <= 1.0:
+        raise InputError(f"config.dpn.budget must be in (0, 1], a share of the dense work, found {settings.budget}")
     for name in ("lam", "distill", "quality"):
         if not 0.0 <= settings[name] < float("inf"):
             raise InputError(f"config.dpn.{name} must be 0 or more, found {settings[name]}")
@@ -218,6 +228,17 @@ def shares(spec: VLMSpec, batch: Any, made: Any) -> dict[str, jax.Array]:
     dense = dpn.macs(spec, whole, jnp.repeat(whole[:, None], made["live"].shape[1], axis=1))
     sigma = jnp.asarray(ops.SCALES)[made["choice"]].mean(-1)
     return {"mac_ratio": dpn.macs(spec, start, made["live"]) / jnp.maximum(dense, 1.0), "halvings": sigma}
+
+
+def over_budget(spec: VLMSpec, batch: Any, made: Any, budget: jax.Array) -> jax.Array:
+    """By how much the work that routers are to be expected to take is above a share of the dense one, a mean over the
+    batch. The release's hinge counts halvings, which save little where they come late (ours)."""
+    start, routed = text_tokens(batch), made["routed"].any(-1).astype(jnp.float32)
+    visual = ((batch["input_ids"] == spec.image_token) & (batch["segments"] >= 0)).sum(-1, dtype=jnp.float32)
+    spent = dpn.expected_macs(spec, start - visual, visual, made["p"])
+    dense = dpn.macs(spec, start, jnp.repeat(start[:, None], made["live"].shape[1], axis=1))
+    ratio = (spent / jnp.maximum(dense, 1.0) * routed).sum() / jnp.maximum(routed.sum(), 1.0)
+    return jnp.maximum(ratio - budget, 0.0)
 
 
 def divergence(known: jax.Array, logits: jax.Array, batch: Any) -> jax.Array:

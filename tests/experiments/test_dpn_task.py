@@ -115,7 +115,7 @@ def test_what_is_trained(what: str, dense: Path) -> None:
 
 def test_the_terms_of_the_loss(one: Any) -> None:
     settings, task, params, batch = one
-    knobs = {f"dpn.{name}": jnp.float32(settings.dpn[name]) for name in ("tau", "lam", "distill", "quality")}
+    knobs = {f"dpn.{name}": jnp.float32(settings.dpn[name]) for name in ("tau", "budget", "lam", "distill", "quality")}
     key = jax.random.key(3)
 
     @jax.jit
@@ -172,6 +172,7 @@ def test_forced_and_random_arms(dense: Path, one: Any) -> None:
             "must hold 3 experts for each of the types coarse, object",
         ),
         ({"dpn__mode": "forced", "dpn__path": "(1, 1, 3)"}, "must hold numbers of experts"),
+        ({"dpn__budget": 0.0}, r"config.dpn.budget must be in \(0, 1\], a share of the dense work, found 0.0"),
         ({"data__pack": 9}, "config.data.pack must be 1, as experts are chosen by the question, found 9"),
         ({"dpn__quality_share": 0.0}, r"config.dpn.quality_share must be in \(0, 1\], found 0.0"),
         ({"dpn__at": "(2, 4, 7)"}, r"dpn.at must ascend within 1..6 of 8 layers, found \(2, 4, 7\)"),

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -355,3 +356,16 @@ def test_what_is_not_defined_is_one_line(change, says):
     with pytest.raises(InputError, match=re.escape(says)) as caught:
         change()
     assert "\n" not in str(caught.value)
+
+
+def test_work_to_be_expected_is_the_mean_over_paths() -> None:
+    """The sum over all paths of probability times work."""
+    spec, paths = SPEC, list(itertools.product(range(3), repeat=3))
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(3), size=(2, 3)).astype(np.float32)
+    text, visual = jnp.asarray([3.0, 7.0]), jnp.full(2, float(spec.visual_tokens))
+    found = dpn.expected_macs(spec, text, visual, jnp.asarray(p))
+    for row in range(2):
+        chance = [float(np.prod([p[row, stage, k] for stage, k in enumerate(path)])) for path in paths]
+        work = [dpn.path_macs(spec, path, int(text[row])) for path in paths]
+        np.testing.assert_allclose(found[row], np.dot(chance, work), rtol=1e-5)

@@ -358,6 +358,28 @@ def macs(spec: VLMSpec, start: Float[Array, " B"], live: Float[Array, "B M"]) ->
     return total
 
 
+def expected_macs(
+    spec: VLMSpec, text: Float[Array, " B"], visual: Float[Array, " B"], p: Float[Array, "B M K"]
+) -> Float[Array, " B"]:
+    """`macs` of each sample where every stage draws its expert from `p`, independently and without a floor: the mean,
+    with the gradient of p (ours). Float32.
+
+    Args:
+      text, visual: live tokens in front of the first layer.
+    """
+    areas = jnp.asarray([height * width for height, width in WINDOWS], jnp.float32)
+    found, total = costs(spec.decoder), jnp.float32(0)
+    share, square = jnp.ones_like(text), jnp.ones_like(text)  # of the visual tokens: E[n] / n, E[n^2] / n^2
+    for stage, layers in enumerate(stretches(spec)):
+        if stage:
+            share = share * (p[:, stage - 1] / areas).sum(-1)
+            square = square * (p[:, stage - 1] / areas**2).sum(-1)
+        linear, pairs = found[layers.start : layers.stop].sum(0)
+        count = text + visual * share
+        total = total + linear * count + pairs * (text**2 + 2 * text * visual * share + visual**2 * square)
+    return total
+
+
 def path_macs(spec: VLMSpec, path: Sequence[int], text: int) -> int:
     """MACs of the blocks for one image and `text` tokens where every stage takes the expert of `path`. An exact
     integer, the published count (spec section 5).
