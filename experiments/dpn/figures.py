@@ -127,3 +127,7 @@ def questions_of(config: Any) -> Questions:
     """The questions that a config measures."""
     found = question_loader.open_split(config.data, config.data.eval_split)
     return found.of_types(config.data.types) if config.data.types else found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
