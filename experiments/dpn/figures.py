@@ -43,12 +43,12 @@ def main() -> int:
     return 0
 
 
-def tradeoff(records: Sequence[Mapping[str, Any]]) -> Any:
+def tradeoff(records: list[dict[str, Any]]) -> Any:
     """Accuracy against work: static paths, random routing, the released form, ours."""
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     dense = None
     for kind in ("arms", "tau"):
-        for name, found in by_arm(list(records), kind).items():
+        for name, found in by_arm(records, kind).items():
             tops = [r["top1"] for r in found]
             point = mean(found, "mac_ratio"), float(np.mean(tops)), min(tops), max(tops)
             if name == "dense":
@@ -95,7 +95,7 @@ def looked(model: vtjax.Model, asked: Questions, place: int) -> list[tuple[np.nd
     token's weight is spread over its window."""
     spec: Any = model.spec
     image, text, right = asked.images[asked.image[place]], asked.texts[place], asked.answers[asked.answer[place]]
-    made = answer.inputs(spec, image, text)
+    made: dict[str, Any] = answer.inputs(spec, image, text)
     logits, aux = jax.jit(lambda p: dpn.vlm(spec).apply(p, **made, want=("queries", "keys")))(model.params)
     told = dpn.decisions(aux, spec)
     choice = np.asarray(told["choice"])[0]

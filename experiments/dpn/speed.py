@@ -143,6 +143,7 @@ def decoding(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str
     deployed = dpn.vlm(spec)
     rows = dpn_deploy.entered(deployed, params, ids, images)
     pooled = dpn_deploy.Staged(deployed, keep=NEW - 1)(params, rows, np.asarray(paths, np.int32))
+    assert pooled.cache is not None
     lm, decoder = VLM(spec.unreduced()).lm, params["decoder"]
     logits, cache = jax.jit(lambda p, x: lm.prefill(p, embeddings=x, room=NEW - 1))(decoder, rows.x)
     short = deployed.decoder_params(params)

@@ -25,8 +25,8 @@ Records = list[dict[str, Any]]
 
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
-    makers = (("dense", "accuracy", dense), ("arms", "accuracy", arms), ("speed", "speed", speed))
-    makers += (("decode", "speed", decode),)
+    made = (("dense", "accuracy", dense), ("arms", "accuracy", arms), ("speed", "speed", speed))
+    makers = (*made, ("decode", "speed", decode))
     return tables.from_records(results, makers)
 
 
@@ -58,7 +58,8 @@ def dense(records: Records) -> str:
 def arms(records: Records) -> str:
     """Accuracy and work of every arm; what its own decisions are worth against the same ones permuted; and how it
     stands to the dense arm and to the best static path of no more work, over the seeds that both have."""
-    rows, dense = [], by_arm(records, "arms").get("dense", [])
+    rows: list[tuple[Any, ...]] = []
+    dense = by_arm(records, "arms").get("dense", [])
     static = {name: found for name, found in by_arm(records, "arms").items() if name.startswith("static")}
     for kind in ("arms", "tau"):
         for name, found in by_arm(records, kind).items():
@@ -83,7 +84,7 @@ def arms(records: Records) -> str:
             )
     if not rows:
         return ""
-    header = ("arm", "seeds", "work", "accuracy, %", "by type", "halvings by type", "bits")
+    header: tuple[str, ...] = ("arm", "seeds", "work", "accuracy, %", "by type", "halvings by type", "bits")
     header += ("own decisions minus permuted", "minus dense", "minus best static")
     used = [r for r in records if r["kind"] in ("arms", "tau")]
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)

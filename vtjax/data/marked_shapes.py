@@ -152,6 +152,7 @@ def scene(split: str, index: int, seed: int, cells: int = 0, objects: float = 1.
         made = Scene(centres, large, shapes, marks, int(rng.integers(118, 139)))
         if tries >= PATIENCE or all(_truth(made, form, wanted[form][0]) == wanted[form][1] for form in _PLACED):
             return made
+    raise AssertionError("counting does not end")
 
 
 def ask(made: Scene, form: str, subjects: Subjects) -> Asked:

@@ -339,7 +339,8 @@ def from_config(
             raise InputError("config.data.train_split must name the split whose words make the vocabulary, found none")
         tokenizer = vocabulary(train)
     if config["types"]:
-        train, evaluation = (part and part.of_types(config["types"]) for part in (train, evaluation))
+        train = None if train is None else train.of_types(config["types"])
+        evaluation = evaluation.of_types(config["types"])
     names = ("crop", "interpolation", "squash", "mean", "std")
     form = {} if preprocess is None else {name: getattr(preprocess, name) for name in names}
     data = QuestionData(

@@ -167,7 +167,9 @@ def attend_over(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...], **option
     return attend
 
 
-def _check(q, k, v, q_interval, kv_id, mesh, axes, strategy) -> None:
+def _check(
+    q: Array, k: Array, v: Array, q_interval: Any, kv_id: Any, mesh: Any, axes: tuple[str, ...], strategy: str
+) -> None:
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, found {strategy!r}")
     for name in axes:
@@ -234,7 +236,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> tuple[Array, Array]:
-    def body(q, k, v, low, high, number):
+    def body(q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Any:
         o, lse = _FORWARD[plan.strategy](plan, q, k, v, low, high, number)
         return o.astype(q.dtype), lse
 
@@ -246,12 +248,11 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, 
     )
 
 
-def _backward(plan: Plan, q, k, v, do, lse, delta, low, high, number) -> tuple[Array, Array, Array]:
-    def body(q, k, v, do, lse, delta, low, high, number):
-        dq, dk, dv = _BACKWARD[plan.strategy](plan, q, k, v, do, lse, delta, low, high, number)
+def _backward(plan: Plan, *given: Array) -> tuple[Array, Array, Array]:
+    def body(q: Array, k: Array, v: Array, *known: Array) -> Any:
+        dq, dk, dv = _BACKWARD[plan.strategy](plan, q, k, v, *known)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    given = q, k, v, do, lse, delta, low, high, number
     if plan.strategy == "local":
         return body(*given)
     ids, images = _ids(plan)
@@ -272,16 +273,14 @@ def _mapped(plan: Plan, body: Callable[..., Any], inside: tuple[P, ...], out: An
     return jax.shard_map(body, mesh=plan.mesh, in_specs=inside, out_specs=out, check_vma=check)
 
 
-def _masked(plan: Plan, low: Array, high: Array, number: Array) -> dict[str, Any]:
-    return {"low": low, "high": high, "number": number, "scale": plan.scale}
+def _local(plan: Plan, *given: Any) -> Part:
+    q, k, v, low, high, number = given
+    return ops.forward(q, k, v, low=low, high=high, number=number, scale=plan.scale)
 
 
-def _local(plan, q, k, v, low, high, number) -> Part:
-    return ops.forward(q, k, v, **_masked(plan, low, high, number))
-
-
-def _local_back(plan, q, k, v, do, lse, delta, low, high, number):
-    return ops.backward(q, k, v, do, lse, delta, **_masked(plan, low, high, number))
+def _local_back(plan: Plan, *given: Any) -> tuple[Array, Array, Array]:
+    q, k, v, do, lse, delta, low, high, number = given
+    return ops.backward(q, k, v, do, lse, delta, low=low, high=high, number=number, scale=plan.scale)
 
 
 # --- gather_q: all queries everywhere, one pass over the local keys, partial outputs merged at home
@@ -298,19 +297,20 @@ def _home(plan: Plan, x: Array) -> Array:
     return lax.all_to_all(parts, plan.axis, split_axis=0, concat_axis=0, tiled=True)
 
 
-def _gather_q(plan, q, k, v, low, high, number) -> Part:
+def _gather_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     part = _local(plan, _gathered(plan, q), k, v, low, high, number)
     return ops.merge_all(Part(_home(plan, part.o.astype(q.dtype)), _home(plan, part.lse)))
 
 
-def _gather_q_back(plan, q, k, v, do, lse, delta, low, high, number):
-    known = _gathered(plan, jnp.stack([lse, delta], -1))
+def _gather_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+    do, lse, delta, low, high, number = known
+    both = _gathered(plan, jnp.stack([lse, delta], -1))
     q_all, do_all = _gathered(plan, q), _gathered(plan, do)
-    dq, dk, dv = _local_back(plan, q_all, k, v, do_all, known[..., 0], known[..., 1], low, high, number)
+    dq, dk, dv = _local_back(plan, q_all, k, v, do_all, both[..., 0], both[..., 1], low, high, number)
     return _home(plan, dq.astype(q.dtype)).astype(dq.dtype).sum(0), dk, dv
 
 
-def _gather_q_scatter(plan, q, k, v, low, high, number) -> Part:
+def _gather_q_scatter(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     part = _local(plan, _gathered(plan, q), k, v, low, high, number)
     top = lax.pmax(part.lse, plan.axis)
     base = jnp.where(jnp.isfinite(top), top, 0.0)
@@ -328,10 +328,11 @@ def _gather_q_scatter(plan, q, k, v, low, high, number) -> Part:
     return Part(o, jnp.where(some, here + jnp.log(safe), -jnp.inf))
 
 
-def _gather_q_scatter_back(plan, q, k, v, do, lse, delta, low, high, number):
-    known = _gathered(plan, jnp.stack([lse, delta], -1))
+def _gather_q_scatter_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+    do, lse, delta, low, high, number = known
+    both = _gathered(plan, jnp.stack([lse, delta], -1))
     q_all, do_all = _gathered(plan, q), _gathered(plan, do)
-    dq, dk, dv = _local_back(plan, q_all, k, v, do_all, known[..., 0], known[..., 1], low, high, number)
+    dq, dk, dv = _local_back(plan, q_all, k, v, do_all, both[..., 0], both[..., 1], low, high, number)
     return lax.psum_scatter(dq.astype(q.dtype), plan.axis, scatter_dimension=1, tiled=True), dk, dv
 
 
@@ -354,7 +355,7 @@ def _around(plan: Plan, step: Callable[[Any], Any], carry: Any, rounds: int) -> 
     return lax.scan(lambda carry, _: (step(carry), None), carry, None, length=rounds)[0] if rounds else carry
 
 
-def _ring_q(plan, q, k, v, low, high, number) -> Part:
+def _ring_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     """The paper's ring, where what a block finds at home stays there and is merged last: one hop less."""
     own = _local(plan, q, k, v, low, high, number)
     if plan.n == 1:
@@ -375,7 +376,8 @@ def _ring_q(plan, q, k, v, low, high, number) -> Part:
     return ops.merge(own, _next(plan, part))
 
 
-def _ring_q_back(plan, q, k, v, do, lse, delta, low, high, number):
+def _ring_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+    do, lse, delta, low, high, number = known
     own, dk, dv = _local_back(plan, q, k, v, do, lse, delta, low, high, number)
     if plan.n == 1:
         return own, dk, dv
@@ -384,7 +386,8 @@ def _ring_q_back(plan, q, k, v, do, lse, delta, low, high, number):
         return _local_back(plan, block[0], k, v, *block[1:], number)
 
     def step(carry: Any) -> Any:
-        (block, dq), dk, dv = _next(plan, carry[:2]), *carry[2:]
+        block, dq = _next(plan, carry[:2])
+        dk, dv = carry[2:]
         more = found(block)
         return block, (dq.astype(own.dtype) + more[0]).astype(q.dtype), dk + more[1], dv + more[2]
 
@@ -394,7 +397,7 @@ def _ring_q_back(plan, q, k, v, do, lse, delta, low, high, number):
     return own + _next(plan, dq).astype(own.dtype), dk, dv
 
 
-def _ring_kv(plan, q, k, v, low, high, number) -> Part:
+def _ring_kv(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     """Ring attention: keys and values travel (the baseline)."""
     part = _local(plan, q, k, v, low, high, number)
 
@@ -405,7 +408,8 @@ def _ring_kv(plan, q, k, v, low, high, number) -> Part:
     return _around(plan, step, ((k, v, number), part), plan.n - 1)[1]
 
 
-def _ring_kv_back(plan, q, k, v, do, lse, delta, low, high, number):
+def _ring_kv_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+    do, lse, delta, low, high, number = known
     dq, own_k, own_v = _local_back(plan, q, k, v, do, lse, delta, low, high, number)
     if plan.n == 1:
         return dq, own_k, own_v
@@ -429,12 +433,13 @@ def _ring_kv_back(plan, q, k, v, do, lse, delta, low, high, number):
     return dq, own_k + dk.astype(dq.dtype), own_v + dv.astype(dq.dtype)
 
 
-def _ring_kv_expanded(plan, q, k, v, low, high, number) -> Part:
+def _ring_kv_expanded(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     """The same with key heads repeated before they travel, as the paper's baseline was measured."""
     return _ring_kv(plan, q, *_expanded(q, k, v), low, high, number)
 
 
-def _ring_kv_expanded_back(plan, q, k, v, do, lse, delta, low, high, number):
+def _ring_kv_expanded_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+    do, lse, delta, low, high, number = known
     dq, dk, dv = _ring_kv_back(plan, q, *_expanded(q, k, v), do, lse, delta, low, high, number)
     b, t, heads, d = k.shape
     return dq, *(x.reshape(b, t, heads, -1, d).sum(3) for x in (dk, dv))
@@ -457,12 +462,13 @@ def _by_rows(plan: Plan, x: Array) -> Array:
     return lax.all_to_all(x, plan.axis, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _ulysses(plan, q, k, v, low, high, number) -> Part:
+def _ulysses(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     part = _local(plan, *(_by_heads(plan, x) for x in (q, k, v)), low, high, number)
     return Part(_by_rows(plan, part.o.astype(q.dtype)), _by_rows(plan, part.lse))
 
 
-def _ulysses_back(plan, q, k, v, do, lse, delta, low, high, number):
+def _ulysses_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+    do, lse, delta, low, high, number = known
     given = (_by_heads(plan, x) for x in (q, k, v, do, lse, delta))
     dq, dk, dv = _local_back(plan, *given, low, high, number)
     return tuple(_by_rows(plan, x.astype(q.dtype)) for x in (dq, dk, dv))
@@ -471,13 +477,14 @@ def _ulysses_back(plan, q, k, v, do, lse, delta, low, high, number):
 # --- replicated_q: a few rows that every device has (decoding)
 
 
-def _replicated_q(plan, q, k, v, low, high, number) -> Part:
+def _replicated_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     part = _local(plan, q, k, v, low, high, number)
     packed = lax.all_gather(jnp.concatenate([part.o, part.lse[..., None]], -1), plan.axis)
     return ops.merge_all(Part(packed[..., :-1], packed[..., -1]))
 
 
-def _replicated_q_back(plan, q, k, v, do, lse, delta, low, high, number):
+def _replicated_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+    do, lse, delta, low, high, number = known
     dq, dk, dv = _local_back(plan, q, k, v, do, lse, delta, low, high, number)
     return lax.psum(dq, plan.axis), dk, dv
 
@@ -485,7 +492,9 @@ def _replicated_q_back(plan, q, k, v, do, lse, delta, low, high, number):
 # --- gspmd: what the partitioner makes of the plain equations
 
 
-def _partitioned(plan, q, k, v, low, high, number) -> tuple[Array, Array]:
+def _partitioned(
+    plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array
+) -> tuple[Array, Array]:
     def put(x: Array, spec: P) -> Array:
         return lax.with_sharding_constraint(x, jax.sharding.NamedSharding(plan.mesh, spec))
 
