@@ -28,7 +28,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vtjax.ops import partial_softmax as ops
 from vtjax.ops.cross_attention import attend
@@ -83,13 +83,13 @@ class Plan:
 
 def cross_attention(
     q: Float[Array, "B S_Q H D"],
-    k: Float[Array, "B S_K K D"],
-    v: Float[Array, "B S_K K D"],
+    k: Array,
+    v: Array,
     *,
     mesh: Mesh | AbstractMesh,
     axis: str | tuple[str, ...],
-    q_interval: Int[Array, "B S_Q 2"] | None = None,
-    kv_id: Int[Array, "B S_K"] | None = None,
+    q_interval: Array | None = None,
+    kv_id: Array | None = None,
     scale: float | None = None,
     strategy: str = "auto",
     return_lse: bool = False,
@@ -99,13 +99,13 @@ def cross_attention(
     through the log-sum-exp; once (no gradient of the gradient).
 
     Args:
-      q, k, v: global arrays, float32, bfloat16 or float64; query heads h H / K .. share a key head. Rows and visual
-        tokens may come in any order, and their numbers need not divide by the devices.
+      q, k, v: `[B, S_Q, H, D]`, `[B, S_K, K, D]` and the same: global arrays, float32, bfloat16 or float64; query heads
+        h H / K .. share a key head. Rows and visual tokens may come in any order, and need not divide by the devices.
       mesh, axis: where the visual tokens lie. Batch and heads are split over the mesh's axes "data", "fsdp" and
         "tensor" where they divide.
-      q_interval: (lo, hi), inclusive: a row sees the keys whose id lies between; None = all that are no padding.
-        lo > hi = none.
-      kv_id: 0 or less = padding; None = all are seen.
+      q_interval: int32 `[B, S_Q, 2]`, (lo, hi), inclusive: a row sees the keys whose id lies between; None = all that
+        are no padding. lo > hi = none.
+      kv_id: int32 `[B, S_K]`; 0 or less = padding; None = all are seen.
       scale: of the scores; None = D ** -0.5.
       strategy: one of `STRATEGIES`, or "auto", the cheapest by `strategies.choose` (spec section 6.5), which is logged.
       return_lse: the natural log-sum-exp of the scores, too, -inf where a row sees nothing, in the dtype of statistics.
