@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from vtjax.parallel.cross_attention import cross_attention
 
-# (B, S_Q, S_K, H, K): uneven lengths; fewer visual tokens than devices.
-SIZES = ((2, 7, 21, 8, 8), (1, 10, 5, 8, 2), (1, 3, 40, 7, 1))
+# (B, S_Q, S_K, H, K): uneven lengths; fewer visual tokens than devices; key heads that divide over three of them.
+SIZES = ((2, 7, 21, 8, 8), (1, 10, 5, 8, 2), (1, 3, 40, 7, 1), (1, 5, 13, 6, 3))
 
 
 def dense(q: Any, k: Any, v: Any, low: Any, high: Any, number: Any) -> tuple[Any, Any]:
