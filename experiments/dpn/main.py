@@ -224,10 +224,15 @@ def shares(spec: VLMSpec, batch: Any, made: Any) -> dict[str, jax.Array]:
     """Per row: the decoder's MACs over those of the model that reads every patch and pools nothing, and mean halvings
     per stage."""
     start = text_tokens(batch)
-    whole = start + math.prod(spec.tower.grid) - math.prod(spec.grid)
-    dense = dpn.macs(spec, whole, jnp.repeat(whole[:, None], made["live"].shape[1], axis=1))
+    dense = dense_macs(spec, start)
     sigma = jnp.asarray(ops.SCALES)[made["choice"]].mean(-1)
     return {"mac_ratio": dpn.macs(spec, start, made["live"]) / jnp.maximum(dense, 1.0), "halvings": sigma}
+
+
+def dense_macs(spec: VLMSpec, start: jax.Array) -> jax.Array:
+    """Per row: MACs of the model that reads every patch and pools nothing, also where the bridge pools."""
+    whole = start + math.prod(spec.tower.grid) - math.prod(spec.grid)
+    return dpn.macs(spec, whole, jnp.repeat(whole[:, None], len(dpn.reducers(spec)), axis=1))
 
 
 def over_budget(spec: VLMSpec, batch: Any, made: Any, budget: jax.Array) -> jax.Array:
@@ -236,7 +241,7 @@ def over_budget(spec: VLMSpec, batch: Any, made: Any, budget: jax.Array) -> jax.
     start, routed = text_tokens(batch), made["routed"].any(-1).astype(jnp.float32)
     visual = ((batch["input_ids"] == spec.image_token) & (batch["segments"] >= 0)).sum(-1, dtype=jnp.float32)
     spent = dpn.expected_macs(spec, start - visual, visual, made["p"])
-    dense = dpn.macs(spec, start, jnp.repeat(start[:, None], made["live"].shape[1], axis=1))
+    dense = dense_macs(spec, start)
     ratio = (spent / jnp.maximum(dense, 1.0) * routed).sum() / jnp.maximum(routed.sum(), 1.0)
     return jnp.maximum(ratio - budget, 0.0)
 

@@ -66,6 +66,9 @@ def _listed(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(" ".join(itertools.chain(*zip(COLOURS, chosen, strict=True))) for chosen in every)
 
 
+LISTED = {"shapes": SHAPES, "sides": SIDES, "marks": tuple(MARKS)}
+"""Forms that ask for a word about every object, and the words."""
+
 FORMS = {
     "shape": Form("coarse", "shape of the large one?", 0, SHAPES),
     "colour": Form("coarse", "color of the large one?", 0, tuple(COLOURS)),
@@ -75,11 +78,9 @@ FORMS = {
     "beside": Form("relation", "is {} left or right of {}?", 2, SIDES),
     "above": Form("relation", "is {} above or below {}?", 2, HEIGHTS),
     "mark": Form("fine", "mark of {}?", 1, tuple(MARKS)),
-    "shapes": Form("list", "shapes?", 0, _listed(SHAPES)),
-    "sides": Form("list", "sides?", 0, _listed(SIDES)),
-    "marks": Form("list", "marks?", 0, _listed(tuple(MARKS))),
+    **{form: Form("list", f"{form}?", 0, _listed(words)) for form, words in LISTED.items()},
 }
-WISHED = ("shape", "colour", "side", "its_shape", "its_side", "beside", "above", "mark")
+WISHED = tuple(form for form in FORMS if form not in LISTED)
 ANSWERS = tuple(dict.fromkeys(answer for form in FORMS.values() for answer in form.answers))
 TIMES = dict.fromkeys(FORMS, 1) | {"its_shape": 2, "mark": 4}  # how often a form is asked about an image
 QUESTIONS = sum(TIMES.values())
@@ -194,10 +195,9 @@ def _truth(made: Scene, form: str, subjects: Subjects) -> int:
     about = subjects or (made.large,)
     place = made.centres[about[0]]
     other = made.centres[about[1]] if len(about) > 1 else np.array([0.5, 0.5])
-    listed = {"shapes": made.shapes, "sides": made.centres[:, 1] > 0.5, "marks": made.marks}
-    if form in listed:
-        words = round(len(FORMS[form].answers) ** (1 / OBJECTS))
-        return int(np.ravel_multi_index(listed[form].astype(int), (words,) * OBJECTS))
+    if form in LISTED:
+        said = {"shapes": made.shapes, "sides": made.centres[:, 1] > 0.5, "marks": made.marks}[form]
+        return int(np.ravel_multi_index(said.astype(int), (len(LISTED[form]),) * OBJECTS))
     truth: dict[str, Any] = {
         **dict.fromkeys(("shape", "its_shape"), made.shapes[about[0]]),
         **dict.fromkeys(("side", "its_side", "beside"), place[1] > other[1]),

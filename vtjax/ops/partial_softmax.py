@@ -47,14 +47,23 @@ def merge(a: Part, b: Part) -> Part:
 def merge_all(parts: Part) -> Part:
     """Attention to the keys of all parts, which lie along the leading axis; in the dtype of `lse`."""
     o, lse = parts
-    top = lse.max(0)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    top = finite(lse.max(0))
     weight = jnp.exp(lse - top)
-    total = weight.sum(0)
+    return normalised((weight[..., None] * o.astype(lse.dtype)).sum(0), top, weight.sum(0))
+
+
+def normalised(weighted: Float[Array, "*B D"], top: Float[Array, "*B"], total: Float[Array, "*B"]) -> Part:
+    """The part of a sum of values weighted by `exp(z - top)`, and the sum `total` of the weights, 0 where there were
+    none."""
     some = total > 0
     safe = jnp.where(some, total, 1.0)
-    merged = (weight[..., None] * o.astype(lse.dtype)).sum(0) / safe[..., None]
-    return Part(jnp.where(some[..., None], merged, 0.0), jnp.where(some, top + jnp.log(safe), -jnp.inf))
+    o = jnp.where(some[..., None], weighted / safe[..., None], 0.0)
+    return Part(o, jnp.where(some, top + jnp.log(safe), -jnp.inf))
+
+
+def finite(top: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """What may be subtracted from logits: the largest of them, or 0 where there are none."""
+    return jnp.where(jnp.isfinite(top), top, 0.0)
 
 
 def nothing(q: Float[Array, "B N H D"]) -> Part:
@@ -65,7 +74,7 @@ def nothing(q: Float[Array, "B N H D"]) -> Part:
 
 def statistics(x: Array) -> jnp.dtype:
     """The dtype of statistics and sums."""
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def forward(
@@ -89,7 +98,7 @@ def forward(
         seen = _seen(low, high, number)
         z = jnp.where(seen, scale * _product("bkgnd,bmkd->bkgnm", q, k, dtype), -jnp.inf)
         new = jnp.maximum(top, z.max(-1))
-        base = jnp.where(jnp.isfinite(new), new, 0.0)
+        base = finite(new)
         weight, kept = jnp.exp(z - base[..., None]), jnp.exp(top - base)
         o = o * kept[..., None] + _product("bkgnm,bmkd->bkgnd", weight.astype(v.dtype), v, dtype)
         return (o, new, total * kept + weight.sum(-1)), None
@@ -97,10 +106,8 @@ def forward(
     shape = (b, kv_heads, group, n)
     start = jnp.zeros((*shape, d), dtype), jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
     (o, top, total), _ = _over_chunks(step, _varying(start, q, k), k, v, number)
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
-    return Part(_ungrouped(jnp.where(some[..., None], o / safe[..., None], 0.0)), _ungrouped(lse))
+    part = normalised(o, top, total)
+    return Part(_ungrouped(part.o), _ungrouped(part.lse))
 
 
 def backward(

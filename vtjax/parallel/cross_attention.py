@@ -67,7 +67,7 @@ class Plan:
     @property
     def n(self) -> int:
         """Devices along the axis."""
-        return math.prod(self.mesh.shape[name] for name in self.axis)
+        return _size(self.mesh, self.axis)
 
     @property
     def rows(self) -> P:
@@ -121,7 +121,7 @@ def cross_attention(
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     _check(q, k, v, q_interval, kv_id, mesh, axes, strategy)
     (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
-    n = math.prod(mesh.shape[name] for name in axes)
+    n = _size(mesh, axes)
     if strategy == "auto":
         case = strategies.Case(n, b, s_q, s_k, heads, kv_heads, d, q.dtype.itemsize)
         strategy = strategies.choose(case)
@@ -135,7 +135,7 @@ def cross_attention(
         heads=_dividing(mesh, ("tensor",), axes, kv_heads),
         check_vma=check_vma,
     )
-    if strategy == "ulysses" and kv_heads // math.prod(mesh.shape[a] for a in plan.heads) % n:
+    if strategy == "ulysses" and kv_heads // _size(mesh, plan.heads) % n:
         raise ValueError(f"strategy='ulysses' needs key heads that divide over {n} devices, found {kv_heads}")
     low, high = (jnp.ones((b, s_q), jnp.int32), jnp.full((b, s_q), EVERYTHING, jnp.int32))
     if q_interval is not None:
@@ -302,18 +302,22 @@ def _gather_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array,
     return ops.merge_all(Part(_home(plan, part.o.astype(q.dtype)), _home(plan, part.lse)))
 
 
-def _gather_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+def _everywhere_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> tuple[Array, Array, Array]:
+    """This device's part of dq for all rows, and dk and dv, complete."""
     do, lse, delta, low, high, number = known
     both = _gathered(plan, jnp.stack([lse, delta], -1))
     q_all, do_all = _gathered(plan, q), _gathered(plan, do)
-    dq, dk, dv = _local_back(plan, q_all, k, v, do_all, both[..., 0], both[..., 1], low, high, number)
+    return _local_back(plan, q_all, k, v, do_all, both[..., 0], both[..., 1], low, high, number)
+
+
+def _gather_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
+    dq, dk, dv = _everywhere_back(plan, q, k, v, *known)
     return _home(plan, dq.astype(q.dtype)).astype(dq.dtype).sum(0), dk, dv
 
 
 def _gather_q_scatter(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     part = _local(plan, _gathered(plan, q), k, v, low, high, number)
-    top = lax.pmax(part.lse, plan.axis)
-    base = jnp.where(jnp.isfinite(top), top, 0.0)
+    base = ops.finite(lax.pmax(part.lse, plan.axis))
     weight = jnp.exp(part.lse - base)
 
     def reduced(x: Array) -> Array:
@@ -322,17 +326,11 @@ def _gather_q_scatter(plan: Plan, q: Array, k: Array, v: Array, low: Array, high
     weighted = reduced((weight[..., None] * part.o).astype(q.dtype)).astype(weight.dtype)
     total = reduced(weight)
     here = lax.dynamic_slice_in_dim(base, _place(plan) * total.shape[1], total.shape[1], 1)
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    o = jnp.where(some[..., None], weighted / safe[..., None], 0.0)
-    return Part(o, jnp.where(some, here + jnp.log(safe), -jnp.inf))
+    return ops.normalised(weighted, here, total)
 
 
 def _gather_q_scatter_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
-    do, lse, delta, low, high, number = known
-    both = _gathered(plan, jnp.stack([lse, delta], -1))
-    q_all, do_all = _gathered(plan, q), _gathered(plan, do)
-    dq, dk, dv = _local_back(plan, q_all, k, v, do_all, both[..., 0], both[..., 1], low, high, number)
+    dq, dk, dv = _everywhere_back(plan, q, k, v, *known)
     return lax.psum_scatter(dq.astype(q.dtype), plan.axis, scatter_dimension=1, tiled=True), dk, dv
 
 
