@@ -4,6 +4,7 @@
     python -m experiments.dpn.accuracy dense       the dense models, 5 seeds
     python -m experiments.dpn.accuracy arms        the arms of the comparison, from the dense models
     python -m experiments.dpn.accuracy tau         more and less budget
+    python -m experiments.dpn.accuracy paths       every path in the dense models as they are, by type of question
 
 `--seed=S` and `--only=TEXT` choose; what was recorded is not run again; runs lie in runs/dpn and resume. Every record
 in results/accuracy.jsonl holds which questions were answered rightly and which experts were taken, so that differences
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ from vtjax.account import record
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
 from vtjax.methods import dpn
+from vtjax.ops.pooling_experts import WINDOWS
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.train import checkpoint, loop
 from vtjax.train.executables import Executables
@@ -195,6 +198,39 @@ def information(choice: np.ndarray, kind: np.ndarray) -> float:
     return of(kind) - float(np.mean([of(rng.permutation(kind)) for _ in range(20)]))
 
 
+def paths(seed: int) -> dict[str, Any]:
+    """What every path does to the dense model of a seed that was trained without poolings: right answers by type."""
+    config = config_lib.load_config(CONFIG, "sortofclevr", {"seed": str(seed), "init_from": dense_run(seed)})
+    config_lib.override(config, "dpn.gate", "st")
+    task, data = assemble.assemble(config)
+    params = jax.tree.map(jnp.asarray, task.init(jax.random.key(seed))[0])
+    run = _forced(dpn.vlm(task.spec, **vlm.options(config)))
+    every = list(itertools.product(range(len(WINDOWS)), repeat=len(dpn.reducers(task.spec))))
+    names = vlm.TYPES[config.data.name]
+    right, count, words = np.zeros((len(every), len(names))), np.zeros(len(names)), 0
+    batches = data.eval("eval")
+    with closing(batches), jax.set_mesh(mesh_lib.make(config.mesh)):
+        for batch in batches:
+            given = {name: batch[name] for name in batch if name not in ("valid", "index")}
+            kind, valid = batch["type"][:, 0], batch["valid"]
+            np.add.at(count, kind[valid], 1)
+            words += int((batch["segments"][valid] >= 0).sum()) - task.spec.visual_tokens * int(valid.sum())
+            for row, path in enumerate(every):
+                said = np.asarray(run(params, given, np.broadcast_to(np.asarray(path), (len(kind), len(path)))))
+                np.add.at(right[row], kind[valid], said[valid] > 0)
+    asked = [i for i in range(len(names)) if count[i]]
+    text = round(words / count.sum())
+    work = [dpn.path_macs(task.spec, path, text) for path in every]
+    return {
+        "types": [names[i] for i in asked],
+        "count": [int(count[i]) for i in asked],
+        "paths": [list(path) for path in every],
+        "work": [spent / work[0] for spent in work],
+        "top1_by_type": [[float(right[row, i] / count[i]) for i in asked] for row in range(len(every))],
+        "top1": float(right[0].sum() / count.sum()),
+    }
+
+
 def wanted(name: str, only: str) -> bool:
     """Whether `--only` means an arm."""
     return name == only[1:] if only.startswith("=") else only in name
@@ -203,7 +239,7 @@ def wanted(name: str, only: str) -> bool:
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("dense", *ARMS))
+    parser.add_argument("what", choices=("dense", "paths", *ARMS))
     parser.add_argument("--seed", type=int, action="append", help="one of them; else all")
     parser.add_argument("--only", default="", help="arms whose name contains this; =NAME is that one")
     parser.add_argument("--out", type=Path, default=RECORDS)
@@ -213,11 +249,14 @@ def main(arguments: list[str]) -> int:
     }
     executables = Executables()
     for seed in options.seed or SEEDS:
-        made: list[Arm] = [("dense", {})] if options.what == "dense" else list(ARMS[options.what]())
+        made: list[Arm] = list(ARMS[options.what]()) if options.what in ARMS else [(options.what, {})]
         for name, overrides in made:
             if not wanted(name, options.only) or (options.what, name, seed) in known:
                 continue
-            found = dense(seed) if options.what == "dense" else arm(name, overrides, seed, executables)
+            if options.what in ARMS:
+                found = arm(name, overrides, seed, executables)
+            else:
+                found = {"dense": dense, "paths": paths}[options.what](seed)
             options.out.parent.mkdir(exist_ok=True)
             record.write(options.out, {"kind": options.what, "name": name, "seed": seed, **found})
             work = f" at {found['mac_ratio']:.3f} of the work" if "mac_ratio" in found else ""

@@ -56,14 +56,23 @@ PARAMS = jax.tree.map(jnp.asarray, drawn(SPEC))
 IDS, MASK, IMAGES = questions()
 
 
+def with_filters():
+    """The same with filters of depthwise pooling at random."""
+    noise, own = np.random.default_rng(3), dict(PARAMS["decoder"]["dpn"])
+    for name in own.keys() - {"relax"}:
+        filters = {f"{h}x{w}": jnp.asarray(noise.normal(size=(h * w, 16)), jnp.float32) for h, w in ops.WINDOWS[1:]}
+        own[name] = {**own[name], "filters": filters}
+    return {**PARAMS, "decoder": {**PARAMS["decoder"], "dpn": own}}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def run(model, params, ids, mask, images, knobs):
     y, aux = model.apply(params, ids, images, mask, knobs=knobs)
     return y, dpn.decisions(aux, SPEC) if model.reducers else {}, aux["tokens"].alive, aux["tokens"].position
 
 
-def masked(knobs=None, **options):
-    return run(dpn.vlm(SPEC, **options), PARAMS, IDS, MASK, IMAGES, knobs or {})
+def masked(knobs=None, params=PARAMS, **options):
+    return run(dpn.vlm(SPEC, **options), params, IDS, MASK, IMAGES, knobs or {})
 
 
 def reference(row, path=None, gate="prob", pool="max"):
@@ -222,24 +231,34 @@ def test_generation_after_a_pooled_prefill_is_full_recomputation():
     assert dpn_deploy.cache_bytes(cache) < 0.8 * 8 * 2 * 3 * lengths[0] * 2 * 4 * 4
 
 
-@pytest.mark.parametrize("pool", ["max", pytest.param("avg", marks=pytest.mark.slow)])
-def test_deployed_forms_say_what_the_masked_model_says(pool):
-    model = dpn.vlm(SPEC, pool=pool)
-    y, made, _, _ = masked(pool=pool)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"pool": "avg"}, marks=pytest.mark.slow),
+        pytest.param({"pool": "dwconv"}, marks=pytest.mark.slow),
+        pytest.param({"reads": "last_prompt"}, marks=pytest.mark.slow),
+    ],
+)
+def test_deployed_forms_say_what_the_masked_model_says(options):
+    params = with_filters() if options.get("pool") == "dwconv" else PARAMS
+    model = dpn.vlm(SPEC, **options)
+    rows = dpn_deploy.entered(model, params, IDS, IMAGES, MASK)
+    y, made, _, _ = masked(params=params, **options)
     last = np.asarray(y)[np.arange(3), MASK.sum(1) - 1]
-    done = dpn_deploy.Staged(model)(PARAMS, dpn_deploy.entered(model, PARAMS, IDS, IMAGES, MASK))
+    done = dpn_deploy.Staged(model)(params, rows)
     assert done.choice.tolist() == made["choice"].tolist()
     np.testing.assert_allclose(done.logits, last, atol=2e-5)
     paths = np.array([[2, 0, 1], [0, 0, 0], [2, 0, 2]], np.int32)
-    forced = dpn_deploy.Staged(model)(PARAMS, dpn_deploy.entered(model, PARAMS, IDS, IMAGES, MASK), paths)
-    also = np.asarray(masked(dpn.given(SPEC, jnp.asarray(paths)), pool=pool)[0])[np.arange(3), MASK.sum(1) - 1]
+    forced = dpn_deploy.Staged(model)(params, rows, paths)
+    also = np.asarray(masked(dpn.given(SPEC, jnp.asarray(paths)), params, **options)[0])[np.arange(3), MASK.sum(1) - 1]
     np.testing.assert_allclose(forced.logits, also, atol=2e-5)
-    leaning = {**PARAMS["decoder"], "dpn": {**PARAMS["decoder"]["dpn"], "relax": jnp.float32(1.0)}}
-    assert (dpn_deploy.Staged(model)({**PARAMS, "decoder": leaning}, ROWS).choice == 0).all()  # the guard's dense path
+    leaning = {**params["decoder"], "dpn": {**params["decoder"]["dpn"], "relax": jnp.float32(1.0)}}
+    assert (dpn_deploy.Staged(model)({**params, "decoder": leaning}, rows).choice == 0).all()  # the guard's dense path
     switch = jax.jit(dpn_deploy.Switch(model).__call__)
     for row in range(3):
         part = [a[row : row + 1] for a in (IDS, IMAGES, MASK)]
-        logits, choice = switch(PARAMS, dpn_deploy.entered(model, PARAMS, *part))
+        logits, choice = switch(params, dpn_deploy.entered(model, params, *part))
         assert choice.tolist() == made["choice"][row].tolist()
         np.testing.assert_allclose(logits[0], last[row], atol=2e-5)
 
@@ -347,6 +366,12 @@ def test_published_work():
         (
             lambda: dpn_deploy.entered(dpn.vlm(SPEC, tower_reducers=((0, abs),)), PARAMS, IDS, IMAGES),
             "a tower that keeps its tokens",
+        ),
+        (
+            lambda: dpn_deploy.entered(
+                dpn.vlm(SPEC.edit(bridge=BridgeSpec(hidden=20, cross=CrossSpec.hyper((1,))))), PARAMS, IDS, IMAGES
+            ),
+            "visual tokens that stand in the text, found a bridge of cross-attention",
         ),
         (lambda: dpn_deploy.Staged(dpn.vlm(SPEC)).generate(PARAMS, ROWS, 4), "Staged needs keep=3 or more"),
         (lambda: spec.VLMSpec(TOWER, BridgeSpec(hidden=20), TEXT, 5, router_token=5), "an id other than image_token=5"),

@@ -72,14 +72,16 @@ def entered(model: VLM, params: Any, ids: Any, images: Any, mask: Any = None) ->
     """The tokens that enter the decoder, moved to the front. Jit it, with `ids` and `mask` known on the host.
 
     Raises:
-      InputError: a sample with other than one image, without a router token, or with one before its image; a tower
-        that drops tokens.
+      InputError: a sample with other than one image, without a router token, or with one before its image (where
+        routers read it); a tower that drops tokens; a bridge of cross-attention.
     """
     if model.tower_reducers:
         raise InputError("deployment takes a tower that keeps its tokens, found one with reducers")
     spec, ids = model.spec, np.asarray(ids)
+    if spec.bridge.cross is not None:
+        raise InputError("deployment takes visual tokens that stand in the text, found a bridge of cross-attention")
     live = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) > 0
-    place = _layout(spec, ids, live)
+    place = _layout(spec, ids, live, {reducer.reads for _, reducer in model.reducers} == {"last_prompt"})
     known, _ = model.enter(params, jnp.asarray(ids), images)
     x = jnp.take_along_axis(known["embeddings"], jnp.asarray(place.order)[:, :, None], axis=1)
     return Rows(x, *(jnp.asarray(a) for a in (place.text, place.start, place.asks)))
@@ -92,13 +94,14 @@ class _Layout(NamedTuple):
     asks: np.ndarray
 
 
-def _layout(spec: Any, ids: np.ndarray, live: np.ndarray) -> _Layout:
+def _layout(spec: Any, ids: np.ndarray, live: np.ndarray, reads_last: bool) -> _Layout:
+    """Where everything goes; `reads_last`: routers read the last token, not the router token."""
     n = spec.visual_tokens
     image, router = (ids == spec.image_token) & live, (ids == spec.router_token) & live
     for row in range(len(ids)):
         if image[row].sum() != n:
             raise InputError(f"deployment takes one image per sample, {n} placeholders, found {image[row].sum()}")
-        if not router[row].any() or router[row].argmax() < image[row].argmax():
+        if not reads_last and (not router[row].any() or router[row].argmax() < image[row].argmax()):
             raise InputError(f"every sample needs a router token behind its image, found none in sample {row}")
     text = live.sum(1) - n
     slots = -(-int(text.max()) // ROUND) * ROUND
@@ -107,6 +110,9 @@ def _layout(spec: Any, ids: np.ndarray, live: np.ndarray) -> _Layout:
     front = np.take_along_axis(image, order, 1)
     start = front.argmax(1).astype(np.int32)
     asks = np.zeros((len(ids), slots), bool)
+    if reads_last:
+        asks[np.arange(len(ids)), text - 1 - start] = True
+        return _Layout(order, text.astype(np.int32), start, asks)
     for row in range(len(ids)):
         behind = np.flatnonzero(np.take(router[row], order[row]))
         asks[row, behind[behind < text[row] + n] - start[row] - n] = True
