@@ -38,7 +38,7 @@ def base() -> ConfigDict:
     config.batch_size = 64  # global, over all devices and processes
     config.workdir = ""
     config.init_from = ""  # a workdir, a converted file or a named weight to start from
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all the remaining devices
+    config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}  # -1: all the remaining devices
     config.profile = (0, 0)  # (start, stop): traces the steps start .. stop - 1, counted from 0
     config.log_every = 50
     config.eval_every = 0  # 0: only at the end

@@ -38,7 +38,7 @@ def test_a_training_step_with_all_three_axes() -> None:
     axes = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     result, errors = aot(SMALL, "--topology=v5e:2x4", *SHALLOW, *axes)
     assert result["fits"] is True and result["devices"] == 8
-    assert result["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert result["mesh"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     parts = [result[f"{name}_bytes"] for name in ("argument", "output", "temp", "code")]
     assert result["hbm_bytes_per_device"] == sum(parts) - result["alias_bytes"]
     assert result["hbm_bytes_per_device"] < result["hbm_limit"] == round(15.75 * 2**30)

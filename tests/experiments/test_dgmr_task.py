@@ -338,7 +338,7 @@ def test_a_decay_without_an_end_stays() -> None:
 def test_teacher_and_student_are_sharded_alike() -> None:
     task = assemble.task(config(dgmr__teacher_dtype="bfloat16"))
     values, frozen, _ = jax.eval_shape(task.init, jax.random.key(0))
-    mesh = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
+    mesh = AbstractMesh((1, 4, 1, 2), mesh_lib.AXES)
     laid = flatten(rules.shardings(frozen, mesh))
     for path, sharding in flatten(rules.shardings(values, mesh)).items():
         assert laid[f"teacher/{path}"].spec == sharding.spec
@@ -485,7 +485,7 @@ def test_the_distillation_step_compiles_for_tpus(variant: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["fits"] and result["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert result["fits"] and result["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
     assert result["temp_ratio"] < 3 and "all-gather" in result["collectives"]
 
 

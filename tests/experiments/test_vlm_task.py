@@ -21,6 +21,7 @@ from vtjax.cli import assemble, main
 from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
 from vtjax.models.vlm import VLM
+from vtjax.parallel import mesh as mesh_lib
 from vtjax.parallel import rules
 from vtjax.spec import from_json
 
@@ -119,7 +120,7 @@ def test_published_models_have_their_parameters_and_every_one_has_its_place(name
         blocks = [params.count(tree) for part, tree in shapes["bridge"].items() if part != "projector"]
         assert blocks == [CROSS[name](spec.decoder.width)] * len(spec.bridge.cross.layers)
     assert (name in COUNTS) != bool(spec.stand_ins)
-    mesh = AbstractMesh((1, 8, 2), ("data", "fsdp", "tensor"))
+    mesh = AbstractMesh((1, 8, 1, 2), mesh_lib.AXES)
     laid = rules.shardings(shapes, mesh)
     for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(laid), strict=True):
         odd = leaf.ndim == 2 and leaf.shape[0] % 2 == 1  # mPLUG-Owl3 has an odd number of words: no axis divides it

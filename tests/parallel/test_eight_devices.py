@@ -97,7 +97,7 @@ def test_activations_are_pinned_where_they_divide(child: Any) -> None:
 
 
 def test_meshes_and_batches_of_eight(child: Any) -> None:
-    assert child[0]["shape"] == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert child[0]["shape"] == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2}
     expected = "expected that many as product, so a multiple of 3 with -1"
-    assert child[0]["three"] == f"mesh data=-1, fsdp=3, tensor=1 does not fit 8 devices, {expected}"
+    assert child[0]["three"] == f"mesh data=-1, fsdp=3, context=1, tensor=1 does not fit 8 devices, {expected}"
     assert child[0]["uneven_batch"] == "a batch of 6 does not divide over data x fsdp = 4 devices"

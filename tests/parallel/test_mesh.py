@@ -11,24 +11,25 @@ from vtjax.parallel import mesh as mesh_lib
 
 
 def test_one_device_by_default_and_axes_are_auto() -> None:
-    mesh = mesh_lib.make({"data": -1, "fsdp": 1, "tensor": 1})
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    mesh = mesh_lib.make(mesh_lib.DEFAULT)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 def test_absent_axes_have_size_one() -> None:
-    assert dict(mesh_lib.make({"fsdp": -1}).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh_lib.make({"fsdp": -1}).shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"data": 3}, "mesh data=3, fsdp=1, tensor=1 does not fit 1 devices, expected that many as product"),
-        ({"data": -1, "fsdp": 2}, "mesh data=-1, fsdp=2, tensor=1 does not fit 1 devices"),
-        ({"data": -1, "tensor": -1}, "with at most one -1 (all the rest), found data=-1, fsdp=1, tensor=-1"),
+        ({"data": 3}, "mesh data=3, fsdp=1, context=1, tensor=1 does not fit 1 devices, expected that many as product"),
+        ({"data": -1, "fsdp": 2}, "mesh data=-1, fsdp=2, context=1, tensor=1 does not fit 1 devices"),
+        ({"data": -1, "tensor": -1}, "with at most one -1 (all the rest), found data=-1, fsdp=1, context=1, tensor=-1"),
+        ({"context": 2}, "mesh data=1, fsdp=1, context=2, tensor=1 does not fit 1 devices"),
         ({"data": 0}, "mesh sizes must be positive"),
         ({"data": -2}, "mesh sizes must be positive"),
-        ({"model": 2}, "mesh has no axis 'model', expected data, fsdp, tensor"),
+        ({"model": 2}, "mesh has no axis 'model', expected data, fsdp, context, tensor"),
     ],
 )
 def test_bad_meshes_say_so_in_one_line(config: dict[str, int], message: str) -> None:

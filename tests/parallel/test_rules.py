@@ -19,8 +19,8 @@ from vtjax.parallel import rules
 from vtjax.spec import LMSpec, ViTSpec
 
 
-def abstract_mesh(data: int = 2, fsdp: int = 2, tensor: int = 2) -> Any:
-    return AbstractMesh((data, fsdp, tensor), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 3)
+def abstract_mesh(data: int = 2, fsdp: int = 2, tensor: int = 2, context: int = 1) -> Any:
+    return AbstractMesh((data, fsdp, context, tensor), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def specs(tree: Any, mesh: Any, table: rules.Rules = rules.DEFAULT) -> dict[str, P]:
@@ -104,6 +104,18 @@ def test_a_dimension_that_does_not_divide_stays_whole_and_is_logged(caplog: pyte
     assert "key/kernel (15, 9) and 1 more" in caplog.text and "'tensor': 2" in caplog.text
 
 
+def test_what_lies_over_fsdp_lies_over_context_too() -> None:
+    tree = {
+        "query": {"kernel": jax.ShapeDtypeStruct((16, 9), jnp.float32)},
+        "key": {"kernel": jax.ShapeDtypeStruct((6, 9), jnp.float32)},
+        "embed": {"tokens": jax.ShapeDtypeStruct((32, 4), jnp.float32)},
+    }
+    both = specs(tree, abstract_mesh(tensor=1, context=4))
+    assert both["query/kernel"] == P(("fsdp", "context"), "tensor") and both["embed/tokens"] == P(("fsdp", "context"))
+    assert both["key/kernel"] == P("fsdp", "tensor")  # 6 does not divide by 8, nor by context=4
+    assert specs(tree, abstract_mesh(fsdp=1, context=4))["query/kernel"] == P("context", None)
+
+
 def test_factored_moments_with_fewer_dimensions_are_whole() -> None:
     got = specs({"v_row": {"query": {"kernel": jax.ShapeDtypeStruct((16,), jnp.float32)}}}, abstract_mesh())
     assert got == {"v_row/query/kernel": P()}
@@ -117,7 +129,7 @@ def test_first_match_counts() -> None:
 
 def test_bad_tables_are_named() -> None:
     tree = {"a": jax.ShapeDtypeStruct((4,), jnp.float32)}
-    with pytest.raises(InputError, match="rule 'a' names the axis 'model', expected data, fsdp, tensor"):
+    with pytest.raises(InputError, match="rule 'a' names the axis 'model', expected data, fsdp, context, tensor"):
         rules.shardings(tree, abstract_mesh(), (("a", P("model")),))
     with pytest.raises(InputError, match="no sharding rule matches 'a'"):
         rules.shardings(tree, abstract_mesh(), (("b", P()),))

@@ -26,7 +26,7 @@ READ_LATER = (
     # By the loop, once it runs.
     *("seed", "steps", "workdir", "profile", "log_every", "eval_every", "allow_config_change", "ema", "accumulate"),
     "heartbeat_timeout",
-    *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
+    *(f"mesh.{axis}" for axis in mesh.AXES),
     *(f"checkpoint.{name}" for name in ("every", "keep", "best")),
     *(f"optim.{name}" for name in ("name", "lr", "schedule", "warmup", "end_lr", "weight_decay", "b1", "b2")),
     *(f"optim.{name}" for name in ("momentum", "clip", "groups")),

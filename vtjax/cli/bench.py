@@ -129,7 +129,7 @@ def _forward(
     results = []
     for size in sizes:
         host = bench.batches(rows, size)
-        placed_first = mesh_lib.place(host[0], mesh, size)
+        placed_first = mesh_lib.place(host[0], mesh, size, task.frames)
         first = placed_first.get("image", placed_first)  # rows of questions have more than an image
         pair = dict(zip(bench.SIDES, make(config, task, first, baseline), strict=True))
         if args.noise and any(callable(side.macs) for side in pair.values()):
@@ -140,7 +140,7 @@ def _forward(
             peak = bench.Peak(mesh.devices.flat[0])
             here = pair[name].params
             placed = jax.tree.map(mesh_lib.put, here, rules.shardings(here, mesh))
-            batches = [mesh_lib.place(batch, mesh, size) for batch in host]
+            batches = [mesh_lib.place(batch, mesh, size, task.frames) for batch in host]
             ready[name] = bench.forward(pair[name], placed, batches, peak)
         counts = {name: params.count(side.params) for name, side in pair.items()}
         results.append(_report(args, ready, size, params=counts, rates=rates))
@@ -183,7 +183,7 @@ def _train(
             stop = mesh_lib.put(np.zeros(mesh.size, np.int32), mesh_lib.device_sharding(mesh))
             # The count stays at 0: later updates are computed and masked, and the state that is timed does not wander.
             knobs, key, step = program.knobs(), program.key, np.int32(0)
-            rest = [(frozen, knobs, mesh_lib.place(batch, mesh, size), key, step, stop) for batch in host]
+            rest = [(frozen, knobs, mesh_lib.place(batch, mesh, size, its_task.frames), key, step, stop) for batch in host]
             macs = [flops.macs(its_task.spec)] * len(rest)
             ready[name] = bench.compiled(program.step, state, rest, macs, peak, carry=True)
             counts[name] = params.count(program.abstract.params)
@@ -243,7 +243,7 @@ def _config_of(text: str, config: Config) -> Config:
         found = config_lib.load_config(text)
     else:
         found = config_lib.of_workdir(text, {"init_from": text, "workdir": ""})
-    for leaf in ("dtype", "batch_size", "accumulate", *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor"))):
+    for leaf in ("dtype", "batch_size", "accumulate", *(f"mesh.{axis}" for axis in mesh_lib.AXES)):
         config_lib.override(found, leaf, dict(config_lib.flatten(config))[leaf])
     return found
 

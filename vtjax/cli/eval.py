@@ -129,8 +129,8 @@ def _fit_mesh(config: config_lib.Config) -> None:
     except InputError as error:
         if any(name.startswith("mesh.") for name in config_lib.overridden(config)):
             raise
-        say(f"{error}: data=-1, fsdp=1, tensor=1 is taken")
-        for axis, size in (("data", -1), ("fsdp", 1), ("tensor", 1)):
+        say(f"{error}: {', '.join(f'{axis}={size}' for axis, size in mesh.DEFAULT.items())} is taken")
+        for axis, size in mesh.DEFAULT.items():
             config_lib.override(config, f"mesh.{axis}", size)
 
 

@@ -153,7 +153,7 @@ def build(path: str, overrides: Mapping[str, str], grid: Sequence[tuple[str, lis
     for leaf in leaves:
         if leaves.count(leaf) > 1 or leaf in overrides:
             raise InputError(f"config.{leaf} must be set once, by --grid or by --config.{leaf}, found it twice")
-        if leaf in ("workdir", "mesh.data", "mesh.fsdp", "mesh.tensor"):
+        if leaf == "workdir" or leaf.startswith("mesh."):
             raise InputError(f"config.{leaf} cannot be swept: points have workdirs of their own, and the same devices")
     points: dict[str, Point] = {}
     for texts in itertools.product(*(values for _, values in grid)):

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh, and how host batches become global arrays on it.
 
-Three axes: `data` (batch only), `fsdp` (batch and parameters), `tensor` (the widths inside a layer). The batch is split
-over `(data, fsdp)`. Axis types are `Auto`: the partitioner fills in what the rules leave open. Where the devices lie
-in several slices, joined by a data centre network, the data axis spans the slices and the others stay within one.
+Four axes: `data` (batch only), `fsdp` (batch and parameters), `context` (frames and rows of one sample, and
+parameters), `tensor` (the widths inside a layer). The batch is split over `(data, fsdp)`. Axis types are `Auto`: the
+partitioner fills in what the rules leave open. Where the devices lie in several slices, joined by a data centre
+network, the data axis spans the slices and the others stay within one.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +21,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vtjax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+DEFAULT = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
+"""All devices along the batch."""
+FRAME_AXES = (*BATCH_AXES, "context")
+"""Over which frames lie, samples first."""
 
 
 def make(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over all devices of all processes (or over `devices`).
 
     Args:
-      config: size per axis, a dict or ConfigDict as `{"data": -1, "fsdp": 1, "tensor": 1}`; one axis may be -1, "all
-        the rest". Absent axes have size 1.
+      config: size per axis, a dict or ConfigDict as `DEFAULT`; one axis may be -1, "all the rest". Absent axes
+        have size 1.
 
     Raises:
       InputError: an unknown axis, a size that is neither positive nor -1, two axes of -1, a product that is not the
@@ -60,8 +65,9 @@ def make(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
         if slices == 1:
             grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **free)
         else:
-            inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-            grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **free)
+            inner = {**sizes, "data": sizes["data"] // slices}
+            outer = {**dict.fromkeys(AXES, 1), "data": slices}
+            grid = mesh_utils.create_hybrid_device_mesh(tuple(inner.values()), tuple(outer.values()), devices, **free)
     except (NotImplementedError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"mesh {asked} cannot be laid over these {len(devices)} devices: {reason}") from None
@@ -81,6 +87,11 @@ def batch_shards(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First dimension over `(data, fsdp)`, the others whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def frame_sharding(mesh: Mesh) -> NamedSharding:
+    """`[B, F, ...]`: samples over `(data, fsdp)`, the frames of each over `context`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
 
 
 def device_sharding(mesh: Mesh) -> NamedSharding:
@@ -119,19 +130,23 @@ def _positions(mesh: Mesh, batch_size: int) -> dict[int, int]:
     return {row: position for position, row in enumerate(sorted(rows))}
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> dict[str, jax.Array]:
+def place(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = None, frames: Collection[str] = ()
+) -> dict[str, jax.Array]:
     """Global arrays from this process's rows of a batch.
 
     Args:
       batch: host arrays `[b, ...]`, the rows `local_rows(mesh, batch_size)`. int64 becomes int32 (indices; JAX runs
         without 64-bit types).
       batch_size: rows of the global batch; None = those of all processes together, each row held by one.
+      frames: names of arrays `[b, F, ...]` that hold F frames of every row, all of them on every process.
 
     Returns:
-      Arrays `[batch_size, ...]`, split over `(data, fsdp)`.
+      Arrays `[batch_size, ...]`, split over `(data, fsdp)`; frames over `context`, too.
 
     Raises:
-      InputError: the global batch does not divide over the mesh, or the arrays differ in their number of rows.
+      InputError: the global batch or the frames do not divide over the mesh, or the arrays differ in their number of
+        rows.
     """
     rows = {name: np.shape(value)[0] for name, value in batch.items()}
     if len(set(rows.values())) != 1:
@@ -141,16 +156,21 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = 
     where = _positions(mesh, total)
     if len(where) != found:
         raise InputError(f"a batch of {total} has {len(where)} rows on this process, found {found}")
-    sharding = batch_sharding(mesh)
 
-    def global_array(value: Any) -> jax.Array:
+    def global_array(name: str, value: Any) -> jax.Array:
         local = np.asarray(value)
         local = local.astype(np.int32) if local.dtype == np.int64 else local
+        if name in frames and local.shape[1] % mesh.shape["context"]:
+            raise InputError(
+                f"{name} must hold a multiple of the mesh's context={mesh.shape['context']} frames, "
+                f"found {local.shape[1]}"
+            )
+        sharding = frame_sharding(mesh) if name in frames else batch_sharding(mesh)
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(total)  # neighbours in the batch are neighbours here
-            return local[where[start] : where[start] + stop - start]
+            return local[where[start] : where[start] + stop - start][(slice(None), *index[1:])]
 
         return jax.make_array_from_callback((total, *local.shape[1:]), sharding, part)
 
-    return {name: global_array(value) for name, value in batch.items()}
+    return {name: global_array(name, value) for name, value in batch.items()}

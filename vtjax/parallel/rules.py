@@ -18,28 +18,30 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtjax.errors import InputError
-from vtjax.parallel.mesh import BATCH_AXES
+from vtjax.parallel.mesh import BATCH_AXES, FRAME_AXES
 
 logger = logging.getLogger(__name__)
 
 Rules = Sequence[tuple[str, P]]
 
 # Kernels are [in, out]. Layers that widen are split by output over `tensor`, layers that narrow by input, so that a
-# pair of them (query/key/value and out, up/gate and down) needs one reduction; `fsdp` takes the other dimension.
+# pair of them (query/key/value and out, up/gate and down) needs one reduction; the other dimension lies over `fsdp`, and
+# over `context`, whose devices would hold the same otherwise.
+_ALL = ("fsdp", "context")
 DEFAULT: Rules = (
-    (r"(^|/)(query|key|value|up|gate)/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)(query|key|value|up|gate)/kernel$", P(_ALL, "tensor")),
     (r"(^|/)(query|key|value|up|gate)/bias$", P("tensor")),
     (r"(^|/)mlp/norm/(scale|bias)$", P("tensor")),
-    (r"(^|/)(out|down)/kernel$", P("tensor", "fsdp")),
-    (r"(^|/)head(_distill)?/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)(out|down)/kernel$", P("tensor", _ALL)),
+    (r"(^|/)head(_distill)?/kernel$", P(_ALL, "tensor")),
     (r"(^|/)head(_distill)?/bias$", P("tensor")),
-    (r"(^|/)embed/patch/kernel$", P(None, "fsdp")),
+    (r"(^|/)embed/patch/kernel$", P(None, _ALL)),
     # By rows over both: split by columns over fsdp, a lookup would replicate what the batch splits over it.
-    (r"(^|/)embed/tokens$", P(("tensor", "fsdp"))),
-    (r"(^|/)embed/(pos|registers)$", P(None, "fsdp")),
-    (r"(^|/)embed/tile_pos$", P(None, None, None, "fsdp")),
-    (r"(^|/)tiles/table$", P(None, None, "fsdp")),
-    (r"(^|/)kernel$", P("fsdp")),
+    (r"(^|/)embed/tokens$", P(("tensor", *_ALL))),
+    (r"(^|/)embed/(pos|registers)$", P(None, _ALL)),
+    (r"(^|/)embed/tile_pos$", P(None, None, None, _ALL)),
+    (r"(^|/)tiles/table$", P(None, None, _ALL)),
+    (r"(^|/)kernel$", P(_ALL)),
     (r"", P()),
 )
 
@@ -87,19 +89,42 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT) -> A
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """`x` with its first dimension pinned to the batch axes of the ambient mesh (`jax.set_mesh`).
+    """`x` with its first dimension pinned to the batch axes of the ambient mesh (`jax.set_mesh`), and the rows of
+    `[B, N, D]` to its context axis.
 
     Without it the partitioner may replicate activations. The identity where there is no mesh, inside a `shard_map` over
-    the batch axes, and where the batch does not divide.
+    the batch axes, and where the batch does not divide; rows that do not divide are left open.
     """
+    mesh = _ambient(BATCH_AXES)
+    if mesh is None or x.ndim == 0 or x.shape[0] % _size(mesh, BATCH_AXES):
+        return x
+    free: list[Any] = [P.UNCONSTRAINED] * (x.ndim - 1)
+    devices = mesh.shape.get("context", 1)
+    if x.ndim == 3 and devices > 1 and x.shape[1] % devices == 0 and _ambient(FRAME_AXES) is not None:
+        free[0] = "context"
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *free))
+
+
+def constrain_frames(x: jax.Array) -> jax.Array:
+    """`x` `[B F, ...]`, frame by frame, with its first dimension pinned to all axes along which frames lie, where it
+    divides. As `constrain` under a mesh that knows no frames."""
+    mesh = _ambient(FRAME_AXES)
+    if mesh is None:
+        return constrain(x)
+    if x.ndim == 0 or x.shape[0] % _size(mesh, FRAME_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(FRAME_AXES, *[P.UNCONSTRAINED] * (x.ndim - 1)))
+
+
+def _ambient(axes: Sequence[str]) -> Any:
+    """The ambient mesh where the partitioner has all of these axes in its hands; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if any(types.get(axis) != AxisType.Auto for axis in BATCH_AXES):
-        return x
-    if x.ndim == 0 or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
-        return x
-    free = [P.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *free))
+    return mesh if all(types.get(axis) == AxisType.Auto for axis in axes) else None
+
+
+def _size(mesh: Any, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _axes(spec: P) -> list[str]:
@@ -110,8 +135,17 @@ def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[P,
     """The part of `spec` that `shape` allows, and whether a dimension had to stay whole for want of divisibility."""
     if len(spec) > len(shape):
         return P(), False
-    entries = [_dividing(size, entry, mesh) for size, entry in zip(shape, spec, strict=False)]
-    return P(*entries), entries != list(spec)
+    wanted = [_present(entry, mesh) for entry in spec]
+    entries = [_dividing(size, entry, mesh) for size, entry in zip(shape, wanted, strict=False)]
+    return P(*entries), entries != wanted
+
+
+def _present(entry: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Of several axes those that have devices, or the first."""
+    if not isinstance(entry, tuple):
+        return entry
+    axes = tuple(axis for axis in entry if mesh.shape[axis] > 1) or entry[:1]
+    return axes if len(axes) > 1 else axes[0]
 
 
 def _dividing(size: int, entry: Any, mesh: Mesh | AbstractMesh) -> Any:

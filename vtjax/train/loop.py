@@ -336,10 +336,10 @@ class _Run:
         return step == self.config.steps or bool(every and step % every == 0)
 
     def _next(self, batches: Iterator[Batch]) -> dict[str, jax.Array]:
-        return mesh_lib.place(next(batches), self.program.mesh, self.config.batch_size)
+        return self.program.place(next(batches))
 
     def _draw(self, split: str, index: int) -> dict[str, jax.Array]:
-        return mesh_lib.place(self.data.draw(split, index), self.program.mesh, self.config.batch_size)
+        return self.program.place(self.data.draw(split, index))
 
 
 def _check_best(program: Program, data: Data, best: str) -> None:

@@ -72,6 +72,10 @@ class Program:
         self.evaluate_step = self._jit(self._evaluate, "evaluate", out_shardings=whole)
         self._decide_step = self._jit(self._decide, "decide", out_shardings=whole)
 
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """This process's rows of a global batch, on the mesh as the task lays them out; raises as `mesh.place`."""
+        return mesh_lib.place(batch, self.mesh, self._batch_size, self.task.frames)
+
     def knobs(self) -> dict[str, jax.Array]:
         """The task's knobs and the optimiser's continuous settings, as float32 scalars."""
         whole = mesh_lib.replicated(self.mesh)
@@ -84,7 +88,8 @@ class Program:
         Args:
           batch: shape and dtype of the arrays of a global batch, see `data.loader.batch_shapes`.
         """
-        whole, rows = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
+        whole = mesh_lib.replicated(self.mesh)
+        rows, frames = mesh_lib.batch_sharding(self.mesh), mesh_lib.frame_sharding(self.mesh)
 
         def struct(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -95,7 +100,10 @@ class Program:
             rules.shardings(self._frozen_shapes, self.mesh),
         )
         knobs = {name: struct((), jnp.float32, whole) for name in self._numbers}
-        arrays = {name: struct(shape, dtype, rows) for name, (shape, dtype) in batch.items()}
+        arrays = {
+            name: struct(shape, dtype, frames if name in self.task.frames else rows)
+            for name, (shape, dtype) in batch.items()
+        }
         state, stop = self.abstract, struct((self.mesh.size,), jnp.int32, mesh_lib.device_sharding(self.mesh))
         if kind == "eval":
             return state.params, frozen, state.extra, knobs, arrays, stop
@@ -155,7 +163,7 @@ class Program:
         pending: list[Any] = []
         for batch in batches:
             flag = None if stop is None else stop.flag(self.mesh)
-            placed = mesh_lib.place(batch, self.mesh, self._batch_size)
+            placed = self.place(batch)
             pending.append(self.evaluate_step(params, frozen, extra, knobs, placed, flag))
             if len(pending) > 1:  # one batch behind, so that the host does not queue the whole split on the device
                 _add(totals, pending.pop(0), stop)
@@ -179,7 +187,7 @@ class Program:
         """What the task decides, batch by batch, for the valid rows: its `decisions`, `index` and `label`."""
         knobs = self.knobs()
         for batch in batches:
-            placed = mesh_lib.place(batch, self.mesh, self._batch_size)
+            placed = self.place(batch)
             rows = jax.device_get(self._decide_step(params, frozen, extra, knobs, placed))
             valid = rows.pop("valid")
             yield {name: np.asarray(value)[valid] for name, value in rows.items()}
