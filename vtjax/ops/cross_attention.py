@@ -18,7 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vtjax.ops import linear
+from vtjax.ops import linear, partial_softmax
+
+SAVED = ("cross_attention_o", "cross_attention_lse")
+"""What a layer has to keep for its backward pass, by `checkpoint_name`. With `save_only_these_names(*SAVED)` around a
+distributed form queries, keys and values are projected again, and the attention is not done again (spec section 2)."""
 
 Attend = Callable[..., tuple[Array, Array]]
 """`(q, k, v, *, low, high, number) -> (y, lse)` with the meaning that `attend` gives them; a distributed form takes its
@@ -71,23 +75,17 @@ def attend(
     """
     b, n, heads, d = q.shape
     kv_heads = k.shape[2]
-    read = (number > 0)[:, :, None, None]
-    k, v = jnp.where(read, k, 0), jnp.where(read, v, 0)
+    k, v = (partial_softmax.without_padding(number, x) for x in (k, v))
     grouped = (q * d**-0.5).reshape(b, n, kv_heads, heads // kv_heads, d)
-    precision, dtype = linear.precision(q), jnp.promote_types(q.dtype, jnp.float32)
+    precision, dtype = linear.precision(q), partial_softmax.statistics(q)
     scores = jnp.einsum("bnkgd,bmkd->bkgnm", grouped, k, precision=precision, preferred_element_type=dtype)
-    image = number[:, None]
-    seen = (image > 0) & (low[:, :, None] <= image) & (image <= high[:, :, None])
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
-    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    weight = jnp.exp(scores - largest)
-    total = weight.sum(-1, keepdims=True)
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
+    seen = partial_softmax.seen(low, high, number)[:, None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    largest = partial_softmax.finite(jax.lax.stop_gradient(scores.max(-1, initial=-jnp.inf)))
+    weight = jnp.exp(scores - largest[..., None])
     y = jnp.einsum("bkgnm,bmkd->bkgnd", weight.astype(v.dtype), v, precision=precision, preferred_element_type=dtype)
-    lse = jnp.where(some, largest + jnp.log(safe), -jnp.inf)[..., 0]
-    y = jnp.where(some, y / safe, 0.0).transpose(0, 3, 1, 2, 4).reshape(b, n, heads, d)
+    y, lse = partial_softmax.normalised(y, largest, weight.sum(-1))
+    y = y.transpose(0, 3, 1, 2, 4).reshape(b, n, heads, d)
     return y.astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(b, n, heads)
 
 

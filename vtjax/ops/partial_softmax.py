@@ -15,7 +15,7 @@ a key of logit 0 and value 0 into every softmax (spec section 7); here they star
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,15 +66,39 @@ def finite(top: Float[Array, "*B"]) -> Float[Array, "*B"]:
     return jnp.where(jnp.isfinite(top), top, 0.0)
 
 
-def nothing(q: Float[Array, "B N H D"]) -> Part:
-    """The part of no keys."""
-    dtype = statistics(q)
-    return Part(jnp.zeros(q.shape, dtype), jnp.full(q.shape[:3], -jnp.inf, dtype))
-
-
 def statistics(x: Array) -> jnp.dtype:
     """The dtype of statistics and sums."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def varying_axes(*arrays: Array) -> frozenset[str]:
+    """Mesh axes along which one of the arrays differs, where `shard_map` keeps track of them."""
+    avals = [jax.typeof(x) for x in arrays]
+    return frozenset().union(*(a.vma if hasattr(a, "vma") else a.mat.varying for a in avals))
+
+
+def seen(low: Int[Array, "B N"], high: Int[Array, "B N"], number: Int[Array, "B M"]) -> Bool[Array, "B N M"]:
+    """Which keys each row sees."""
+    number = number[:, None]
+    return (number > 0) & (low[:, :, None] <= number) & (number <= high[:, :, None])
+
+
+def without_padding(number: Int[Array, "B M"], x: Float[Array, "B M K D"]) -> Float[Array, "B M K D"]:
+    """Keys or values with padding zeroed, so that NaN there reaches nothing."""
+    return jnp.where((number > 0)[:, :, None, None], x, 0)
+
+
+def of_seeing(low: Int[Array, "B N"], high: Int[Array, "B N"], x: Float[Array, "B N H D"]) -> Float[Array, "B N H D"]:
+    """Rows that see nothing, zeroed."""
+    return jnp.where((high >= low)[:, :, None, None], x, 0)
+
+
+def subtracted(
+    lse: Float[Array, "B N H"], delta: Float[Array, "B N H"]
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N H"]]:
+    """What a backward pass subtracts from z and from dP; rows that see nothing get exp(z - inf) = 0."""
+    some = jnp.isfinite(lse)
+    return jnp.where(some, lse, jnp.inf), jnp.where(some, delta, 0.0)
 
 
 def forward(
@@ -88,15 +112,15 @@ def forward(
     scale: float,
 ) -> Part:
     """Attention to these keys, `CHUNK` of them at a time."""
-    q = _grouped(jnp.where(_sees(low, high), q, 0), k.shape[2])
+    q = _grouped(of_seeing(low, high, q), k.shape[2])
     b, kv_heads, group, n, d = q.shape
     dtype = statistics(q)
 
     def step(carry: tuple[Array, Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
         o, top, total = carry
         k, v, number = chunk
-        seen = _seen(low, high, number)
-        z = jnp.where(seen, scale * _product("bkgnd,bmkd->bkgnm", q, k, dtype), -jnp.inf)
+        visible = seen(low, high, number)[:, None, None]
+        z = jnp.where(visible, scale * _product("bkgnd,bmkd->bkgnm", q, k, dtype), -jnp.inf)
         new = jnp.maximum(top, z.max(-1))
         base = finite(new)
         weight, kept = jnp.exp(z - base[..., None]), jnp.exp(top - base)
@@ -122,36 +146,37 @@ def backward(
     high: Int[Array, "B N"],
     number: Int[Array, "B M"],
     scale: float,
+    dtype: Any = None,
 ) -> tuple[Float[Array, "B N H D"], Float[Array, "B M K D"], Float[Array, "B M K D"]]:
     """Gradients from the statistics of *all* keys: what these keys add to dq, and dk and dv, complete where `q` holds
-    all rows. In the dtype of statistics.
+    all rows.
 
     Args:
       do: gradient of the output.
       lse: of all keys, -inf where a row sees none.
       delta: rowsum(do * o) with the output of all keys, minus the gradient of lse.
+      dtype: of the gradients, that of statistics where none is given; sums have the latter.
     """
     kv_heads, m = k.shape[2], k.shape[1]
-    sees = _sees(low, high)
-    q, do = (_grouped(jnp.where(sees, x, 0), kv_heads) for x in (q, do))
-    dtype = statistics(q)
-    lse, delta = (_grouped(x[..., None], kv_heads) for x in (lse, delta))
-    lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)  # exp(z - inf) = 0
+    wanted, dtype = dtype, statistics(q)
+    wanted = dtype if wanted is None else wanted
+    q, do = (_grouped(of_seeing(low, high, x), kv_heads) for x in (q, do))
+    lse, delta = (_grouped(x[..., None], kv_heads) for x in subtracted(lse, delta))
 
     def step(dq: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         k, v, number = chunk
-        seen = _seen(low, high, number)
-        z = jnp.where(seen, scale * _product("bkgnd,bmkd->bkgnm", q, k, dtype), -jnp.inf)
+        visible = seen(low, high, number)[:, None, None]
+        z = jnp.where(visible, scale * _product("bkgnd,bmkd->bkgnm", q, k, dtype), -jnp.inf)
         p = jnp.exp(z - lse)
         dv = _product("bkgnm,bkgnd->bmkd", p.astype(do.dtype), do, dtype)
         ds = p * (_product("bkgnd,bmkd->bkgnm", do, v, dtype) - delta) * scale
         ds = ds.astype(q.dtype)
         dk = _product("bkgnm,bkgnd->bmkd", ds, q, dtype)
-        return dq + _product("bkgnm,bmkd->bkgnd", ds, k, dtype), (dk, dv)
+        return dq + _product("bkgnm,bmkd->bkgnd", ds, k, dtype), (dk.astype(wanted), dv.astype(wanted))
 
     dq, each = _over_chunks(step, _varying(jnp.zeros(q.shape, dtype), q, k), k, v, number)
     dk, dv = (jnp.moveaxis(x, 0, 1).reshape(len(x[0]), -1, *x.shape[3:])[:, :m] for x in each)
-    return _ungrouped(dq), dk, dv
+    return _ungrouped(dq.astype(wanted)), dk, dv
 
 
 def _over_chunks(step, start, k, v, number):
@@ -159,8 +184,7 @@ def _over_chunks(step, start, k, v, number):
     m = k.shape[1]
     chunk = min(CHUNK, max(m, 1))
     count = -(-m // chunk)
-    real = (number > 0)[:, :, None, None]
-    k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
+    k, v = (without_padding(number, x) for x in (k, v))
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, count * chunk - m), *((0, 0),) * (x.ndim - 2)))
@@ -171,28 +195,13 @@ def _over_chunks(step, start, k, v, number):
 
 def _varying(start, *like):
     """The start of a scan as different from device to device as what it is added to (under `shard_map`)."""
-    axes = frozenset().union(*map(_axes, like))
+    axes = varying_axes(*like)
 
     def spread(x: Array) -> Array:
-        missing = tuple(sorted(axes - _axes(x)))
+        missing = tuple(sorted(axes - varying_axes(x)))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(spread, start)
-
-
-def _axes(x: Array) -> frozenset[str]:
-    """Mesh axes along which a value differs, where `shard_map` keeps track of them."""
-    aval = jax.typeof(x)
-    return frozenset(aval.vma if hasattr(aval, "vma") else aval.mat.varying)
-
-
-def _sees(low: Array, high: Array) -> Bool[Array, "B N 1 1"]:
-    return (high >= low)[:, :, None, None]
-
-
-def _seen(low: Array, high: Array, number: Array) -> Bool[Array, "B 1 1 N M"]:
-    number = number[:, None]
-    return ((number > 0) & (low[:, :, None] <= number) & (number <= high[:, :, None]))[:, None, None]
 
 
 def _grouped(x: Array, kv_heads: int) -> Array:

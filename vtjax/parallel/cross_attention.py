@@ -31,14 +31,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from vtjax.ops import partial_softmax as ops
-from vtjax.ops.cross_attention import attend
+from vtjax.ops.cross_attention import SAVED, attend
 from vtjax.ops.partial_softmax import Part
-from vtjax.parallel import strategies
+from vtjax.parallel import kernels, strategies
 from vtjax.parallel.strategies import STRATEGIES
-
-SAVED = ("cross_attention_o", "cross_attention_lse")
-"""What a layer has to keep for its backward pass, by `checkpoint_name`: with `save_only_these_names(*SAVED)` queries,
-keys and values are projected again, and the attention is not done again (spec section 2)."""
 
 EVERYTHING = 2**31 - 1
 
@@ -54,6 +50,7 @@ class Plan:
       scale: of the scores.
       batch, heads: mesh axes over which batch and heads are split, beside `axis`.
       check_vma: `shard_map` keeps track of what differs between devices.
+      kernel: what a device runs, one of `kernels.KERNELS`.
     """
 
     mesh: Any
@@ -63,6 +60,7 @@ class Plan:
     batch: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     check_vma: bool = True
+    kernel: str = "chunked"
 
     @property
     def n(self) -> int:
@@ -72,13 +70,13 @@ class Plan:
     @property
     def rows(self) -> P:
         """Queries and outputs `[B, S_Q, H, D]`, or without their last axes."""
-        split = None if self.strategy == "replicated_q" else self.axis
+        split = None if self.strategy in ("replicated_q", "local") else self.axis
         return P(self.batch or None, split, self.heads or None)
 
     @property
     def keys(self) -> P:
         """Keys and values `[B, S_K, K, D]`."""
-        return P(self.batch or None, self.axis, self.heads or None)
+        return P(self.batch or None, None if self.strategy == "local" else self.axis, self.heads or None)
 
 
 def cross_attention(
@@ -94,6 +92,7 @@ def cross_attention(
     strategy: str = "auto",
     return_lse: bool = False,
     check_vma: bool = True,
+    kernel: str = "auto",
 ) -> Float[Array, "B S_Q H D"] | tuple[Float[Array, "B S_Q H D"], Float[Array, "B S_Q H"]]:
     """Softmax attention of rows of text to visual tokens that lie over a mesh axis. Differentiable in q, k and v, also
     through the log-sum-exp; once (no gradient of the gradient).
@@ -110,12 +109,14 @@ def cross_attention(
       strategy: one of `STRATEGIES`, or "auto", the cheapest by `strategies.choose` (spec section 6.5), which is logged.
       return_lse: the natural log-sum-exp of the scores, too, -inf where a row sees nothing, in the dtype of statistics.
       check_vma: of `jax.shard_map`.
+      kernel: what a device runs: "chunked" (plain JAX), "tpu" or "gpu" (Pallas; chunks for dtypes they lack, such as
+        float64), or "auto", by the platform of the mesh. "gspmd" is plain equations whatever it says.
 
     Returns:
       In q's dtype. Rows that see nothing are 0 and have no gradients.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, an unknown strategy or axis, ids that are missing, or
+      ValueError: shapes or dtypes that do not fit together, an unknown strategy, kernel or axis, missing ids, or
         key heads that do not divide over the devices with `strategy="ulysses"`.
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
@@ -134,6 +135,7 @@ def cross_attention(
         batch=_dividing(mesh, ("data", "fsdp"), axes, b),
         heads=_dividing(mesh, ("tensor",), axes, kv_heads),
         check_vma=check_vma,
+        kernel=kernels.choose(kernel, mesh, q.dtype),
     )
     if strategy == "ulysses" and kv_heads // _size(mesh, plan.heads) % n:
         raise ValueError(f"strategy='ulysses' needs key heads that divide over {n} devices, found {kv_heads}")
@@ -153,18 +155,40 @@ def cross_attention(
     return (o, lse) if return_lse else o
 
 
-def attend_over(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...], **options: Any) -> Callable[..., Any]:
-    """`cross_attention` in the form that models take (`attend=`, `ops.cross_attention.attend`)."""
+@dataclasses.dataclass(frozen=True)
+class Over:
+    """`attend_over`, as a value: models that take equal ones are equal."""
 
-    def attend(q: Array, k: Array, v: Array, *, low: Array, high: Array, number: Array) -> tuple[Array, Array]:
+    mesh: Mesh | AbstractMesh | None
+    axis: str | tuple[str, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, q: Array, k: Array, v: Array, *, low: Array, high: Array, number: Array) -> tuple[Array, Array]:
+        """As `ops.cross_attention.attend`."""
+        mesh: Any = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
+        axes = (self.axis,) if isinstance(self.axis, str) else self.axis
+        if self.mesh is None and not set(axes) <= set(mesh.axis_names):
+            return attend(q, k, v, low=low, high=high, number=number)
+        options = dict(self.options)
+        if q.shape[1] < _size(mesh, axes) and options.get("strategy") not in ("local", "gspmd"):
+            options["strategy"] = "replicated_q"
         interval = jnp.stack([low, high], -1)
         found = cross_attention(
-            q, k, v, mesh=mesh, axis=axis, q_interval=interval, kv_id=number, return_lse=True, **options
+            q, k, v, mesh=mesh, axis=self.axis, q_interval=interval, kv_id=number, return_lse=True, **options
         )
         assert isinstance(found, tuple)
         return found
 
-    return attend
+
+def attend_over(mesh: Mesh | AbstractMesh | None, axis: str | tuple[str, ...], **options: Any) -> Over:
+    """`cross_attention` in the form that models take (`attend=`, `ops.cross_attention.attend`). Fewer rows than devices,
+    as in decoding, are on every device (`replicated_q`).
+
+    Args:
+      mesh: None = the ambient one (`jax.set_mesh`); outside of one attention is local.
+      axis, options: as for `cross_attention`.
+    """
+    return Over(mesh, axis, tuple(sorted(options.items())))
 
 
 def _check(
@@ -240,7 +264,7 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, 
         o, lse = _FORWARD[plan.strategy](plan, q, k, v, low, high, number)
         return o.astype(q.dtype), lse
 
-    if plan.strategy == "local":
+    if plan.strategy == "local" and plan.kernel == "chunked":
         return body(q, k, v, low, high, number)
     ids, images = _ids(plan)
     return _mapped(plan, body, (plan.rows, plan.keys, plan.keys, ids, ids, images), (plan.rows, plan.rows))(
@@ -253,7 +277,7 @@ def _backward(plan: Plan, *given: Array) -> tuple[Array, Array, Array]:
         dq, dk, dv = _BACKWARD[plan.strategy](plan, q, k, v, *known)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    if plan.strategy == "local":
+    if plan.strategy == "local" and plan.kernel == "chunked":
         return body(*given)
     ids, images = _ids(plan)
     rows, keys = plan.rows, plan.keys
@@ -269,18 +293,25 @@ def _ids(plan: Plan) -> tuple[P, P]:
 
 def _mapped(plan: Plan, body: Callable[..., Any], inside: tuple[P, ...], out: Any) -> Callable[..., Any]:
     # That what is gathered and then merged is equal everywhere, shard_map cannot see.
-    check = plan.check_vma and plan.strategy != "replicated_q"
+    check = plan.check_vma and plan.strategy != "replicated_q" and not kernels.interpreted(plan.kernel, plan.mesh)
     return jax.shard_map(body, mesh=plan.mesh, in_specs=inside, out_specs=out, check_vma=check)
 
 
 def _local(plan: Plan, *given: Any) -> Part:
     q, k, v, low, high, number = given
-    return ops.forward(q, k, v, low=low, high=high, number=number, scale=plan.scale)
+    forward, _ = kernels.local(plan.kernel, plan.mesh)
+    return forward(q, k, v, low=low, high=high, number=number, scale=plan.scale)
 
 
-def _local_back(plan: Plan, *given: Any) -> tuple[Array, Array, Array]:
+def _local_back(plan: Plan, *given: Any, dtype: Any = None) -> tuple[Array, Array, Array]:
+    """Gradients in `dtype`; in that of statistics, None, where more is added to them here."""
     q, k, v, do, lse, delta, low, high, number = given
-    return ops.backward(q, k, v, do, lse, delta, low=low, high=high, number=number, scale=plan.scale)
+    _, backward = kernels.local(plan.kernel, plan.mesh)
+    return backward(q, k, v, do, lse, delta, low=low, high=high, number=number, scale=plan.scale, dtype=dtype)
+
+
+def _alone_back(plan: Plan, q: Array, *given: Array) -> tuple[Array, Array, Array]:
+    return _local_back(plan, q, *given, dtype=q.dtype)
 
 
 # --- gather_q: all queries everywhere, one pass over the local keys, partial outputs merged at home
@@ -303,16 +334,17 @@ def _gather_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array,
 
 
 def _everywhere_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> tuple[Array, Array, Array]:
-    """This device's part of dq for all rows, and dk and dv, complete."""
+    """This device's part of dq for all rows, and dk and dv, complete, all in q's dtype."""
     do, lse, delta, low, high, number = known
     both = _gathered(plan, jnp.stack([lse, delta], -1))
     q_all, do_all = _gathered(plan, q), _gathered(plan, do)
-    return _local_back(plan, q_all, k, v, do_all, both[..., 0], both[..., 1], low, high, number)
+    known = both[..., 0], both[..., 1], low, high, number
+    return _local_back(plan, q_all, k, v, do_all, *known, dtype=q.dtype)
 
 
 def _gather_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
     dq, dk, dv = _everywhere_back(plan, q, k, v, *known)
-    return _home(plan, dq.astype(q.dtype)).astype(dq.dtype).sum(0), dk, dv
+    return _home(plan, dq).astype(ops.statistics(q)).sum(0), dk, dv
 
 
 def _gather_q_scatter(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
@@ -331,7 +363,7 @@ def _gather_q_scatter(plan: Plan, q: Array, k: Array, v: Array, low: Array, high
 
 def _gather_q_scatter_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
     dq, dk, dv = _everywhere_back(plan, q, k, v, *known)
-    return lax.psum_scatter(dq.astype(q.dtype), plan.axis, scatter_dimension=1, tiled=True), dk, dv
+    return lax.psum_scatter(dq, plan.axis, scatter_dimension=1, tiled=True), dk, dv
 
 
 # --- rings
@@ -468,8 +500,7 @@ def _ulysses(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, 
 def _ulysses_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
     do, lse, delta, low, high, number = known
     given = (_by_heads(plan, x) for x in (q, k, v, do, lse, delta))
-    dq, dk, dv = _local_back(plan, *given, low, high, number)
-    return tuple(_by_rows(plan, x.astype(q.dtype)) for x in (dq, dk, dv))
+    return tuple(_by_rows(plan, x) for x in _local_back(plan, *given, low, high, number, dtype=q.dtype))
 
 
 # --- replicated_q: a few rows that every device has (decoding)
@@ -516,7 +547,7 @@ _FORWARD: dict[str, Callable[..., Part]] = {
     "replicated_q": _replicated_q,
 }
 _BACKWARD: dict[str, Callable[..., Any]] = {
-    "local": _local_back,
+    "local": _alone_back,
     "gather_q": _gather_q_back,
     "gather_q_scatter": _gather_q_scatter_back,
     "ring_q": _ring_q_back,
