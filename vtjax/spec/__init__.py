@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from vtjax.errors import InputError
 from vtjax.spec import fields
+from vtjax.spec.adapter import AdapterSpec, skip_list
 from vtjax.spec.base import FORMAT, Lineage, ModelSpec, is_backbone
 from vtjax.spec.fields import diff
+from vtjax.spec.fusion import FusionSpec
 from vtjax.spec.lm import DecoderBlockSpec, LMSpec, LoRASpec, RopeScaling
 from vtjax.spec.tiled import TiledViTSpec
 from vtjax.spec.vit import BlockSpec, Preprocess, ViTSpec
@@ -23,10 +25,12 @@ from vtjax.spec.vlm import BridgeSpec, CrossSpec, TextSpec, VLMSpec
 __all__ = [
     "FORMAT",
     "KINDS",
+    "AdapterSpec",
     "BlockSpec",
     "BridgeSpec",
     "CrossSpec",
     "DecoderBlockSpec",
+    "FusionSpec",
     "LMSpec",
     "Lineage",
     "LoRASpec",
@@ -42,16 +46,17 @@ __all__ = [
     "from_dict",
     "from_json",
     "is_backbone",
+    "skip_list",
 ]
 
 if TYPE_CHECKING:
     # What a file holds shows when it is read: a union would ask every reader of a ViT's weights for a cast.
     Spec = Any
 else:
-    Spec = ViTSpec | TiledViTSpec | LMSpec | VLMSpec
+    Spec = ViTSpec | TiledViTSpec | LMSpec | VLMSpec | FusionSpec
 """Any model spec."""
 
-KINDS: dict[str, type] = {"ViTSpec": ViTSpec, "TiledViTSpec": TiledViTSpec, "LMSpec": LMSpec, "VLMSpec": VLMSpec}
+KINDS: dict[str, type] = {cls.__name__: cls for cls in (ViTSpec, TiledViTSpec, LMSpec, VLMSpec, FusionSpec)}
 
 
 def from_dict(data: Any) -> Spec:
