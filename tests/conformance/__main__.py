@@ -19,7 +19,7 @@ import numpy as np
 
 from tests.conformance.arrays import Arrays, MissingError
 
-METHODS = ("ltmp", "dgmr")
+METHODS = ("ltmp", "dgmr", "das")
 
 
 def main() -> int:

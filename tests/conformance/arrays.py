@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 TOLERANCES = {"value": 2e-5, "logits": 1e-4, "grad": 2e-4, "norm": 1e-4, "product": 1e-5, "exact": 0.0}
-"""Largest difference; of "grad", absolute or relative to the recorded number; of "norm", relative to it; of "product",
-over 1 + its size. As the vectors' descriptions say."""
+TOLERANCES |= {"gate": 1e-6, "sampled": 2e-3, "grad_norm": 1e-4, "rate": 1e-9}
+"""Largest difference; of "grad" and "grad_norm", absolute or relative to the recorded number; of "norm", relative to
+it; of "product", over 1 + its size. As the vectors' descriptions say."""
 
 
 class MissingError(KeyError):
@@ -58,7 +59,7 @@ class Arrays:
         with np.errstate(invalid="ignore"):
             error = np.where(same, 0.0, np.abs(expected - found))
         error = np.where(np.isnan(error), np.inf, error)
-        if kind == "grad":
+        if kind in ("grad", "grad_norm"):
             error = np.minimum(error, error / np.maximum(np.abs(expected), 1e-30))
         elif kind == "norm":
             error = error / np.maximum(np.abs(expected), 1e-30)

@@ -26,7 +26,8 @@ NORM_EPS = 1e-5
 Params = Mapping[str, Any]
 
 
-def _dense(x: Array, p: Params) -> Array:
+def linear_map(x: Float[Array, "*B D"], p: Params) -> Float[Array, "*B H"]:
+    """x W + b, for `kernel [D, H]` and `bias [H]`."""
     return matmul(x, p["kernel"].astype(x.dtype)) + p["bias"].astype(x.dtype)
 
 
@@ -41,7 +42,7 @@ def bottleneck(x: Float[Array, "*B D"], p: Params, *, norm: str = "in", scale: f
     """
     factor = p["scale"].astype(x.dtype) if "scale" in p else scale
     inner = layer_norm(x, p["norm"]["scale"], p["norm"]["bias"], NORM_EPS) if norm == "in" else x
-    y = factor * _dense(jax.nn.relu(_dense(inner, p["down"])), p["up"])
+    y = factor * linear_map(jax.nn.relu(linear_map(inner, p["down"])), p["up"])
     return layer_norm(y, p["norm"]["scale"], p["norm"]["bias"], NORM_EPS) if norm == "out" else y
 
 
@@ -73,7 +74,7 @@ def route(first: Float[Array, "B D"], p: Params, temperature: float) -> Float[Ar
 
     Float32 that hold float16 numbers: what a cache keeps for all later tokens.
     """
-    logits = _dense(first.astype(jnp.float32), p["route"]) / temperature
+    logits = linear_map(first.astype(jnp.float32), p["route"]) / temperature
     return jax.nn.softmax(logits, axis=-1).astype(jnp.float16).astype(jnp.float32)
 
 
@@ -95,7 +96,7 @@ def router(
     Source: spec section 3.4.
     """
     weights = route(x[:, 0], p, temperature) if weights is None else weights
-    z = _dense(x, p["down"])
+    z = linear_map(x, p["down"])
     z = z if drop is None else drop(z)
     share = weights.astype(x.dtype)[:, :, None, None]
     return scale * (share[:, 0] * grouped(z, p["up0"]) + share[:, 1] * grouped(z, p["up1"]))

@@ -127,7 +127,7 @@ def check_subsets(arms: int, skips: int, candidates: int) -> None:
         )
 
 
-def log_weights(preference: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def log_weights(preference: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """log p = log sigmoid(r), float64. Finite wherever r is, where p itself has long underflowed."""
     r = np.asarray(preference, np.float64)
     return np.minimum(r, 0.0) - np.log1p(np.exp(-np.abs(r)))
@@ -141,7 +141,7 @@ def noise(random: np.random.Generator, policy: str, shape: tuple[int, ...]) -> n
     return np.log(np.maximum(random.random(shape), 1e-300))
 
 
-def largest(keys: Float[np.ndarray, "... n"], m: int) -> Int[np.ndarray, "... m"]:
+def largest(keys: Float[np.ndarray, "*draws n"], m: int) -> Int[np.ndarray, "*draws m"]:
     """Indices of the m largest, in descending order."""
     return np.argsort(-keys, axis=-1, kind="stable")[..., :m]
 
@@ -152,7 +152,7 @@ def draw(
     random: np.random.Generator,
     policy: str = "race",
     draws: tuple[int, ...] = (),
-) -> Int[np.ndarray, "... m"]:
+) -> Int[np.ndarray, "*draws m"]:
     """Subsets of m arms, each in ascending order (spec section 2.3)."""
     logp = log_weights(preference)
     return np.sort(largest(logp + noise(random, policy, (*draws, len(logp))), m), axis=-1)
