@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from vtjax.account.walk import Counts, walk
 from vtjax.errors import InputError
-from vtjax.spec import BlockSpec, CrossSpec, DecoderBlockSpec, LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec
+from vtjax.spec import BlockSpec, CrossSpec, DecoderBlockSpec, FusionSpec, LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec
 
 __all__ = ["KINDS", "Counts", "Row", "by_kind", "layers", "macs", "walk"]
 
@@ -54,7 +54,7 @@ def layers(spec: Spec, tokens: Sequence[int] | int | None = None) -> list[Row]:
         MLP sees `tokens[l + 1]`, but a language model's, whose reducers act between blocks, `tokens[l]`. One number =
         everywhere; None = `spec.tokens`, of a language model `PROMPT`, of a multimodal one those of one image and
         `QUESTION`. Parameters do not depend on it. Of a multimodal model, whose prompt has one image, they are those of
-        the decoder.
+        the decoder; of a fusion encoder one number, those of the text (None = `fusion.TEXT`).
 
     Raises:
       InputError: `tokens` of the wrong length or below 1, or a removed block that changes the count.
@@ -65,6 +65,12 @@ def layers(spec: Spec, tokens: Sequence[int] | int | None = None) -> list[Row]:
         return _vlm(spec, tokens)
     if isinstance(spec, TiledViTSpec):
         return _tiled(spec, tokens)
+    if isinstance(spec, FusionSpec):
+        from vtjax.account import fusion  # it takes rows from here
+
+        if isinstance(tokens, Sequence):
+            raise InputError(f"tokens must be one number, those of the text, found {list(tokens)}")
+        return fusion.layers(spec, tokens)
     n = _token_counts(spec, tokens)
     d, patches = spec.width, spec.grid[0] * spec.grid[1]
     pixels = spec.patch**2 * spec.channels

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtjax.models.fusion import Fusion
 from vtjax.models.lm import LM
 from vtjax.models.tiled import TiledViT
 from vtjax.models.vit import ViT
 from vtjax.models.vlm import VLM
-from vtjax.spec import LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec
+from vtjax.spec import FusionSpec, LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec
 
-__all__ = ["LM", "VLM", "TiledViT", "ViT", "build"]
+__all__ = ["LM", "VLM", "Fusion", "TiledViT", "ViT", "build"]
 
 
 def build(spec: Spec, **options: Any) -> Any:
     """The model of a spec; `options` are the model's other fields (`dtype`, `remat`, `scan`, `attention`, ...)."""
     models: dict[type, Any] = {ViTSpec: ViT, TiledViTSpec: TiledViT, LMSpec: LM, VLMSpec: VLM}
+    models[FusionSpec] = Fusion
     return models[type(spec)](spec, **options)

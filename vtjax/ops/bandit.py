@@ -106,14 +106,14 @@ class State(NamedTuple):
 
     Attributes:
       preference: r.
-      count: training steps since the last update; epochs do not reset it.
+      since: training steps since the last update; epochs do not reset it.
       updates: how many were due so far: the number of the next one.
       poisoned: of these, how many were dropped because a loss was NaN.
       flat: of these, how many moved nothing because all rewards were equal.
     """
 
     preference: Float32[np.ndarray, " n"]
-    count: Int[np.ndarray, ""]
+    since: Int[np.ndarray, ""]
     updates: Int[np.ndarray, ""]
     poisoned: Int[np.ndarray, ""]
     flat: Int[np.ndarray, ""]
@@ -180,9 +180,9 @@ def tick(bandit: Bandit, state: State, progress: float) -> tuple[State, bool]:
     """
     if not bandit.learns or progress >= bandit.search:
         return state, False
-    count = state.count + 1
+    count = state.since + 1
     due = bool(count >= bandit.every and progress >= bandit.warmup)
-    return state._replace(count=np.asarray(0 if due else count, np.int32)), due
+    return state._replace(since=np.asarray(0 if due else count, np.int32)), due
 
 
 def ramped(m: int, call: int, warmup: int) -> int:
