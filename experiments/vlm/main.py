@@ -25,7 +25,7 @@ import vtjax
 from experiments.vit import main as vit
 from vtjax import answer
 from vtjax.account import bench, flops
-from vtjax.data import conversation, marked_shapes, question_loader, question_sets
+from vtjax.data import conversation, marked_shapes, needle, question_loader, question_sets
 from vtjax.data.tokenizer import WordTokenizer, split
 from vtjax.errors import InputError, check_choice
 from vtjax.models import lora
@@ -51,18 +51,18 @@ from vtjax.train.task import Data, Task
 from vtjax.weights import resample
 from vtjax.weights import tokenizer as tokenizers
 
-TYPES = {"easy_vqa": question_sets.EASY_VQA_TYPES, "marked_shapes": marked_shapes.TYPES}
+TYPES = {"easy_vqa": question_sets.EASY_VQA_TYPES, "marked_shapes": marked_shapes.TYPES, "needle": needle.TYPES}
 
 
-def build(config: ConfigDict) -> Task:
-    """The task of a config.
+def build(config: ConfigDict, **more: Any) -> Task:
+    """The task of a config; `more` are further options of `VLM`.
 
     Raises:
       InputError: a spec that is not defined, weights that are missing or of another kind, or optimiser groups that do
         not fit the model.
     """
     spec, init = source(config)
-    model = VLM(spec, **options(config))
+    model = VLM(spec, **options(config), **more)
     types, balance = TYPES.get(config.data.name, ()), answer_weights(config)
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
@@ -113,6 +113,7 @@ def asked(model: VLM, params: Any, batch: Any, knobs: Any = None) -> Asked:
         jnp.take_along_axis(batch[name], slots, axis=1) for name in ("labels", "weights", "segments")
     )
     text = {name: batch[name] for name in ("positions", "segments")}
+    text |= {name: batch[name] for name in ("image_number", "image_interval") if name in batch}  # of videos
     logits, aux = model.apply(params, batch["input_ids"], batch["images"], slots=slots, knobs=knobs, **text)
     loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, :, None], axis=-1)[:, :, 0]
     wrong = (logits.argmax(-1) != labels).astype(jnp.float32)
@@ -162,8 +163,8 @@ def options(config: ConfigDict) -> dict[str, Any]:
     return {**found, "dtype": jnp.dtype(config.dtype), "constrain": rules.constrain}
 
 
-def data(config: ConfigDict, task: Task) -> Data:
-    """The questions, in the words of the task's model.
+def data(config: ConfigDict, task: Task, **more: Any) -> Data:
+    """The questions, in the words of the task's model; `more` are further options of `question_loader.from_config`.
 
     Raises:
       InputError: a model that does not say how texts are written; as `question_loader.from_config`.
@@ -188,6 +189,7 @@ def data(config: ConfigDict, task: Task) -> Data:
         template=answer.template_of(spec),
         preprocess=spec.preprocess,
         rows=mesh_lib.local_rows(mesh_lib.make(config.mesh), config.batch_size) if several else None,
+        **more,
     )
     return found
 

@@ -95,7 +95,10 @@ def test_axes_may_take_a_part_of_the_torus(topology: str, slices: int, axes: dic
         (["--topology=v5e:3x4"], "found 'v5e:3x4'"),
         (["--topology=h100:8"], "found 'h100:8'"),
         (["--topology=v2:2x2"], "--topology must be of one of TPU v4"),
-        (["--topology=v5e:2x4", "--config.mesh.fsdp=3"], "mesh data=-1, fsdp=3, tensor=1 does not fit 8 devices"),
+        (
+            ["--topology=v5e:2x4", "--config.mesh.fsdp=3"],
+            "mesh data=-1, fsdp=3, context=1, tensor=1 does not fit 8 devices",
+        ),
         (["--topology=v5e:2x4", "--slices=3", "--config.mesh.data=2", "--config.mesh.fsdp=12"], "of the 3 slices"),
         (["--topology=v5e:2x4", "--config.batch_size=100"], "batch_size must be a multiple of"),
         ([], "--topology"),

@@ -152,7 +152,7 @@ def test_data_that_are_not_here_may_be_noise(vtjax):
         (["--rounds=0"], "--rounds must be 1 or more, found 0"),
         (["--images=0"], "--images must be 1 or more, found 0"),
         (["--noise", "--step=train"], "--noise makes images without labels"),
-        (["--config.mesh.fsdp=3"], "mesh data=-1, fsdp=3, tensor=1 does not fit 1 devices"),
+        (["--config.mesh.fsdp=3"], "mesh data=-1, fsdp=3, context=1, tensor=1 does not fit 1 devices"),
         (["--batch=1,-4"], "--batch must be one or several sizes above 0, as in 1,16, found '1,-4'"),
         (["--batch=many"], "found 'many'"),
         (["--multihost"], "bench measures one process"),

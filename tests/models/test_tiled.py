@@ -66,6 +66,7 @@ def test_a_file_holds_the_tower_alone(tmp_path):
 def test_tiles_that_an_image_lacks_are_not_read(made):
     model, values, look = made
     visual, live = look(values, IMAGES, RATIO)
+    live = live.reshape(len(live), -1)
     assert live[0].tolist() == [1] * 15 + [0] * 5 + [1] * 5 + [0] * 15 and live[1].tolist() == [1] * 20 + [0] * 20
     number = jax.eval_shape(lambda p: model.enter(p, IDS, IMAGES, aspect_ratio=RATIO)[0]["memory"].number, values)
     assert number.shape == live.shape and visual.shape == (2, 40, 16)

@@ -305,7 +305,10 @@ PROFILE = "config.profile must be (start, stop) with 0 <= start < stop and start
         ({"profile": (10, 12)}, f"{PROFILE}, found (10, 12)"),
         ({"checkpoint__keep": 0}, "config.checkpoint.keep must be 1 or more, found 0"),
         ({"accumulate": 3}, "batch_size must be a multiple of accumulate x (data x fsdp) = 3 x 1, found 8"),
-        ({"mesh__data": 5}, "mesh data=5, fsdp=1, tensor=1 does not fit 1 devices, expected that many as product"),
+        (
+            {"mesh__data": 5},
+            "mesh data=5, fsdp=1, context=1, tensor=1 does not fit 1 devices, expected that many as product",
+        ),
     ],
 )
 def test_bad_settings_leave_nothing_behind(tmp_path: Path, leaves: dict[str, Any], message: str) -> None:

@@ -183,7 +183,9 @@ def _train(
             stop = mesh_lib.put(np.zeros(mesh.size, np.int32), mesh_lib.device_sharding(mesh))
             # The count stays at 0: later updates are computed and masked, and the state that is timed does not wander.
             knobs, key, step = program.knobs(), program.key, np.int32(0)
-            rest = [(frozen, knobs, mesh_lib.place(batch, mesh, size, its_task.frames), key, step, stop) for batch in host]
+            rest = [
+                (frozen, knobs, mesh_lib.place(batch, mesh, size, its_task.frames), key, step, stop) for batch in host
+            ]
             macs = [flops.macs(its_task.spec)] * len(rest)
             ready[name] = bench.compiled(program.step, state, rest, macs, peak, carry=True)
             counts[name] = params.count(program.abstract.params)
@@ -239,6 +241,8 @@ def _config_of(text: str, config: Config) -> Config:
     Raises:
       InputError: neither a config file nor a workdir.
     """
+    from vtjax.parallel import mesh as mesh_lib
+
     if text.partition(":")[0].endswith(".py"):
         found = config_lib.load_config(text)
     else:

@@ -175,9 +175,7 @@ def draw(made: Scene, size: int, mark: int = 1, objects: float = 1.0) -> UInt8[n
     rows, columns = (np.indices((size, size)) + 0.5) / size
     for number, colour in enumerate(COLOURS.values()):
         centre, radius = made.centres[number], objects * _radius(number, made.large)
-        image[_inside(SHAPES[made.shapes[number]], (rows - centre[0]) / radius, (columns - centre[1]) / radius)] = (
-            colour
-        )
+        image[inside(SHAPES[made.shapes[number]], (rows - centre[0]) / radius, (columns - centre[1]) / radius)] = colour
         top, left = (int(round(c * size)) - 3 * mark // 2 for c in centre)
         dots = np.kron(tuple(MARKS.values())[made.marks[number]], np.ones((mark, mark))) > 0
         image[top : top + 3 * mark, left : left + 3 * mark][dots] = 0
@@ -217,7 +215,7 @@ def _clear(centres: np.ndarray, wanted: dict[str, tuple[Subjects, int]]) -> bool
     return bool(min(map(abs, apart)) >= _MARGIN)
 
 
-def _inside(shape: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:
+def inside(shape: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:
     """Where a shape covers the plane; its centre is the origin, and 1 the radius of a circle of about its area."""
     if shape == "circle":
         return down**2 + across**2 <= 1

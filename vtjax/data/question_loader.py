@@ -6,6 +6,8 @@ int32 and `weights` float32, `[b, S]` (`packing.Row`); `learned` int32 [b, M] (s
 none; M is the most that a row has); `images` float32 [b, H, W, 3] normalised; `valid` bool [b]
 (False = padding); `index` int64 [b] (number of the row in the split, -1 = padding); and per question of a row, int32
 [b, Q], -1 = none: `question` (its number in the split), `type`, `answer`. Q is `pack`; with 1, rows are questions.
+Of videos, `images` is `[b, F, H, W, 3]`; `image_number` int32 [b, F] says which part of its video a frame belongs to,
+from 1 (0 = none: it fills up), and `image_interval` int32 [b, S, 2] the first and last part that a token sees.
 
 S is one of a few lengths. With several (`buckets`) rows of about the same length come together: the stream of rows is
 cut into stretches of `GROUP` batches, each is sorted by bucket, and its batches are shuffled. Rows, their questions and
@@ -55,6 +57,7 @@ class QuestionData:
       mean, std: normalisation, for values in [0, 1].
       prefetch: batches that are prepared ahead, by one thread each; 0 = none.
       rows: this process's rows of every global batch, ascending; None = all of them. Processes may share rows.
+      frame_order: of videos, which frame stands at which place, -1 = none; None = as they come.
 
     Attributes:
       lengths: the row lengths, ascending.
@@ -89,6 +92,7 @@ class QuestionData:
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
         prefetch: int = 2,
         rows: Sequence[int] | None = None,
+        frame_order: Sequence[int] | None = None,
     ):
         for name, value, least in [
             ("seed", seed, 0),
@@ -109,7 +113,8 @@ class QuestionData:
         for split in (train, eval):
             if split is not None and not len(split):
                 raise InputError("a split must hold at least one question, found none")
-        write = _Writer(tokenizer, template, visual_tokens, router)
+        parts = 1 if eval.frames is None else int(eval.frames.max())
+        write = _Writer(tokenizer, template, visual_tokens, router, parts)
         self._splits = {"eval": _Rows(eval, write, pack, limit)}
         if train is not None:
             self._splits["train"] = _Rows(train, write, pack, limit)
@@ -126,6 +131,10 @@ class QuestionData:
         self._resized = functools.partial(
             transforms.evaluate, size=image_size, crop=crop, interpolation=interpolation, squash=squash
         )
+        self._frame_order = None
+        if eval.frames is not None:
+            order = range(len(eval.frames)) if frame_order is None else frame_order
+            self._frame_order = np.asarray(order, np.int64)
         # A split smaller than a stretch would come more than once in it.
         self._group = min(GROUP, max(1, self.train_examples // batch_size)) if len(self.lengths) > 1 else 1
         # Threads are at neighbouring steps, so at one stretch or two.
@@ -189,14 +198,15 @@ class QuestionData:
         index = np.full(self._batch_size, -1, np.int64)
         index[: len(rows)] = rows
         index = index[self._rows]
-        images = np.zeros((len(index), *self._size, 3), np.float32)
+        many = () if self._frame_order is None else (len(self._frame_order),)
+        images = np.zeros((len(index), *many, *self._size, 3), np.float32)
         empty = np.zeros(length, np.int32)
         nothing = packing.Row(empty + self._pad, empty, empty - 1, empty, np.zeros(length, np.float32))
         made = [source.row(i, length, self._pad) if i >= 0 else nothing for i in index.tolist()]
         asked = np.full((len(index), self._pack), -1, np.int32)
         for place, i in enumerate(index.tolist()):
             if i >= 0:
-                images[place] = transforms.normalise(self._resized(source.image(i)), self._mean, self._std)
+                self._fill(images[place], source.image(i))
                 asked[place, : len(source.parts[i])] = source.parts[i]
         columns = {
             name: np.where(asked >= 0, getattr(source.questions, name)[asked], -1).astype(np.int32)
@@ -208,21 +218,50 @@ class QuestionData:
             slots = np.flatnonzero(row.weights)
             learned[place, : len(slots)] = slots
         arrays["learned"] = learned
+        arrays |= self._seen(source.questions, asked, arrays["segments"], index)
         return {**arrays, "images": images, "valid": index >= 0, "index": index, "question": asked, **columns}
+
+    def _fill(self, place: np.ndarray, image: np.ndarray) -> None:
+        """Puts an image, or the frames of a video in their order, where the batch has it."""
+        if self._frame_order is None:
+            place[:] = transforms.normalise(self._resized(image), self._mean, self._std)
+            return
+        for at, frame in enumerate(self._frame_order.tolist()):
+            if frame >= 0:
+                place[at] = transforms.normalise(self._resized(image[frame]), self._mean, self._std)
+
+    def _seen(
+        self, questions: Questions, asked: np.ndarray, segments: np.ndarray, index: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """`image_number` and `image_interval` of videos. What questions share sees nothing: it would tell one what
+        another one sees."""
+        if self._frame_order is None:
+            return {}
+        assert questions.frames is not None and questions.sees is not None
+        number = np.where(self._frame_order >= 0, questions.frames[self._frame_order], 0)
+        nothing = np.array((1, 0), np.int32)
+        each = np.where((asked >= 0)[:, :, None], questions.sees[asked], nothing)
+        own = np.take_along_axis(each, np.maximum(segments - 1, 0)[:, :, None], axis=1)
+        return {
+            "image_number": np.where(index[:, None] >= 0, number, 0).astype(np.int32),
+            "image_interval": np.where((segments > 0)[:, :, None], own, nothing).astype(np.int32),
+        }
 
 
 class _Writer:
-    """Writes questions about one image; the same text is encoded once."""
+    """Writes questions about one image, or a video of some parts; the same text is encoded once."""
 
-    def __init__(self, tokenizer: Tokenizer, template: Template, visual_tokens: int, router: int):
+    def __init__(self, tokenizer: Tokenizer, template: Template, visual_tokens: int, router: int, parts: int):
         self._tokenizer, self._template, self.visual_tokens = tokenizer, template, visual_tokens
-        self._router = router
+        self._router, self._parts = router, parts
         self._known: dict[tuple[str, str], Encoded] = {}
 
     def __call__(self, text: str, answer: str) -> Encoded:
         if (text, answer) not in self._known:
-            turns = [self._template.about_image(text), Turn("assistant", answer)]
-            options: dict[str, Any] = {"visual_tokens": self.visual_tokens, "images": 1, "router": self._router}
+            first = self._template.about_image(text)
+            turns = [Turn(first.role, conversation.IMAGE * (self._parts - 1) + first.text), Turn("assistant", answer)]
+            options: dict[str, Any] = {"visual_tokens": self.visual_tokens, "images": self._parts}
+            options["router"] = self._router
             self._known[text, answer] = conversation.encode(turns, self._tokenizer, self._template, **options)
         return self._known[text, answer]
 
@@ -231,12 +270,14 @@ class _Rows:
     """The rows of a split: which questions share one, and how long each is."""
 
     def __init__(self, source: Questions, write: _Writer, pack: int, limit: int):
-        self.questions, self._images = source, questions.cached(source.images)
+        # Videos are too many pictures to keep.
+        self.questions = source
+        self._images = questions.cached(source.images) if source.frames is None else source.images
         self._written = [
             write(text, source.answers[answer]) for text, answer in zip(source.texts, source.answer, strict=True)
         ]
         # The template begins every conversation of the set alike, up to the end of the image.
-        self.prefix = self._written[0].images[0] + write.visual_tokens
+        self.prefix = self._written[0].images[-1] + write.visual_tokens
         lengths = [len(one.ids) for one in self._written]
         starts = [0, *(np.flatnonzero(np.diff(source.image)) + 1).tolist(), len(source)]
         self.parts = [
@@ -269,9 +310,13 @@ def open_split(config: Any, split: str) -> Questions:
     Raises:
       InputError: as `questions.open_questions`.
     """
-    own: dict[str, Any] = {name: config[name] for name in ("n", "size", "cells", "mark", "objects")}
+    leaves = {
+        "marked_shapes": ("n", "size", "cells", "mark", "objects"),
+        "needle": ("n", "size", "frames", "cameras", "haystack"),
+    }
+    own: dict[str, Any] = {name: config[name] for name in leaves.get(config["name"], ())}
     elsewhere = {"path": config["path"]} if config["path"] else {}
-    options = {**own, **elsewhere} if config["name"] == "marked_shapes" else elsewhere
+    options = {**own, **elsewhere}
     return questions.open_questions(config["name"], split, **options)
 
 
@@ -311,12 +356,13 @@ def from_config(
     template: Template = conversation.PLAIN,
     preprocess: Preprocess | None = None,
     rows: Sequence[int] | None = None,
+    frame_order: Sequence[int] | None = None,
 ) -> tuple[QuestionData, Tokenizer]:
     """Data that `config.data` describes, and the tokenizer.
 
     Args:
       config: mapping with the leaves of `configs.common.questions`.
-      seed, batch_size, image_size, visual_tokens, router, rows: as for `QuestionData`.
+      seed, batch_size, image_size, visual_tokens, router, rows, frame_order: as for `QuestionData`.
       tokenizer: None = one of the words of the training split, questions and answers.
       template: how it writes.
       preprocess: what the model's spec says; None = the whole image, mean and std 0.5.
@@ -359,6 +405,7 @@ def from_config(
         learned=config["learned"],
         prefetch=config["prefetch"],
         rows=rows,
+        frame_order=frame_order,
         **form,
     )
     return data, tokenizer

@@ -25,11 +25,11 @@ from vtjax.errors import InputError
 
 @runtime_checkable
 class Images(Protocol):
-    """Random access to images, uint8 `[H, W, 3]`; safe to read from several threads."""
+    """Random access to images, uint8 `[H, W, 3]`, or videos `[F, H, W, 3]`; safe to read from several threads."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W 3"]: ...
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "*F H W 3"]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +43,8 @@ class Questions:
       answer: number of each question's answer in `answers`.
       type: number of each question's type in `types`.
       answers, types: their texts; equal for all splits of a set.
+      sees: of videos: the first and last part that each question sees, from 1.
+      frames: of videos, whose images are `[F, H, W, 3]`: the part that each of their frames belongs to, from 1.
 
     Raises:
       InputError: columns of different lengths, or numbers that name no image, answer or type.
@@ -55,6 +57,8 @@ class Questions:
     type: Int32[np.ndarray, " Q"]
     answers: tuple[str, ...]
     types: tuple[str, ...]
+    sees: Int32[np.ndarray, "Q 2"] | None = None
+    frames: Int32[np.ndarray, " F"] | None = None
 
     def __post_init__(self) -> None:
         limits = {"image": len(self.images), "answer": len(self.answers), "type": len(self.types)}
@@ -82,6 +86,7 @@ class Questions:
             image=number[self.image[kept]],
             answer=self.answer[kept],
             type=self.type[kept],
+            sees=None if self.sees is None else self.sees[kept],
         )
 
     def of_types(self, names: Sequence[str]) -> Questions:
@@ -97,6 +102,7 @@ class Questions:
         if not len(kept):
             raise InputError(f"a split must hold questions of type {', '.join(names)}, found none")
         columns = {name: getattr(self, name)[kept] for name in ("image", "answer", "type")}
+        columns |= {} if self.sees is None else {"sees": self.sees[kept]}
         return dataclasses.replace(self, texts=tuple(self.texts[i] for i in kept), **columns)
 
 
@@ -109,7 +115,7 @@ class _Some:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "*F H W 3"]:
         return self.images[self.positions[index]]
 
 
@@ -123,7 +129,7 @@ class Cached:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "*F H W 3"]:
         image = self._kept[index]
         if image is None:
             image = self._kept[index] = self._images[index]
@@ -139,12 +145,12 @@ def open_questions(name: str, split: str, **options: Any) -> Questions:
     """Opens one split of a set of questions.
 
     Args:
-      name: "easy_vqa" (splits train, test), "marked_shapes" (train, val, test), or a TFDS set that is prepared in
-        array_record form, with an `image` and `questions`: a sequence of `text`, `answer` and `type`, the latter two
-        class labels with names.
+      name: "easy_vqa" (splits train, test), "marked_shapes", "needle" (train, val, test), or a TFDS set that is
+        prepared in array_record form, with an `image` and `questions`: a sequence of `text`, `answer` and `type`, the
+        latter two class labels with names.
       split: `NAME` or `NAME[FROM:TO]`, in images.
       **options: `n, size, seed, cells, mark, objects` of "marked_shapes" (`question_sets.open_marked_shapes`);
-        `path` of a TFDS set.
+        `n, size, frames, cameras, haystack, seed` of "needle" (`needle.open_needle`); `path` of a TFDS set.
 
     Raises:
       InputError: unknown name, split or option; an extra that is missing; an empty split. One line each.
@@ -184,13 +190,31 @@ def _open_marked_shapes(
     return question_sets.open_marked_shapes(n, size, seed, cells, mark, objects)
 
 
+def _open_needle(
+    name: str,
+    n: int = 2000,
+    size: int = 32,
+    frames: int = 16,
+    cameras: int = 1,
+    haystack: str = "drawn",
+    seed: int = 0,
+) -> Splits:
+    from vtjax.data import needle
+
+    return needle.open_needle(n, size, frames, cameras, haystack, seed)
+
+
 def _open_prepared(name: str, path: str = "") -> Splits:
     from vtjax.data import prepared, question_sets
 
     return question_sets.splits(prepared.folder_of(name, path, own=tuple(_OPENERS)))
 
 
-_OPENERS: dict[str, Callable[..., Splits]] = {"easy_vqa": _open_easy_vqa, "marked_shapes": _open_marked_shapes}
+_OPENERS: dict[str, Callable[..., Splits]] = {
+    "easy_vqa": _open_easy_vqa,
+    "marked_shapes": _open_marked_shapes,
+    "needle": _open_needle,
+}
 
 
 def baselines(train: Questions, test: Questions) -> dict[str, Any]:

@@ -3,15 +3,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vtjax.models.layers import Dense
+from vtjax.models.layers import Dense, identity
 from vtjax.ops import linear
 from vtjax.spec import BridgeSpec
+
+
+def _join(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _split(x: Array, batch: int) -> Array:
+    return x.reshape(batch, -1, *x.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """How the images of a batch go through a tower, which takes them one by one.
+
+    Attributes:
+      join: `[B, I, ...]` -> `[B I', ...]`, in any order; I' >= I where images are filled up with zeros.
+      split: `([B I', ...], B)` -> `[B, I', ...]`, back in order.
+      constrain: applied to the tower's activations `[B I', N, D]`; sharding is injected here.
+    """
+
+    join: Callable[[Array], Array] = _join
+    split: Callable[[Array, int], Array] = _split
+    constrain: Callable[[Array], Array] = identity
 
 
 class Projector(nn.Module):

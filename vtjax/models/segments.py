@@ -21,13 +21,14 @@ from jaxtyping import Array
 from vtjax.errors import InputError
 from vtjax.models.decoder import DecoderBlock
 from vtjax.models.layers import ADAPTER_SITES, Adapter, Block, DropPath, Knobs, Reducer
+from vtjax.ops.cross_attention import SAVED
 from vtjax.ops.tokens import Tokens
 from vtjax.spec import ModelSpec, is_backbone
 
 AnyBlock = Block | DecoderBlock
 
 REMAT = ("none", "full", "dots", "names")
-"""What the backward pass keeps: everything; only block inputs; matmul outputs; attention output and MLP hidden."""
+"""What the backward pass keeps: everything; only block inputs; matmul outputs; what attention gave and MLP hidden."""
 
 
 def block_name(index: int) -> str:
@@ -233,7 +234,7 @@ def _policy(remat: str) -> Any:
     return {
         "full": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,
-        "names": policies.save_only_these_names("attention", "mlp"),
+        "names": policies.save_only_these_names("attention", "mlp", *SAVED),
     }[remat]
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vtjax.errors import InputError
 from vtjax.models import generate as generate_lib
-from vtjax.models.bridge import Projector, pooled
+from vtjax.models.bridge import Frames, Projector, pooled
 from vtjax.models.layers import Adapter, Knobs, Reducer, identity
 from vtjax.models.lm import LM, Ids, Mask, Params, check_ids, counted
 from vtjax.models.segments import block_name, call_module
@@ -38,6 +38,8 @@ Images = (
 )
 Ratio = Int[Array | np.ndarray, "B I"]
 ImageMask = Int[Array | np.ndarray, "B I"] | Bool[Array | np.ndarray, "B I"]
+Numbers = Int[Array | np.ndarray, "B I"]
+Intervals = Int[Array | np.ndarray, "B N 2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class VLM:
         placeholder of a pruned one is dead.
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
       attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
+      frames: how images go through the tower; where they lie on devices of their own, sharding is injected here.
 
     Raises:
       InputError: what `ViT`, `TiledViT` and `LM` refuse; a tower that reduces its tokens where its prefix has
@@ -72,6 +75,7 @@ class VLM:
     tower_adapters: tuple[tuple[int, str, Adapter], ...] = ()
     constrain: Callable[[Array], Array] = identity
     attend: Attend = cross_attention.attend
+    frames: Frames = Frames()
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, VLMSpec):
@@ -96,7 +100,7 @@ class VLM:
         if isinstance(spec, TiledViTSpec):
             if self.tower_reducers or self.tower_adapters:
                 raise InputError("a tiled tower takes no reducers and adapters, found some")
-            return TiledViT(spec, self.dtype, self.remat, self.scan, self.constrain)
+            return TiledViT(spec, self.dtype, self.remat, self.scan, self.frames.constrain)
         last = spec.depth if spec.feature_layer is None else spec.feature_layer % spec.depth + 1
         used = dataclasses.replace(
             spec,
@@ -114,7 +118,7 @@ class VLM:
             scan=self.scan,
             reducers=tuple(r for r in self.tower_reducers if r[0] < last),
             adapters=tuple(a for a in self.tower_adapters if a[0] < last),
-            constrain=self.constrain,
+            constrain=self.frames.constrain,
         )
 
     @property
@@ -165,6 +169,8 @@ class VLM:
         knobs: Knobs | None = None,
         want: tuple[str, ...] = (),
         slots: Int[Array | np.ndarray, "B M"] | None = None,
+        image_number: Numbers | None = None,
+        image_interval: Intervals | None = None,
     ) -> tuple[Float[Array, "B M V"], dict[str, Any]]:
         """Runs the model over whole texts with their images.
 
@@ -180,18 +186,23 @@ class VLM:
             there are aspect ratios, those with one.
           aspect_ratio: number of each image's canvas (`TiledViTSpec.aspect_ratios`, from 1; 0 = no image). Tiles that
             an image lacks are not read by the text. None = one tile each.
+          image_number: with cross-attention, which placeholder of its text each image belongs to, from 1; 0 fills
+            samples up. In place of `image_mask`: images may come in any order, and many frames may share a placeholder.
+          image_interval: (first, last) placeholder whose images each row of the text sees; None = as the spec says.
 
         Returns:
           logits: float32, of the wanted slots, or of every slot of the text; padding's mean nothing.
-          aux: as of `LM.apply`, and `visual [B, I * T, E]`, what the tower and the projector made of the images.
+          aux: as of `LM.apply`, and `visual [B, I * T, E]`, what the tower and the projector made of the images, of as
+            many tiles as are given (and of `frames`' filling).
 
         Raises:
           InputError: what `LM.apply` refuses; images of another size; placeholders that do not fit the images (where
             the values are known, which they are not inside `jit`).
         """
         entered, visual = self.enter(
-            params, input_ids, images, image_mask, attention_mask, positions, aspect_ratio, segments
-        )
+            params, input_ids, images, image_mask, attention_mask, positions, aspect_ratio, segments, image_number,
+            image_interval,
+        )  # fmt: skip
         text = {"attention_mask": attention_mask, "positions": positions, "segments": segments, **entered}
         y, aux = self.lm.apply(self.decoder_params(params), knobs=knobs, want=want, slots=slots, **text)
         return y, aux if visual is None else {**aux, "visual": visual}
@@ -205,6 +216,7 @@ class VLM:
         *,
         image_mask: ImageMask | None = None,
         aspect_ratio: Ratio | None = None,
+        image_number: Numbers | None = None,
         new_tokens: int,
         **options: Any,
     ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
@@ -216,8 +228,9 @@ class VLM:
         Raises:
           InputError: as `apply` and `models.generate.generate`.
         """
-        self.check(input_ids, images, image_mask, aspect_ratio)
-        given = (jnp.asarray(input_ids), images, image_mask, attention_mask, options.get("positions"), aspect_ratio)
+        self.check(input_ids, images, image_mask, aspect_ratio, image_number)
+        given: tuple[Any, ...] = (jnp.asarray(input_ids), images, image_mask, attention_mask)
+        given += (options.get("positions"), aspect_ratio, None, image_number)
         options = {"attention_mask": attention_mask, "new_tokens": new_tokens, **options}
         entered = _entered(self, params, *given)
         return generate_lib.generate(self.lm, self.decoder_params(params), **{**options, **entered})
@@ -232,13 +245,14 @@ class VLM:
 
     def look(
         self, params: Params, images: Images, aspect_ratio: Ratio | None = None
-    ) -> tuple[Float[Array, "B M E"], Int[Array, "B M"]]:
+    ) -> tuple[Float[Array, "B M E"], Int[Array, "B I T"]]:
         """What tower and projector make of the images (and aspect ratios) as `apply` takes them: visual tokens, image
-        by image, and 1 where they live (0 where the tower dropped them, or an image lacks the tile)."""
+        by image, M = I * T, and 1 where they live (0 where the tower dropped them, or an image lacks the tile). I is
+        what `frames` fills up to; of tiles those count that are given."""
         spec = self.spec
         many = images[:, None] if images.ndim == 4 else images
-        flat = jnp.asarray(many).reshape(-1, *many.shape[2:])
-        ratio = () if aspect_ratio is None else (jnp.asarray(aspect_ratio).reshape(-1),)
+        flat = self.frames.join(jnp.asarray(many))
+        ratio = () if aspect_ratio is None else (self.frames.join(jnp.asarray(aspect_ratio)),)
         _, aux = self.tower.apply(self._tower_params(params["tower"]), flat, *ratio)
         x, alive = aux["features"], aux["tokens"].alive
         if self.tower_reducers and spec.bridge.cross is None:
@@ -246,13 +260,18 @@ class VLM:
             x, live = whole.reshape(len(x), -1, x.shape[-1]), known.reshape(len(x), -1).astype(jnp.int32)
         else:
             live = jnp.ones(x.shape[:2], jnp.int32) if alive is None else (alive > 0.5).astype(jnp.int32)
+            tiles = flat.shape[1] if flat.ndim == 5 else 1
+            if tiles < spec.tiles:
+                # What fills an image up to all tiles is read by nobody: it is not projected either.
+                x, live = (a[:, : a.shape[1] // spec.tiles * tiles] for a in (x, live))
             if not spec.bridge.prefix:
-                x, live = self._without_prefix(x), self._without_prefix(live)
+                x, live = self._without_prefix(x, tiles), self._without_prefix(live, tiles)
         if spec.bridge.pool != (1, 1):
             x, live = pooled(x, live, spec.tower.grid, spec.bridge.pool)
         if spec.bridge.projector != "none":
             x = call_module(self._projector, jax.tree.map(jnp.asarray, params["bridge"]["projector"]), x)
-        return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live.reshape(len(many), -1)
+        x, live = (self.frames.split(a, len(many)) for a in (x, live))
+        return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live
 
     def enter(
         self,
@@ -264,6 +283,8 @@ class VLM:
         positions: Ids | None = None,
         aspect_ratio: Ratio | None = None,
         segments: Ids | None = None,
+        image_number: Numbers | None = None,
+        image_interval: Intervals | None = None,
     ) -> tuple[dict[str, Any], Float[Array, "B M E"] | None]:
         """What `LM.apply` takes of text and images (`embeddings`, `memory`, `lattice`; and `attention_mask` or
         `segments` anew where the tower pruned patches), and the visual tokens.
@@ -271,7 +292,7 @@ class VLM:
         Raises:
           InputError: as `apply`.
         """
-        self.check(input_ids, images, image_mask, aspect_ratio)
+        self.check(input_ids, images, image_mask, aspect_ratio, image_number)
         spec = self.spec
         placeholder = jnp.asarray(input_ids) == spec.image_token
         # What stands for an image, or asks, may be a number that the decoder does not have.
@@ -292,7 +313,11 @@ class VLM:
         if images is None:
             return known, None
         visual, live = self.look(params, images, aspect_ratio)
+        count = 1 if images.ndim == 4 else images.shape[1]
         if cross is None:
+            filling = live.shape[1] - count
+            visual = visual[:, : visual.shape[1] // live.shape[1] * count] if filling else visual
+            live = live[:, :count].reshape(len(live), -1)
             known["embeddings"] = splice.splice(x, placeholder, visual)
             if self.tower_reducers:
                 place = jnp.maximum(jnp.cumsum(placeholder, axis=1) - 1, 0)
@@ -305,18 +330,27 @@ class VLM:
             return known, visual
         if segments is not None:
             placeholder = self._shared(placeholder, segments)
-        count = 1 if images.ndim == 4 else images.shape[1]
-        number = jnp.arange(1, count + 1)[None] * (1 if image_mask is None else jnp.asarray(image_mask, jnp.int32))
-        number = jnp.broadcast_to(number, (len(visual), count))
+        if image_number is None:
+            every = jnp.broadcast_to(jnp.arange(1, count + 1, dtype=jnp.int32), (len(visual), count))
+            image_number = every if image_mask is None else every * jnp.asarray(image_mask, jnp.int32)
+        number = jnp.pad(jnp.asarray(image_number, jnp.int32), ((0, 0), (0, live.shape[1] - count)))
         low, high = cross_attention.interval(placeholder, cross.sees)
+        if image_interval is not None:
+            low, high = jnp.moveaxis(jnp.asarray(image_interval, jnp.int32), -1, 0)
         place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]) if positions is None else jnp.asarray(positions)
         if positions is None and attention_mask is not None:
             place = counted(jnp.asarray(attention_mask, jnp.int32))
         place = jnp.take_along_axis(place, splice.places(placeholder, count), axis=1).astype(jnp.int32)
+        place = jnp.take_along_axis(place, jnp.maximum(number - 1, 0), axis=1)
+
+        def each(a: Array) -> Array:
+            """What is known of an image, for its tokens."""
+            return jnp.broadcast_to(a[:, :, None], live.shape).reshape(visual.shape[:2])
+
         memory = Memory(
             x=visual,
-            number=jnp.repeat(number, visual.shape[1] // count, axis=1) * live,
-            position=jnp.repeat(place, visual.shape[1] // count, axis=1),
+            number=each(number) * live.reshape(visual.shape[:2]),
+            position=each(place),
             low=low,
             high=high,
         )
@@ -332,7 +366,9 @@ class VLM:
             )
         return placeholder & ~own
 
-    def check(self, input_ids: Any, images: Any, image_mask: Any = None, aspect_ratio: Any = None) -> None:
+    def check(
+        self, input_ids: Any, images: Any, image_mask: Any = None, aspect_ratio: Any = None, image_number: Any = None
+    ) -> None:
         """Raises InputError for ids, images and placeholders that do not fit each other, as far as they are known."""
         spec = self.spec
         check_ids(input_ids, max(spec.decoder.ids, spec.image_token + 1, spec.router_token + 1))
@@ -356,11 +392,16 @@ class VLM:
             if isinstance(spec.tower, TiledViTSpec):
                 tiles = images.shape[2] if images.ndim == 6 else 1
                 check_tiles(spec.tower, (len(images), count, tiles, *size), aspect_ratio)
-        if image_mask is None and aspect_ratio is not None:
+        if image_number is not None:
+            if spec.bridge.cross is None or image_mask is not None:
+                raise InputError("image_number takes the place of image_mask for a bridge with cross-attention")
+            if tuple(image_number.shape) != (len(input_ids), count):
+                raise InputError(f"image_number must be {[len(input_ids), count]}, found {list(image_number.shape)}")
+        elif image_mask is None and aspect_ratio is not None:
             image_mask = aspect_ratio > 0
         if image_mask is not None and tuple(image_mask.shape) != (len(input_ids), count):
             raise InputError(f"image_mask must be {[len(input_ids), count]}, found {list(image_mask.shape)}")
-        if isinstance(input_ids, jax.core.Tracer) or isinstance(image_mask, jax.core.Tracer):
+        if any(isinstance(given, jax.core.Tracer) for given in (input_ids, image_mask, image_number)):
             return
         ids = np.asarray(input_ids)
         if (other := ids[(ids >= spec.decoder.ids) & (ids != spec.image_token) & (ids != spec.router_token)]).size:
@@ -368,6 +409,8 @@ class VLM:
         if image_mask is not None and (other := np.setdiff1d(np.asarray(image_mask), (0, 1))).size:
             raise InputError(f"image_mask must be 0 or 1, found {other[0]}")
         given = np.full(len(ids), count) if image_mask is None else np.asarray(image_mask).astype(int).sum(1)
+        if image_number is not None:
+            given = np.maximum(np.asarray(image_number).max(1, initial=0), 0)
         if image_mask is not None and (np.diff(np.asarray(image_mask).astype(int), axis=1) > 0).any():
             raise InputError("image_mask must hold the images of a sample before what fills it up, found another order")
         found = (ids == spec.image_token).sum(1)
@@ -403,9 +446,9 @@ class VLM:
 
         return {name: tree if is_backbone(name) else jax.tree.map(cut, tree) for name, tree in params.items()}
 
-    def _without_prefix(self, a: Array) -> Array:
+    def _without_prefix(self, a: Array, tiles: int) -> Array:
         """`[B, N, ...]` without the tokens of each tile that are not patches."""
-        by_tile = a.reshape(len(a), self.spec.tiles, -1, *a.shape[2:])[:, :, self.spec.tower.prefix :]
+        by_tile = a.reshape(len(a), tiles, -1, *a.shape[2:])[:, :, self.spec.tower.prefix :]
         return by_tile.reshape(len(a), -1, *a.shape[2:])
 
     @property

@@ -23,4 +23,5 @@ def splice(
 def places(placeholder: Bool[Array, "B N"], images: int) -> Int[Array, "B I"]:
     """The slot of each image's only placeholder; 0 where a sample has fewer."""
     number = jnp.cumsum(placeholder, axis=1) * placeholder
-    return jnp.stack([jnp.argmax(number == i + 1, axis=1) for i in range(images)], axis=1).astype(jnp.int32)
+    wanted = jnp.arange(1, images + 1)[:, None]
+    return jnp.argmax(number[:, None] == wanted, axis=-1).astype(jnp.int32)

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 Rules = Sequence[tuple[str, P]]
 
 # Kernels are [in, out]. Layers that widen are split by output over `tensor`, layers that narrow by input, so that a
-# pair of them (query/key/value and out, up/gate and down) needs one reduction; the other dimension lies over `fsdp`, and
-# over `context`, whose devices would hold the same otherwise.
+# pair of them (query/key/value and out, up/gate and down) needs one reduction. The other dimension lies over `fsdp`,
+# and over `context`, whose devices would hold the same otherwise.
 _ALL = ("fsdp", "context")
 DEFAULT: Rules = (
     (r"(^|/)(query|key|value|up|gate)/kernel$", P(_ALL, "tensor")),
@@ -95,35 +95,25 @@ def constrain(x: jax.Array) -> jax.Array:
     Without it the partitioner may replicate activations. The identity where there is no mesh, inside a `shard_map` over
     the batch axes, and where the batch does not divide; rows that do not divide are left open.
     """
-    mesh = _ambient(BATCH_AXES)
-    if mesh is None or x.ndim == 0 or x.shape[0] % _size(mesh, BATCH_AXES):
+    mesh = ambient(BATCH_AXES)
+    if mesh is None or x.ndim == 0 or x.shape[0] % axes_size(mesh, BATCH_AXES):
         return x
     free: list[Any] = [P.UNCONSTRAINED] * (x.ndim - 1)
     devices = mesh.shape.get("context", 1)
-    if x.ndim == 3 and devices > 1 and x.shape[1] % devices == 0 and _ambient(FRAME_AXES) is not None:
+    if x.ndim == 3 and devices > 1 and x.shape[1] % devices == 0 and ambient(FRAME_AXES) is not None:
         free[0] = "context"
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *free))
 
 
-def constrain_frames(x: jax.Array) -> jax.Array:
-    """`x` `[B F, ...]`, frame by frame, with its first dimension pinned to all axes along which frames lie, where it
-    divides. As `constrain` under a mesh that knows no frames."""
-    mesh = _ambient(FRAME_AXES)
-    if mesh is None:
-        return constrain(x)
-    if x.ndim == 0 or x.shape[0] % _size(mesh, FRAME_AXES):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(FRAME_AXES, *[P.UNCONSTRAINED] * (x.ndim - 1)))
-
-
-def _ambient(axes: Sequence[str]) -> Any:
+def ambient(axes: Sequence[str]) -> Any:
     """The ambient mesh where the partitioner has all of these axes in its hands; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh if all(types.get(axis) == AxisType.Auto for axis in axes) else None
 
 
-def _size(mesh: Any, axes: Sequence[str]) -> int:
+def axes_size(mesh: Any, axes: Sequence[str]) -> int:
+    """Devices along these axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 

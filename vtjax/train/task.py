@@ -53,7 +53,7 @@ class Task:
         for every row, and what that row cost (`macs`); see `vtjax eval --decisions`. None where nothing is decided.
       given: `params -> params` with what the config sets in place of what was learned; `vtjax eval` applies it to a
         run's. None where nothing can be set.
-      frames: names of batch arrays `[b, F, ...]` that hold F frames of every row: these lie over the mesh's context axis.
+      frames: names of batch arrays `[b, F, ...]` with F frames of every row, which lie over the mesh's context axis.
       relax: `(params, amount) -> params` that decide less aggressively; amount 1 = the dense path. For `config.guard`.
     """
 

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `test_videos.py` runs on eight CPU devices: `python -m tests.parallel.videos`. A multimodal model whose frames
+lie over the context axis beside the local model on one device; prints JSON, one line per case."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vtjax.methods import ltmp
+from vtjax.models.bridge import Frames
+from vtjax.models.vlm import VLM
+from vtjax.parallel import frames, rules
+from vtjax.parallel import mesh as mesh_lib
+from vtjax.parallel.cross_attention import attend_over
+from vtjax.spec import BridgeSpec, CrossSpec, LMSpec, TiledViTSpec, ViTSpec, VLMSpec
+from vtjax.weights import names
+
+B, F, N, IMAGE = 4, 5, 16, 5
+TOWER = ViTSpec.uniform(depth=1, width=16, heads=2, mlp=16, image_size=8, patch=4)
+TILED = TiledViTSpec.uniform(
+    depth=2, global_blocks=1, width=16, heads=2, mlp=16, image_size=8, patch=4, tiles=4, features=()
+)
+TEXT = LMSpec.uniform(depth=2, width=16, heads=4, kv_heads=2, mlp=24, vocab=32, context=64)
+CROSS = {
+    "flamingo": (TOWER, BridgeSpec("none", cross=CrossSpec.flamingo((0, 1), 16, 2, 8)), TEXT),
+    "hyper": (TOWER, BridgeSpec(hidden=16, cross=CrossSpec.hyper((0, 1))), TEXT),
+    "pooled": (TOWER, BridgeSpec(hidden=16, pool=(2, 2), cross=CrossSpec.hyper((1,))), TEXT),
+    "mllama": (
+        TILED,
+        BridgeSpec("linear", prefix=True, cross=CrossSpec.mllama((1,), 4, 2, 4, 24)),
+        TEXT.edit(blocks={1: {"attn": False, "ffn": False}}),
+    ),
+}
+MESHES: dict[str, dict[str, int]] = {
+    "context": {"data": 1, "context": 8},
+    "data": {"data": 2, "context": 4},
+    "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+}
+
+
+def described(form: str) -> VLMSpec:
+    tower, bridge, text = CROSS[form]
+    return VLMSpec(tower, bridge, text, IMAGE)
+
+
+def drawn(spec: VLMSpec) -> Any:
+    rng = np.random.default_rng(2)
+    flat = {name: 0.3 * rng.standard_normal(shape) for name, shape in names.shapes(spec).items()}
+    return names.unflatten({name: (a + name.endswith("scale")).astype(np.float32) for name, a in flat.items()})
+
+
+def batch(count: int = F) -> dict[str, np.ndarray]:
+    """Texts of two clips, whose frames take turns; each row of the text sees one, both or nothing."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(6, 32, (B, N)).astype(np.int32)
+    ids[:, [0, 2]] = IMAGE
+    number = np.broadcast_to(np.arange(count) % 2 + 1, (B, count)).astype(np.int32).copy()
+    number[1, 2:] = 0
+    number[1, 1] = 2
+    sees = np.stack([rng.integers(1, 3, (B, N)), rng.integers(0, 3, (B, N))], -1).astype(np.int32)
+    images = rng.standard_normal((B, count, 8, 8, 3)).astype(np.float32)
+    return {"ids": ids, "images": images, "image_number": number, "image_interval": sees}
+
+
+def laid(given: dict[str, np.ndarray], mesh: Any, stripe: bool) -> dict[str, np.ndarray]:
+    """Frames in the order of the devices, filled up."""
+    order = np.array(frames.order(given["images"].shape[1], mesh.shape["context"], stripe))
+    there = order >= 0
+    images = np.where(there[:, None, None, None], given["images"][:, order], 0)
+    return {**given, "images": images, "image_number": np.where(there, given["image_number"][:, order], 0)}
+
+
+def distributed(spec: VLMSpec, **options: Any) -> VLM:
+    attend = {name: options.pop(name) for name in ("strategy", "check_vma") if name in options}
+    through = Frames(frames.join, frames.split, frames.constrain)
+    over = attend_over(None, "context", **attend)
+    return VLM(spec, constrain=rules.constrain, attend=over, frames=through, **options)
+
+
+def graded(model: VLM) -> Any:
+    def loss(params: Any, given: Any) -> jax.Array:
+        told = {name: given[name] for name in ("image_number", "image_interval")}
+        logits, _ = model.apply(params, given["ids"], given["images"], **told)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), given["ids"][:, 1:, None], -1).mean()
+
+    return jax.value_and_grad(loss)
+
+
+def placed(spec: VLMSpec, given: dict[str, np.ndarray], mesh: Any) -> tuple[Any, Any]:
+    params = drawn(spec)
+    params = jax.tree.map(mesh_lib.put, params, rules.shardings(params, mesh))
+    return params, mesh_lib.place(given, mesh, B, frames=("images", "image_number"))
+
+
+def worst(found: Any, wanted: Any) -> float:
+    """The largest difference of any array, over that array's largest value (at least a thousandth of the largest of
+    all)."""
+    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
+    least = 1e-3 * max(float(np.abs(b).max()) for _, b in pairs)
+    return max(float(np.abs(np.asarray(a) - b).max()) / max(float(np.abs(b).max()), least) for a, b in pairs)
+
+
+def agreement(form: str, mesh_name: str, stripe: bool = True, **options: Any) -> float:
+    """Loss and gradients over a mesh against the local model."""
+    spec, given = described(form), batch()
+    wanted = jax.device_get(jax.jit(graded(VLM(spec)))(drawn(spec), given))
+    mesh = mesh_lib.make(MESHES[mesh_name])
+    with jax.set_mesh(mesh):
+        found = jax.jit(graded(distributed(spec, **options)))(*placed(spec, laid(given, mesh, stripe), mesh))
+        return worst(jax.device_get(found), wanted)
+
+
+def generated(form: str, mesh_name: str) -> bool:
+    """Whether the tokens are the local model's."""
+    spec, given = described(form), batch()
+    shown = {"images": given["images"], "image_number": given["image_number"], "new_tokens": 6}
+    wanted, _ = VLM(spec).generate(drawn(spec), given["ids"], **shown)
+    mesh = mesh_lib.make(MESHES[mesh_name])
+    with jax.set_mesh(mesh):
+        params, put = placed(spec, laid(given, mesh, True), mesh)
+        shown |= {name: put[name] for name in ("images", "image_number")}
+        found, _ = distributed(spec).generate(params, put["ids"], **shown)
+    return np.asarray(found).tolist() == np.asarray(wanted).tolist()
+
+
+COLLECTIVE = re.compile(
+    r"= \(?([a-z0-9]+)\[([\d,]*)\][^ ]* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
+)
+
+
+def sent(form: str, mesh_name: str, count: int) -> dict[str, int]:
+    """Collectives of the compiled step, by kind and shape."""
+    spec, mesh = described(form), mesh_lib.make(MESHES[mesh_name])
+    with jax.set_mesh(mesh):
+        arguments = placed(spec, laid(batch(count), mesh, True), mesh)
+        text = jax.jit(graded(distributed(spec))).lower(*arguments).compile().as_text()
+    assert text is not None
+    return dict(Counter(f"{kind} {dtype}[{shape}]" for dtype, shape, kind in COLLECTIVE.findall(text)))
+
+
+def reduced() -> float:
+    """A tower that drops tokens: logits against the local model's."""
+    spec, given = described("flamingo"), batch()
+    spec, params = ltmp.install(spec, drawn(spec))
+    model = ltmp.vlm(spec) if hasattr(ltmp, "vlm") else VLM(spec)
+    told = {name: given[name] for name in ("image_number", "image_interval")}
+    wanted = np.asarray(model.apply(params, given["ids"], given["images"], **told)[0])
+    mesh = mesh_lib.make(MESHES["data"])
+    with jax.set_mesh(mesh):
+        here = dataclasses.replace(distributed(spec), tower_reducers=model.tower_reducers)
+        put = mesh_lib.place(laid(given, mesh, True), mesh, B, frames=("images", "image_number"))
+        told = {name: put[name] for name in told}
+        found = np.asarray(jax.jit(lambda p, b: here.apply(p, b["ids"], b["images"], **told)[0])(params, put))
+    return worst(found, wanted)
+
+
+def main(cases: list[str]) -> None:
+    def say(case: str, **told: Any) -> None:
+        print(json.dumps({"case": case, **told}), flush=True)
+
+    if "agreement" in cases:
+        for form in CROSS:
+            for mesh in MESHES:
+                say("agreement", form=form, mesh=mesh, error=agreement(form, mesh))
+        for strategy in ("ring_q", "gather_q", "ring_kv", "replicated_q"):
+            say("agreement", strategy=strategy, error=agreement("flamingo", "data", strategy=strategy))
+        say("agreement", stripe=False, error=agreement("flamingo", "data", stripe=False))
+        for check in (True, False):
+            for remat in ("names", "full"):
+                told = {"remat": remat, "check_vma": check, "strategy": "gather_q"}
+                say("agreement", **told, error=agreement("hyper", "all", **told))
+                say("agreement", **told, error=agreement("flamingo", "data", **told))
+    if "generated" in cases:
+        for form in CROSS:
+            say("generated", form=form, same=generated(form, "data"))
+        say("generated", form="flamingo", mesh="all", same=generated("flamingo", "all"))
+    if "sent" in cases:
+        for form in ("flamingo", "mllama"):
+            for mesh in MESHES:
+                say("sent", form=form, mesh=mesh, few=sent(form, mesh, 8), many=sent(form, mesh, 24))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
