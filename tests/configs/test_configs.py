@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common, dgmr, dpn, ltmp, vit, vlm
+from configs import common, dgmr, dpn, ltmp, lvxattn, vit, vlm
 from vtjax import paths
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
-from vtjax.data import question_loader
 from vtjax.errors import InputError
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.train.program import Program
@@ -29,7 +28,7 @@ from vtjax.train.program import Program
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 VARIANTS = [
-    (module.__name__.rpartition(".")[2], name) for module in (vit, ltmp, dgmr, vlm, dpn) for name in module.VARIANTS
+    (module.__name__.rpartition(".")[2], name) for module in (vit, ltmp, dgmr, vlm, dpn, lvxattn) for name in module.VARIANTS
 ]
 
 
@@ -93,11 +92,11 @@ def test_published_recipes_have_their_published_sizes():
     assert base.summary["macs_per_image"] == pytest.approx(17.6e9, rel=5e-3)  # published: 17.6 G
 
 
-def abstract_batch(config: config_lib.Config, spec) -> dict[str, jax.ShapeDtypeStruct]:
-    rows = config.batch_size
+def abstract_batch(config: config_lib.Config, task) -> dict[str, jax.ShapeDtypeStruct]:
+    rows, spec = config.batch_size, task.spec
     if "pack" in config.data:
         config_lib.override(config, "data.limit", config.data.limit or 64 + spec.placeholders)
-        found = question_loader.batch_shapes(config.data, batch_size=rows, image_size=spec.image_size)
+        found = assemble.experiment(config.experiment).batch_shapes(config, task, True)
         return {name: jax.ShapeDtypeStruct(*array) for name, array in found.items()}
     shapes = {"image": ((*spec.image_size, 3), jnp.float32), "label": ((), jnp.int32), "valid": ((), jnp.bool_)}
     if config.data.mixup or config.data.cutmix:
@@ -107,7 +106,7 @@ def abstract_batch(config: config_lib.Config, spec) -> dict[str, jax.ShapeDtypeS
 
 # The other published multimodal models differ from llava15_7b in their specs, which tests/experiments builds; smollm2
 # would decode its weights; and so with DPN in them.
-CHOSEN = {"vlm": ("tiny", "easyvqa", "llava15_7b"), "dpn": ("tiny",)}
+CHOSEN = {"vlm": ("tiny", "easyvqa", "llava15_7b"), "dpn": ("tiny",), "lvxattn": ("tiny",)}
 STEPPED = [(name, variant) for name, variant in VARIANTS if name not in CHOSEN or variant in CHOSEN[name]]
 
 
@@ -129,7 +128,7 @@ def test_it_builds_and_steps_twice_abstractly(name, variant):
         pytest.skip(f"needs the data file {config.init_from}.safetensors, which is not on VTJAX_DATA")
     task = assemble.task(config)
     program = Program(task, config, mesh_lib.make(config.mesh))
-    batch = abstract_batch(config, task.spec)
+    batch = abstract_batch(config, task)
     frozen = jax.eval_shape(lambda key: task.init(key)[1], program.key)
     knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in task.knobs}
     step = jax.ShapeDtypeStruct((), jnp.int32)
