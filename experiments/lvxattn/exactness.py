@@ -12,11 +12,11 @@ is nan for us. Where rows see nothing, both must be (0, -inf).
 
 The tolerance of bfloat16, 4e-3, is one rounding of it (2^-8) of the largest value, or of 1. Where a row sees a handful
 of keys, outputs and gradients are as large as single values, and are rounded more than once (weights, the wire, the
-result; without any wire, too). So bfloat16 is judged with a thousand keys, and the small cases are told apart, as "few".
+result; without any wire, too). So bfloat16 is judged with a thousand keys; small cases are told apart, as "few".
 
-Beside it the gradients of the four weights of a layer
-around the operation, with `check_vma` on and off, and what the two bugs of the released code would have cost. One
-record per number of devices and type goes to results/exactness.jsonl; exit code 1 where a tolerance is missed.
+Beside it the gradients of the four weights of a layer around the operation, with `check_vma` on and off, and what the
+two bugs of the released code would have cost. One record per number of devices and type goes to
+results/exactness.jsonl; exit code 1 where a tolerance is missed.
 """
 
 from __future__ import annotations

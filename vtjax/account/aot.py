@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -158,23 +158,50 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
     reduce-scatter). What an asynchronous collective is split into counts once. "dcn-send" is what crosses slices: the
     compiler reduces within a slice first, then hands the data to the host.
     """
+    found: dict[tuple[str, str], Collective] = {}
+    for one in each_collective(hlo):
+        key = one.kind, one.channel
+        found[key] = max(found.get(key, one), one, key=lambda c: (c.times, c.bytes))
+    out: dict[str, dict[str, int]] = {}
+    for (kind, _), one in sorted(found.items()):
+        entry = out.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += one.times
+        entry["bytes"] += one.times * one.bytes
+    return out
+
+
+class Collective(NamedTuple):
+    """One collective in the text of a program.
+
+    Attributes:
+      kind: of `COLLECTIVES`, or "dcn-send".
+      dtype: of its result as HLO says it ("f32", "s32"); the first one of several.
+      bytes: of its result (of its operand for a reduce-scatter) per call of it.
+      times: how often one call of the program runs it.
+      channel: equal for what the TPU's compiler split one into. CPU programs have one channel for all.
+    """
+
+    kind: str
+    dtype: str
+    bytes: int
+    times: int
+    channel: str
+
+
+def each_collective(hlo: str) -> list[Collective]:
+    """Collectives of a compiled program in the order of its text; those in computations that never run are absent."""
     bodies = _computations(hlo)
     times = _times(bodies)
-    found: dict[tuple[str, str], tuple[int, int]] = {}
+    found = []
     for name, lines in bodies.items():
         for number, line in enumerate(lines):
             if (one := _collective(line)) is None or not times.get(name):
                 continue
-            kind, size = one
             channel = re.search(r"channel_id=(\d+)", line)
-            key = kind, channel[1] if channel else f"{name}:{number}"
-            found[key] = max(found.get(key, (0, 0)), (times[name], size))
-    out: dict[str, dict[str, int]] = {}
-    for (kind, _), (count, size) in sorted(found.items()):
-        entry = out.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += count
-        entry["bytes"] += count * size
-    return out
+            dtype = re.search(r"[a-z]\w*(?=\[)", line.partition("= ")[2])
+            place = channel[1] if channel else f"{name}:{number}"
+            found.append(Collective(one[0], dtype[0] if dtype else "", one[1], times[name], place))
+    return found
 
 
 def _collective(line: str) -> tuple[str, int] | None:
