@@ -31,10 +31,12 @@ from vtjax.ops.partial_softmax import Part
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 LEAST = 16
 """The smallest tile of a product in Triton; sizes are powers of two."""
+PROGRAMS = 128
+"""About as many as GPUs have multiprocessors. With fewer the keys of the forward pass are split, as in decoding."""
 
 
 class Shape(NamedTuple):
-    """Sizes of a kernel for 2-byte inputs (half of both tiles for float32).
+    """Sizes of a kernel for 2-byte inputs and D up to 128; half of both tiles for float32, or for twice the width.
 
     Attributes:
       rows, keys: of a tile, powers of two.
@@ -68,8 +70,13 @@ def forward(
     interpret: bool = False,
 ) -> Part:
     """`partial_softmax.forward` for bfloat16, float16 and float32. `interpret`: without a GPU, slowly."""
-    (b, n, heads, d), kv_heads = q.shape, k.shape[2]
+    (b, n, heads, d), (m, kv_heads) = q.shape, k.shape[1:3]
     row_tile, key_tile = _tile_sizes(shape, q, k)
+    programs = b * kv_heads * -(-n * heads // (kv_heads * row_tile))
+    pieces = min(PROGRAMS // programs, m // (4 * key_tile))
+    if pieces > 1:
+        more = dict(low=low, high=high, scale=scale, shape=shape, interpret=interpret)
+        return _in_pieces(pieces, q, k, v, number=number, **more)
     rows, keys = tiles.rows(low, high, heads // kv_heads, row_tile), tiles.keys(number, key_tile)
     q = _widened(tiles.stacked(partial_softmax.of_seeing(low, high, q), kv_heads, row_tile))
     k, v = (_widened(tiles.head_major(x, number, key_tile)) for x in (k, v))
@@ -171,10 +178,27 @@ def backward(
     return tiles.unstacked(dq[..., :d], n, heads), dk, dv
 
 
+def _in_pieces(
+    count: int, q: Array, k: Array, v: Array, *, low: Array, high: Array, number: Array, **more: Any
+) -> Part:
+    """`forward` with as many programs for each row: pieces of the keys as entries of the batch, merged."""
+    b, m = number.shape
+    size = -(-m // count)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, size * count - m), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(b * count, size, *x.shape[2:])
+
+    q, low, high = (jnp.repeat(x, count, axis=0) for x in (q, low, high))
+    part = forward(q, cut(k), cut(v), low=low, high=high, number=cut(number), **more)
+    o, lse = (jnp.moveaxis(x.reshape(b, count, *x.shape[1:]), 1, 0) for x in part)
+    return partial_softmax.merge_all(Part(o, lse))
+
+
 def _tile_sizes(shape: Shape, q: Array, k: Array) -> tuple[int, int]:
     """Rows and keys of a tile, no more than there are."""
     sizes = q.shape[1] * q.shape[2] // k.shape[2], k.shape[1]
-    part = max(q.dtype.itemsize // 2, 1)
+    part = max(q.dtype.itemsize // 2, 1) * max(_power_of_two(q.shape[3]) // 128, 1)
     r, c = (max(min(t // part, _power_of_two(s)), LEAST) for t, s in zip(shape, sizes, strict=False))
     return r, c
 

@@ -114,7 +114,7 @@ def unstacked(x: Float[Array, "B K R *D"], n: int, heads: int) -> Float[Array, "
     return jnp.moveaxis(x, 1, 2).reshape(b, n, heads, *x.shape[4:])
 
 
-def head_major(x: Float[Array, "B M K D"], number: Int[Array, "B M"], tile: int) -> Float[Array, "B K M D"]:
+def head_major(x: Float[Array, "B M K D"], number: Int[Array, "B M"], tile: int) -> Float[Array, "B K padded D"]:
     """Keys or values as a kernel reads them: padding zeroed, more of it behind."""
     x = partial_softmax.without_padding(number, x)
     return jnp.pad(x, ((0, 0), (0, _more(x.shape[1], tile)), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
