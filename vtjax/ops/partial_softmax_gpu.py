@@ -75,7 +75,7 @@ def forward(
     programs = b * kv_heads * -(-n * heads // (kv_heads * row_tile))
     pieces = min(PROGRAMS // programs, m // (4 * key_tile))
     if pieces > 1:
-        more = dict(low=low, high=high, scale=scale, shape=shape, interpret=interpret)
+        more: dict[str, Any] = {"low": low, "high": high, "scale": scale, "shape": shape, "interpret": interpret}
         return _in_pieces(pieces, q, k, v, number=number, **more)
     rows, keys = tiles.rows(low, high, heads // kv_heads, row_tile), tiles.keys(number, key_tile)
     q = _widened(tiles.stacked(partial_softmax.of_seeing(low, high, q), kv_heads, row_tile))
