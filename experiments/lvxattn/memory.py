@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a stack of cross-attention layers with and without recomputation, as the TPU's compiler plans it.
+
+    python -m experiments.lvxattn.memory temp        temporaries against S_K: v5e 2x4, four layers of Llama 3-V's widths
+    python -m experiments.lvxattn.memory longest     the longest visual input that fits a v5e 2x4 and a v5p 4x4x4
+    python -m experiments.lvxattn.memory time        what recomputation costs, on this machine's CPU
+
+No TPU is needed for the first two (libtpu holds the compiler), and nothing is run. A layer projects queries from the
+text and keys and values from the visual tokens y, which all layers read; bfloat16, weights on every chip, gradients of
+weights, text and y. Recomputation is "none", "names" (`save_only_these_names(*SAVED)`: keys and values are projected
+again, the attention is not done again, spec section 2), or "full". Records go to results/memory.jsonl; what is there
+already is not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vtjax.account import aot, record, timing
+from vtjax.parallel.cross_attention import SAVED, cross_attention
+from vtjax.viz import tables
+
+RECORDS = Path(__file__).resolve().parent / "results" / "memory.jsonl"
+AXIS = "cp"
+LLAMA = {"width": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "rows": 2048}
+"""Llama 3-V 11B; text of 2048 tokens."""
+FRAME = 6404  # tokens, four tiles
+MODES = ("none", "names", "full")
+KERNELS = ("forward", "dq", "dkv")
+LENGTHS = (131_072, 262_144, 524_288)
+STRATEGIES = ("gather_q", "ring_q", "ring_kv", "ulysses")
+
+
+def stack(mesh: Any, layers: int, mode: str, strategy: str, case: dict[str, Any], dtype: Any) -> tuple[Any, Any]:
+    """A jitted loss and gradients of all, and its abstract arguments."""
+    d, heads, kv_heads, width = (case[name] for name in ("head_dim", "heads", "kv_heads", "width"))
+
+    def layer(p: Any, x: Any, y: Any) -> Any:
+        # Queries first: their gathering may hide behind the projections of keys and values (spec section 6.4).
+        q, k, v = (jnp.einsum("bnd,dhe->bnhe", a, p[name]) for a, name in ((x, "q"), (y, "k"), (y, "v")))
+        o = cross_attention(q, k, v, mesh=mesh, axis=AXIS, strategy=strategy)
+        return x + jnp.tanh(p["gate"]) * jnp.einsum("bnhe,hed->bnd", o, p["o"])
+
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED) if mode == "names" else None
+    run = layer if mode == "none" else jax.checkpoint(layer, policy=policy)
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        for p in params:
+            x = run(p, x, y)
+        return (x.astype(jnp.float32) ** 2).mean()
+
+    shapes = {"q": (width, heads, d), "k": (width, kv_heads, d), "v": (width, kv_heads, d), "o": (heads, d, width)}
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, AXIS))
+
+    def of(shape: tuple[int, ...], sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    params = [{name: of(shape, whole) for name, shape in {**shapes, "gate": ()}.items()} for _ in range(layers)]
+    x, y = of((1, case["rows"], width), split), of((1, case["keys"], width), split)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2))), (params, x, y)
+
+
+def planned(topology: str, layers: int, mode: str, strategy: str, keys: int) -> dict[str, Any]:
+    """What the compiler says: see `aot.compile_step`; and `kernels`, the attention kernels of the program before it is
+    optimised."""
+    devices = aot.topology(topology)
+    mesh = Mesh(np.array(devices), (AXIS,))
+    case = {**LLAMA, "keys": keys}
+    jitted, arguments = stack(mesh, layers, mode, strategy, case, jnp.bfloat16)
+    program = jitted.lower(*arguments).as_text()
+    kernels = {name: len(re.findall(f'"partial_softmax_{name}"', program)) for name in KERNELS}
+    found = aot.compile_step(jitted, arguments, devices)
+    told = {"topology": topology, "n": len(devices), "layers": layers, "mode": mode, "strategy": strategy, **case}
+    return {**told, "kernels": kernels, **found}
+
+
+def temp(known: Callable[..., bool]) -> Iterator[dict[str, Any]]:
+    """Temporaries against S_K."""
+    for strategy in STRATEGIES:
+        for keys in LENGTHS if strategy == "gather_q" else LENGTHS[-1:]:
+            for mode in MODES:
+                case = {"kind": "temp", "topology": "v5e:2x4", "strategy": strategy, "mode": mode, "keys": keys}
+                if not known(case):
+                    yield {"kind": "temp", **planned("v5e:2x4", 4, mode, strategy, keys)}
+
+
+def longest(known: Callable[..., bool]) -> Iterator[dict[str, Any]]:
+    """The longest visual input whose eight layers fit: from two compiles a line, along it the length that should fill
+    the chip, and compiles there and 5 % above to see that one fits and the other one does not."""
+    for topology in ("v5e:2x4", "v5p:4x4x4"):
+        for strategy in STRATEGIES:
+            for mode in ("none", "names"):
+                case = {"kind": "longest", "topology": topology, "strategy": strategy, "mode": mode}
+                n = len(aot.topology(topology))
+                if known(case) or (strategy == "ulysses" and LLAMA["kv_heads"] % n):
+                    continue
+                lengths = [n * 4096, n * 8192]
+                tried = [planned(topology, 8, mode, strategy, keys) for keys in lengths]
+                sizes = [one["hbm_bytes_per_device"] for one in tried]
+                slope = (sizes[1] - sizes[0]) / (lengths[1] - lengths[0])
+                keys = lengths[0] + (tried[0]["hbm_limit"] - sizes[0]) / slope
+                fits: dict[str, Any] = tried[1]
+                for share in (0.99, 0.96, 0.92, 0.86):
+                    one = planned(topology, 8, mode, strategy, int(share * keys) // (n * 512) * n * 512)
+                    if one["fits"]:
+                        fits = one
+                        break
+                above = planned(topology, 8, mode, strategy, int(1.05 * fits["keys"]) // (n * 512) * n * 512)
+                yield {
+                    **case,
+                    "n": n,
+                    **{name: fits[name] for name in (*LLAMA, "layers", "keys", "hbm_bytes_per_device", "hbm_limit")},
+                    "bytes_per_key": slope,
+                    "above": {name: above[name] for name in ("keys", "fits", "hbm_bytes_per_device")},
+                }
+
+
+def cost(rounds: int) -> dict[str, Any]:
+    """Time of forward and backward pass of two layers on one CPU device, all modes beside each other."""
+    mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
+    case = {"width": 256, "heads": 8, "kv_heads": 2, "head_dim": 64, "rows": 64, "keys": 16_384}
+    candidates = {}
+    for mode in MODES:
+        jitted, shapes = stack(mesh, 2, mode, "gather_q", case, jnp.float32)
+        given = jax.tree.map(lambda s: 0.02 * jax.random.normal(jax.random.key(0), s.shape, s.dtype), shapes)
+        candidates[mode] = timing.timer(jitted, *given)
+    found = timing.compare(candidates, rounds=rounds, calls=2, warmup=1)
+    ratios = {f"{mode}_over_none": found.ratio(mode, "none") for mode in MODES[1:]}
+    return {"kind": "time", "layers": 2, **case, "seed": 0, **found.summary(), **ratios}
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("temp", "longest", "time"))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    options = parser.parse_args(arguments)
+    old = tables.read_jsonl(options.out) if options.out.exists() else []
+
+    def known(case: dict[str, Any]) -> bool:
+        return any(all(r.get(name) == value for name, value in case.items()) for r in old)
+
+    made = {"temp": temp, "longest": longest}
+    cases = iter([cost(options.rounds)]) if options.what == "time" else made[options.what](known)
+    for found in cases:
+        record.write(options.out, found)
+        shown = ("topology", "strategy", "mode", "keys", "kernels", "temp_bytes", "fits", "names_over_none")
+        print(json.dumps({name: found[name] for name in shown if name in found}), file=sys.stderr, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
