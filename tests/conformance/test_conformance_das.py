@@ -88,16 +88,21 @@ def check(arrays, replay):
     assert result["compared"] == len(outputs | used - noisy)
     assert result["groups"] == len({name.split("/")[0] for name in arrays})
     wrong = {name: spoil(arrays[name]) for name in outputs}
+    wrong |= {name: arrays[name] + (np.arange(len(arrays[name])) == 0) for name in outputs if name.endswith("/cfg")}
     code, result = replay({**arrays, **wrong})
     assert (code, result["failed"], result["unread"]) == (1, sorted(wrong), [])
+    # A copy of a search for every field of it that is used, too, with that one wrong.
+    searches = {name: arrays[name] for name in arrays if name.startswith("trace/meter/")}
+    copies, wrong = {}, []
     for field in ("fired", "gate_before", "cand", "loss", "n_draws", "gate_final"):
-        wrong = {name: spoil(arrays[name]) for name in used - noisy if name.endswith(field)}
-        if field == "cand":  # another subset is found by what follows from it, an arm that does not exist by itself
-            wrong = {name: array + 100 for name, array in wrong.items()}
-        if field == "n_draws":  # any number is right that suffices, and 0, which says that it is not known
-            wrong = {name: np.ones_like(array) for name, array in wrong.items()}
-        code, result = replay({name: {**arrays, **wrong}[name] for name in arrays if name.startswith("trace/")})
-        assert code == 1 and set(wrong) <= set(result["failed"]) and result["unread"] == []
+        copies |= {f"{field}/{name}": array for name, array in searches.items()}
+        name, array = f"{field}/trace/meter/{field}", searches[f"trace/meter/{field}"]
+        # Another subset is found by what follows from it, an arm that does not exist by itself. Of draws any number
+        # will do that suffices.
+        copies[name] = array + 100 if field == "cand" else 0 * array + 1 if field == "n_draws" else spoil(array)
+        wrong.append(name)
+    code, result = replay(copies)
+    assert code == 1 and set(wrong) <= set(result["failed"]) and result["unread"] == []
 
 
 def test_what_was_recorded_is_reproduced_and_a_wrong_entry_is_found(recorded, replay):

@@ -10,6 +10,7 @@ Letters: B batch, N tokens, D width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -220,3 +221,23 @@ def init_attached(spec: Any, style: Style, key: Array) -> dict[str, Any]:
             p |= {"norm_in": Norm("rmsnorm", 1e-6).init(key, jnp.zeros((1, 1, spec.width)))["params"]}
         params.setdefault(block_name(index), {})[site] = p
     return params
+
+
+def routes(spec: Any, style: Style, params: Any, firsts: Sequence[Float[Array, "B D"]]) -> dict[str, Array]:
+    """What a decoder's routers keep of a prompt, as knobs `<site>_route [L, B, 2]` for `LM.step`: later tokens do not
+    see the one that decides.
+
+    Args:
+      firsts: the first token of every prompt as it enters each block.
+    """
+    found: dict[str, list[Array]] = {}
+    for index, site, adapter in attach(spec, style, spec.eps):
+        assert isinstance(adapter, Attached)
+        if adapter.spec.form != "router":
+            continue
+        p = params["das"][block_name(index)][site]
+        norm = p["norm_in"] if site == "skip" else params[block_name(index)]["norm1" if site == "attn_in" else "norm2"]
+        read = norms.rms_norm(firsts[index], norm["scale"], spec.eps)
+        empty = [jnp.zeros((len(read), 2))] * spec.depth
+        found.setdefault(f"{site}_route", empty.copy())[index] = ops.route(read, p, adapter.spec.temperature)
+    return {name: jnp.stack(rows) for name, rows in found.items()}
