@@ -125,3 +125,12 @@ def test_the_choice_flips_where_the_bytes_do() -> None:
         cost = {s: strategies.seconds(case, s, slow) for s in ("ulysses", "gather_q")}
         assert min(cost, key=lambda s: cost[s]) == wanted, (case, cost)
     assert strategies.choose(Case(1, 1, 2, 3, 4, 4, 8, 2)) == "local"
+    for n, group in ((4, 4), (16, 7)):  # forward bytes are equal there, but for the statistics
+        case = Case(n, 1, 256, group * 256, group, 1, 64, 2)
+        known = (n - 1) / n * case.statistics
+        gathered = strategies.sent(case, "gather_q").forward
+        assert gathered == strategies.sent(case, "ring_kv").forward + known
+        case = case._replace(keys=(n - 1) * group * 256)
+        assert 0 < gathered - strategies.sent(case, "ulysses").forward < known
+    # Where the work hides every hop a ring saves nothing that counts.
+    assert strategies.choose(Case(16, 1, 2048, 2401 * 1024, 32, 8, 128, 2)) == "gather_q"
