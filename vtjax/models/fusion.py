@@ -208,8 +208,8 @@ class Fusion:
     def fuse(
         self,
         params: Params,
-        text: Float[Array, "B N D"],
-        image: Float[Array, "B M D"],
+        text: Float[Array | np.ndarray, "B N D"],
+        image: Float[Array | np.ndarray, "B M D"],
         text_mask: Mask | None = None,
         image_mask: Any = None,
         *,
@@ -230,7 +230,7 @@ class Fusion:
         """
         spec, params = self.spec, jax.tree.map(jnp.asarray, params)
         modules, n = self._modules(params, skip, key), text.shape[1]
-        text, image = text.astype(self.dtype), image.astype(self.dtype)
+        text, image = (jnp.asarray(a).astype(self.dtype) for a in (text, image))
         alive = self._alive(text_mask, text)
         if spec.streams == 1:
             seen = self._alive(image_mask, image)
