@@ -62,7 +62,7 @@ def video(steps: int, batch_size: int, frames: int) -> ConfigDict:
     Longer videos than those of training: `vtjax eval --config=configs/lvxattn.py:video,frames=256
     --workdir=runs/needle`; experiments/lvxattn/needle.py does it length by length.
     """
-    config = over_frames(vlm.questions(steps or 2000, batch_size or 16), n=4000, size=32, frames=frames or 16)
+    config = over_frames(vlm.questions(steps or 3500, batch_size or 16), n=20000, size=32, frames=frames or 16)
     config.log_every = 50
     config.eval_every = 500
     config.checkpoint.every = 500

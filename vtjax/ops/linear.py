@@ -31,12 +31,16 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    rows, columns = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    rows, columns = x, g
+    if jax.sharding.get_abstract_mesh().shape.get("context", 1) == 1:
+        # Tokens that lie over devices beside the batch would be gathered to be flattened.
+        rows, columns = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    over = (tuple(range(rows.ndim - 1)),) * 2
     if x.shape[-1] <= g.shape[-1]:
-        to_kernel = _dot(rows, columns, ((0,), (0,)))
+        to_kernel = _dot(rows, columns, over)
     else:
         # The barrier keeps XLA from folding this transpose back into the product.
-        to_kernel = jax.lax.optimization_barrier(_dot(columns, rows, ((0,), (0,)))).T
+        to_kernel = jax.lax.optimization_barrier(_dot(columns, rows, over)).T
     return _dot(g, kernel, ((g.ndim - 1,), (1,))), to_kernel
 
 

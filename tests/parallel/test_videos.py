@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose frames lie over the context axis: equal to the local model, nothing that grows with the video is sent,
+attention is not done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.parallel import videos
+from vtjax.errors import InputError
+from vtjax.models.vlm import VLM
+from vtjax.parallel import frames
+from vtjax.parallel import mesh as mesh_lib
+
+
+def on_eight(*cases: str) -> list[dict[str, Any]]:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    words = [sys.executable, "-m", "tests.parallel.videos", *cases]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["forms", "strategies", "recomputed"])
+def test_loss_and_gradients_are_those_of_one_device(case: str) -> None:
+    """Over context alone, beside data, and beside fsdp and tensor; in float32."""
+    found = on_eight(case)
+    assert len(found) >= 5 and [r for r in found if not r["error"] < 3e-5] == []
+
+
+@pytest.mark.slow
+def test_what_is_generated_is_what_one_device_generates() -> None:
+    found = on_eight("generated")
+    assert len(found) == 6 and all(r["same"] for r in found)
+
+
+@pytest.mark.slow
+def test_nothing_that_is_sent_grows_with_the_video() -> None:
+    """The compiled step for three times the frames has collectives of the same shapes, and none of images."""
+    found = on_eight("sent")
+    assert {r["mesh"] for r in found} == {"context", "data", "fsdp"}
+    for record in found:
+        assert record["few"] and record["few"] == record["many"], record
+
+
+def test_frames_are_laid_out_once_each() -> None:
+    assert frames.order(6, 2, stripe=True) == [0, 2, 4, 1, 3, 5]
+    assert frames.order(6, 2, stripe=False) == [0, 1, 2, 3, 4, 5]
+    assert frames.order(3, 8, stripe=True) == [0, 1, 2, -1, -1, -1, -1, -1]
+    assert frames.order(7, 3, stripe=True) == [0, 3, 6, 1, 4, -1, 2, 5, -1]
+    x = jnp.arange(12).reshape(2, 3, 2)
+    assert frames.join(x).tolist() == x.reshape(6, 2).tolist() and frames.padding(3) == 0
+    assert frames.split(frames.join(x), 2).tolist() == x.tolist()
+
+
+def test_frames_that_do_not_divide_are_refused() -> None:
+    class Mesh:
+        shape = {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}
+
+    mesh, images = mesh_lib.make({"data": 1}), np.zeros((2, 3, 4), np.float32)
+    placed = mesh_lib.place({"images": images}, mesh, frames=("images",))
+    assert placed["images"].sharding == mesh_lib.frame_sharding(mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh_lib, "_positions", lambda mesh, total: {0: 0, 1: 1})
+        with pytest.raises(InputError, match="images must hold a multiple of the mesh's context=4 frames, found 3"):
+            place: Any = getattr(mesh_lib.place, "__wrapped__", mesh_lib.place)  # its types want a real mesh
+            place({"images": images}, Mesh(), frames=("images",))
+
+
+def test_frames_come_in_any_order_and_share_placeholders() -> None:
+    spec, given = videos.described("hyper"), videos.batch()
+    apply = jax.jit(lambda b: videos.graded(VLM(spec))(videos.drawn(spec), b)[0])
+    turned = np.random.default_rng(1).permutation(videos.F)
+    moved = {**given, "images": given["images"][:, turned], "image_number": given["image_number"][:, turned]}
+    np.testing.assert_allclose(apply(moved), apply(given), rtol=1e-6)
+    hidden = np.where((given["image_number"] > 0)[:, :, None, None, None], given["images"], 7.0).astype(np.float32)
+    np.testing.assert_allclose(apply({**given, "images": hidden}), apply(given), rtol=1e-6)
+
+
+def test_tiles_that_fill_up_are_not_projected() -> None:
+    """One tile of four: the visual tokens are those of one tile, the loss is that of four."""
+    spec, given = videos.described("mllama"), videos.batch()
+    one = given["images"][:, :, None]
+    four = np.concatenate([one, np.zeros_like(one), np.zeros_like(one), np.zeros_like(one)], axis=2)
+    ratio = np.ones((videos.B, videos.F), np.int32)
+    model, params = VLM(spec), videos.drawn(spec)
+    told = {name: given[name] for name in ("image_number", "image_interval")}
+
+    def run(images: Any) -> Any:
+        return jax.jit(lambda p: model.apply(p, given["ids"], images, aspect_ratio=ratio, **told))(params)
+
+    (small, aux), (large, filled) = run(one), run(four)
+    np.testing.assert_allclose(small, large, atol=2e-6)
+    assert 4 * aux["visual"].shape[1] == filled["visual"].shape[1]
+
+
+def attentions(jaxpr: str) -> int:
+    """Calls of the attention in a jaxpr."""
+    return len(re.findall(r"= shard_map\[", jaxpr))
+
+
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_recomputation_projects_again_and_does_not_attend_again(check_vma: bool) -> None:
+    """Two layers: two calls forward and two backward, under `names` as without; gradients are the local model's."""
+    spec, given, mesh = videos.described("flamingo"), videos.batch(2), mesh_lib.make({})
+    params = videos.drawn(spec)
+    wanted = jax.jit(videos.graded(VLM(spec)))(params, given)
+    calls: Counter[str] = Counter()
+    with jax.set_mesh(mesh):
+        for remat in ("none", "names", "full"):
+            model = videos.distributed(spec, remat=remat, strategy="gather_q", check_vma=check_vma)
+            calls[remat] = attentions(str(jax.make_jaxpr(videos.graded(model))(params, given)))
+            if remat == "names":
+                found = jax.jit(videos.graded(model))(params, given)
+    assert dict(calls) == {"none": 4, "names": 4, "full": 6}
+    assert videos.worst(found, wanted) < 1e-5
