@@ -26,7 +26,6 @@ from jax.sharding import PartitionSpec as P
 
 from vtjax.account import timing
 from vtjax.parallel import cross_attention as op
-from vtjax.parallel import strategies
 
 AXIS = "cp"
 SILENT = " silent"
@@ -99,6 +98,14 @@ def drawn(mesh: Mesh, spec: P, shape: tuple[int, ...], seed: int) -> jax.Array:
     return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
 
 
+def with_silent(case: dict[str, Any], candidate: Callable[[str, bool], Any]) -> dict[str, Callable[[], Any]]:
+    """Every strategy, and in front of them the silent forms of those that the case names."""
+    return {
+        **{s + SILENT: candidate(s, True) for s in case["silent"]},
+        **{s: candidate(s, False) for s in case["strategies"]},
+    }
+
+
 def operation(mesh: Mesh, case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """The operation alone: forward and backward pass, or with `passes="forward"` the first one."""
     rows, keys, heads, kv_heads, d = (case[name] for name in ("rows", "keys", "heads", "kv_heads", "head_dim"))
@@ -121,16 +128,16 @@ def operation(mesh: Mesh, case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         jitted = jax.jit(silenced(function, mesh.size) if silent else function)
         return lambda: jitted(*given)
 
-    return {s + SILENT * silent: candidate(s, silent) for s in case["strategies"] for silent in (False, True)}
+    return with_silent(case, candidate)
 
 
 def training(mesh: Mesh, case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """A training step of a small multimodal model with hyper-attention (mPLUG-Owl3's form): tower over this process's
-    frames, frozen as in the paper's example; decoder and bridge with their update. The text is on every process."""
+    """A training step of a small multimodal model with hyper-attention (mPLUG-Owl3's form) in every layer: tower over
+    this process's frames, frozen as in the paper's example; decoder and bridge with their update. The text is on every
+    process."""
     import optax
 
     from vtjax.models.vlm import VLM
-    from vtjax.parallel import rules
     from vtjax.spec import BridgeSpec, CrossSpec, LMSpec, ViTSpec, VLMSpec
 
     side, frames, rows, vocab = case["side"], case["frames"], case["rows"], 256
@@ -138,12 +145,10 @@ def training(mesh: Mesh, case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         depth=1, width=case["tower_width"], heads=1, mlp=2 * case["tower_width"], image_size=2 * side, patch=2,
         class_token=False, pos_prefix=0, pooling="none",
     )  # fmt: skip
-    width = case["heads"] * case["head_dim"]
-    text = LMSpec.uniform(
-        depth=case["depth"], width=width, heads=case["heads"], kv_heads=case["kv_heads"], mlp=2 * width, vocab=vocab
-    )
-    cross = CrossSpec.hyper(tuple(case["layers"]))
-    spec = VLMSpec(tower, BridgeSpec(hidden=width, cross=cross), text, image_token=vocab - 1)
+    width, layers = case["width"], tuple(range(case["depth"]))
+    heads = {name: case[name] for name in ("heads", "kv_heads", "head_dim")}
+    text = LMSpec.uniform(depth=case["depth"], width=width, mlp=2 * width, vocab=vocab, **heads)
+    spec = VLMSpec(tower, BridgeSpec(hidden=width, cross=CrossSpec.hyper(layers)), text, image_token=vocab - 1)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocab - 1, (1, rows)).astype(np.int32)
     ids[0, np.linspace(0, rows - 2, frames).astype(int)] = vocab - 1
@@ -170,14 +175,13 @@ def training(mesh: Mesh, case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         jitted = jax.jit(silenced(step, mesh.size) if silent else step)
         return lambda: jitted(trained, params["tower"], state, images)
 
-    del rules
-    return {s + SILENT * silent: candidate(s, silent) for s in case["strategies"] for silent in (False, True)}
+    return with_silent(case, candidate)
 
 
 def collectives(mesh: Mesh, case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """Single collectives, to know what of a link's rate the library makes use of. Each sends `sent` bytes per process,
+    """Single collectives, to know what of a link's rate the library makes use of. Each sends `size` bytes per process,
     but for the all-gather's and all-to-all's, of which (n - 1) / n leave."""
-    n, count = mesh.size, case["sent"] // 4 // mesh.size * mesh.size
+    n, count = mesh.size, case["size"] // 4 // mesh.size * mesh.size
     x = drawn(mesh, P(AXIS), (n, count), 6)
     ring = [(i, (i + 1) % n) for i in range(n)]
     bodies = {
@@ -203,14 +207,6 @@ def results(mesh: Mesh, cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]
         options = {name: case[name] for name in ("rounds", "calls", "warmup") if name in case}
         found = timing.compare(candidates, **options)
         yield {"seconds": {name: t.summary() for name, t in found.timings.items()}}
-
-
-def sent(n: int, case: dict[str, Any]) -> dict[str, Any]:
-    """Bytes per process and call by strategy, from `strategies.sent`; of one layer."""
-    sizes = (case[name] for name in ("rows", "keys", "heads", "kv_heads", "head_dim"))
-    known = strategies.Case(n, 1, *sizes, 4)
-    both = {s: strategies.sent(known, s) for s in case["strategies"] if s != "gspmd"}
-    return {s: [b.forward, 0 if case.get("passes") == "forward" else b.backward] for s, b in both.items()}
 
 
 def main() -> None:

@@ -140,10 +140,10 @@ def beside(records: Records, kind: str) -> str:
 
 def collectives(records: Records) -> str:
     """MB per second that a process sends, of 125 that a link of 1 Gbit/s has."""
-    used = latest(of_kind(records, "collectives"), ("n", "rate", "sent"))
+    used = latest(of_kind(records, "collectives"), ("n", "rate", "size"))
     rows = []
     for r in used:
-        n, sent = r["n"], r["sent"]
+        n, sent = r["n"], r["size"]
         share = {"ppermute": 1.0, "all_to_all": (n - 1) / n, "all_gather": (n - 1) / n}
         rate = (f"{share[name] * sent / t['median_s'] / 1e6:.0f}" for name, t in r["seconds"].items())
         rows.append((n, r["rate"], f"{r['goodput'] / 1e6:.0f}", *rate))
