@@ -20,6 +20,7 @@ from vtjax.ops import bandit
 from vtjax.spec import FusionSpec, from_json, skip_list
 from vtjax.train import optim
 from vtjax.train.state import flatten
+from vtjax.weights import names
 
 SPECS = {1: FusionSpec.small(1, depth=3, width=16, classes=5), 2: FusionSpec.small(2, depth=1, width=16, classes=5)}
 IDS = np.arange(12).reshape(2, 6) % 128
@@ -62,7 +63,7 @@ class Case:
 
 @functools.cache
 def abstract(spec):
-    """Shapes of the parameters."""
+    """The parameters' shapes."""
     return jax.eval_shape(Fusion(spec).init, jax.random.key(0))
 
 
@@ -135,6 +136,13 @@ def test_frozen_parameters_do_not_train_and_the_trained_ones_are_dass(cases):
     assert trained["das/block_00/cross/up/kernel"] == "cross" and trained["das/block_00/cross/up/bias"] == "cross_bias"
     assert trained["das/block_00/skip/norm/scale"] == "rest" and trained["head/norm/scale"] == "head"
     assert set(das.groups(1, 10.0)) == set(das.groups(2, 50.0)) and das.groups(1, 10.0)["cross"]["lr_scale"] == 1.0
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_names_and_shapes_are_those_of_files(streams):
+    for spec in (SPECS[streams], SPECS[streams].skipping([1])):
+        own = {path: leaf.shape for path, leaf in flatten(abstract(spec)).items() if not path.startswith("das/")}
+        assert names.shapes(spec) == own and all(map(names.is_own, own))
 
 
 def test_both_streams_read_what_the_layer_before_left(cases):
@@ -322,8 +330,12 @@ def test_a_stream_is_as_wide_as_its_image():
         SPECS[1].edit(image=SPECS[1].image.edit(width=20))
     with pytest.raises(InputError, match="is of two streams, found 1 with one"):
         SPECS[1].edit(fusion=1)
-    with pytest.raises(InputError, match="norms before the branches"):
-        SPECS[1].edit(image=SPECS[1].image.edit(norm_position="post"))
+    for changes in ({"norm_position": "post"}, {"norm_after": False}):
+        with pytest.raises(InputError, match="norms before the branches and after the last block"):
+            SPECS[1].edit(image=SPECS[1].image.edit(**changes))
+    for changes in ({"pooling": "class"}, {"classes": 3}):
+        with pytest.raises(InputError, match="without pooling and head"):
+            SPECS[2].edit(image=SPECS[2].image.edit(**changes))
     with pytest.raises(InputError, match="images of two streams have no padding"):
         x = jnp.zeros((1, 2, 16))
         Fusion(SPECS[2]).fuse({}, x, x, image_mask=jnp.ones((1, 2)))

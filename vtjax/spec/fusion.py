@@ -82,8 +82,17 @@ class FusionSpec(ModelSpec):
             object.__setattr__(self, "arms", self.depth)
         if self.streams == 1 and self.image.width != self.width:
             raise InputError(f"FusionSpec.image must be {self.width} wide as the stream is, found {self.image.width}")
-        if self.streams == 1 and self.image.norm_position != "pre":
-            raise InputError("FusionSpec.image must have its norms before the branches, found norm_position='post'")
+        if self.image.pooling != "none" or self.image.classes:
+            raise InputError(
+                "FusionSpec.image must give all tokens, without pooling and head, "
+                f"found pooling={self.image.pooling!r}, classes={self.image.classes}"
+            )
+        norms = (self.image.norm_position, self.image.norm_before, self.image.norm_after)
+        if self.streams == 1 and norms != ("pre", False, True):
+            raise InputError(
+                "FusionSpec.image of one stream must have norms before the branches and after the last block, found "
+                f"norm_position={norms[0]!r}, norm_before={norms[1]}, norm_after={norms[2]}"
+            )
         for name in ("eps", "text_eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"FusionSpec.{name} must be 0 or more, found {getattr(self, name)}")

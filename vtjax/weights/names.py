@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from vtjax.errors import InputError
-from vtjax.spec import LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec, is_backbone
+from vtjax.spec import FusionSpec, LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec, is_backbone
+from vtjax.weights import fusion_names
 from vtjax.weights.tables import TABLES, Row, Table
 
 Params = dict[str, Any]
@@ -60,6 +61,8 @@ def shapes(spec: Spec) -> dict[str, Shape]:
         return {f"{part}/{name}": shape for part, found in parts.items() for name, shape in found.items()}
     if isinstance(spec, TiledViTSpec):
         return _tiled_shapes(spec)
+    if isinstance(spec, FusionSpec):
+        return fusion_names.shapes(spec, _vit_shapes(fusion_names.image_spec(spec)))
     return _lm_shapes(spec) if isinstance(spec, LMSpec) else _vit_shapes(spec)
 
 
