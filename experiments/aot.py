@@ -6,6 +6,7 @@ python -m experiments.aot ltmp                                   6 compiles
 python -m experiments.aot dgmr                                   6 compiles of distillation
 python -m experiments.aot vlm                                    3 compiles of multimodal models
 python -m experiments.aot dpn                                    2 compiles
+python -m experiments.aot lvxattn                                3 compiles with frames over eight devices
 python -m experiments.aot vit --only=b16_i1k:train:v6e           what contains this
 python -m experiments.aot vit --only=v5e --out=FILE.jsonl        into another file
 
@@ -79,7 +80,14 @@ def dpn() -> Iterator[Case]:
     yield Case("configs/dpn.py:llava_hr_7b", "train", "v5p:4x4x4")
 
 
-EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm, "dpn": dpn}
+def lvxattn() -> Iterator[Case]:
+    """The paper's models over long videos, the frames of a sample over eight devices."""
+    yield Case("configs/lvxattn.py:openflamingo_3b", "train", "v5e:4x4")
+    yield Case("configs/lvxattn.py:owl3_7b", "train", "v5p:2x4x4")
+    yield Case("configs/lvxattn.py:llama3v_11b", "train", "v5p:2x4x4")
+
+
+EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm, "dpn": dpn, "lvxattn": lvxattn}
 
 
 def compile_one(case: Case) -> dict[str, Any] | None:

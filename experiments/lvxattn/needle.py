@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What exactness buys: accuracy of one trained model on longer and longer videos, beside what is cheaper.
+
+    vtjax run --config=configs/lvxattn.py:video --workdir=runs/needle
+    python -m experiments.lvxattn.needle --workdir=runs/needle
+    python -m experiments.lvxattn.needle --workdir=runs/needle --frames=64,256 --videos=32 --only=exact
+
+Each way sees the same videos of the test split:
+
+- `exact`: all frames, laid over eight (pretended) devices; equal to attention on one device that holds them all;
+- `sampled`: every k-th frame, so many as `--kept`, on one device;
+- `pooled`: all frames, of each the mean of its keys and of its values, on one device: a frame is one token;
+- `top`: all frames, attention to the `--kept` ones whose mean key fits some row of the text best, on one device.
+
+`device_bytes` is what the compiled program takes of a device (arguments, temporaries, results), `one_device_bytes` what
+exact attention takes of a single one: where that is above `--limit`, a device of that size cannot hold the video, and
+`held_by_one` is false. Batches are `--batch` videos. Records go to results/needle.jsonl; nothing in them is a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).resolve().parent / "results" / "needle.jsonl"
+CONFIG = "configs/lvxattn.py:video"
+WAYS = ("exact", "sampled", "pooled", "top")
+DEVICES = 8
+
+
+def pooled(tokens: int) -> Any:
+    """An `ops.cross_attention.Attend` to the mean key and value of every frame of so many tokens."""
+    from vtjax.ops import cross_attention
+
+    def attend(q: Any, k: Any, v: Any, *, low: Any, high: Any, number: Any) -> Any:
+        k, v = (by_frame(x, tokens).mean(2) for x in (k, v))
+        return cross_attention.attend(q, k, v, low=low, high=high, number=number[:, ::tokens])
+
+    return attend
+
+
+def top(tokens: int, kept: int) -> Any:
+    """An `Attend` to the `kept` frames whose mean key has the largest score with any head of any row that sees it."""
+    import jax
+    import jax.numpy as jnp
+
+    from vtjax.ops import cross_attention, partial_softmax
+
+    def attend(q: Any, k: Any, v: Any, *, low: Any, high: Any, number: Any) -> Any:
+        mean, frame = by_frame(k, tokens).mean(2), number[:, ::tokens]
+        wide = jnp.repeat(mean, q.shape[2] // mean.shape[2], axis=2)
+        score = jnp.einsum("bnhd,bfhd->bnfh", q, wide).max(-1)
+        score = jnp.where(partial_softmax.seen(low, high, frame), score, -jnp.inf).max(1)
+        best = jax.lax.top_k(score, min(kept, score.shape[1]))[1]
+
+        def taken(x: Any) -> Any:
+            x = by_frame(x, tokens)
+            x = jnp.take_along_axis(x, best.reshape(*best.shape, *(1,) * (x.ndim - 2)), axis=1)
+            return x.reshape(len(x), -1, *x.shape[3:])
+
+        return cross_attention.attend(q, taken(k), taken(v), low=low, high=high, number=taken(number))
+
+    return attend
+
+
+def by_frame(x: Any, tokens: int) -> Any:
+    """`[B, F T, ...]` -> `[B, F, T, ...]`."""
+    return x.reshape(len(x), -1, tokens, *x.shape[2:])
+
+
+def measured(way: str, frames: int, m: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of one way on videos of so many frames, and the bytes it takes of a device."""
+    import jax
+
+    from experiments.lvxattn import main as experiment
+    from experiments.vlm import main as vlm
+    from vtjax.cli import config as config_lib
+    from vtjax.models.vlm import VLM
+    from vtjax.parallel import mesh as mesh_lib
+
+    over = DEVICES if way == "exact" else 1
+    leaves = {"data.frames": frames, "batch_size": arguments.batch, "mesh.context": over, "mesh.data": 1}
+    leaves |= {"data.n": 4 * arguments.videos, "data.haystack": arguments.haystack, "data.prefetch": 2}
+    # The words are those of the model; without a training split nothing else is drawn from it.
+    leaves |= {"data.train_split": "", "data.cameras": 1}
+    config = config_lib.load_config(CONFIG, overrides={name: str(value) for name, value in leaves.items()})
+    order = list(range(frames))
+    if way == "sampled":
+        order = order[:: -(-frames // arguments.kept)]
+    elif way == "exact":
+        order = experiment.frames.order(frames, over, config.attend.stripe)
+    options = experiment.options(config)
+    tokens = m.spec.visual_tokens
+    if way in ("pooled", "top"):
+        options["attend"] = pooled(tokens) if way == "pooled" else top(tokens, arguments.kept)
+
+    class Of:
+        spec = m.spec
+
+    data = vlm.data(config, Of(), frame_order=order)
+    mesh = mesh_lib.make(config.mesh, jax.devices()[:over])
+    one = mesh_lib.make({"data": 1}, jax.devices()[:1])
+    types = vlm.TYPES["needle"]
+
+    def evaluated(options: dict[str, Any]) -> Any:
+        model = VLM(m.spec, **options)
+        return jax.jit(lambda params, batch: vlm.sums(vlm.asked(model, params, batch), batch, types))
+
+    def compiled(options: dict[str, Any], mesh: Any, batch: Any) -> tuple[Any, Any, int]:
+        with jax.set_mesh(mesh):
+            params = jax.tree.map(lambda x: mesh_lib.put(x, mesh_lib.replicated(mesh)), m.params)
+            placed = mesh_lib.place(batch, mesh, arguments.batch, experiment.OVER)
+            found = evaluated(options).lower(params, placed).compile()
+        plan = found.memory_analysis()
+        taken = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes
+        return found, params, int(taken)
+
+    first = next(iter(data.eval()))
+    run, params, taken = compiled(options, mesh, first)
+    whole = compiled(experiment.options(config), one, first)[2] if way == "exact" else None
+    total: dict[str, float] = {}
+    for batch in data.eval():
+        placed = mesh_lib.place(batch, mesh, arguments.batch, experiment.OVER)
+        for name, value in jax.device_get(run(params, placed)).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    told = {"way": way, "frames": frames, "devices": over, "device_bytes": taken}
+    if whole is not None:
+        told |= {"one_device_bytes": whole, "limit_bytes": arguments.limit, "held_by_one": whole <= arguments.limit}
+    if way in ("sampled", "top"):
+        told["kept"] = len(order) if way == "sampled" else min(arguments.kept, frames)
+    parts = {kind: total[f"top1@{kind}"] / total[f"count@{kind}"] for kind in types if total[f"count@{kind}"]}
+    return {**told, "questions": int(total["count"]), "top1": total["top1"] / total["count"], **parts}
+
+
+def main() -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="of a run of configs/lvxattn.py:video or clips")
+    parser.add_argument("--frames", default="16,32,64,128,256,512", help="lengths of the videos")
+    parser.add_argument("--videos", type=int, default=64, help="of every length, three questions each")
+    parser.add_argument("--kept", type=int, default=16, help="frames that `sampled` and `top` read")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--limit", type=int, default=32 * 2**20, help="bytes that a device is taken to have")
+    parser.add_argument("--haystack", default="drawn", choices=("drawn", "clips"))
+    parser.add_argument("--only", default="", help="one of the ways")
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    arguments = parser.parse_args()
+    if arguments.only and arguments.only not in WAYS:
+        print(f"--only must be one of {', '.join(WAYS)}, found {arguments.only!r}", file=sys.stderr)
+        return 2
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+    import vtjax
+    from vtjax.account import record
+
+    m = vtjax.load(arguments.workdir)
+    for frames in map(int, arguments.frames.split(",")):
+        for way in (arguments.only,) if arguments.only else WAYS:
+            told = {"haystack": arguments.haystack, **measured(way, frames, m, arguments)}
+            print(record.write(arguments.out, told), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
