@@ -75,11 +75,12 @@ def cases(what: str, n: int, tiny: bool) -> list[dict[str, Any]]:
         return [{**WIDE, **wanted, **many, "ratio": keys, "keys": keys} for keys in lengths]
     if what == "collectives":
         return [{"kind": "collectives", "size": 2**20 if tiny else 24 * 2**20, **rounds}]
-    side, able = ({"side": 5}, STRATEGIES[:2]) if tiny else ({}, STRATEGIES[:2] + STRATEGIES[3:5])
-    shared = {"kind": "step", **SMALL, **side, "strategies": able, "silent": STRATEGIES[:2], **rounds}
+    side = 5 if tiny else SMALL["side"]
+    shown = STRATEGIES[:2] if tiny else STRATEGIES[:2] + STRATEGIES[3:5]
+    shared = {"kind": "step", **SMALL, "side": side, "strategies": shown, "silent": STRATEGIES[:2], **rounds}
     found = []
     for frames in (n, 2 * n) if n == 4 and not tiny else (n,):
-        keys = frames * shared["side"] ** 2
+        keys = frames * side**2
         found.append({**shared, "frames": frames, "rows": 2 * frames, "keys": keys, "ratio": keys / (2 * frames)})
     return found
 
@@ -145,8 +146,8 @@ def sent(n: int, case: dict[str, Any]) -> dict[str, Any]:
     """Bytes per process and layer by strategy, of the passes that are timed."""
     if "keys" not in case:
         return {}
-    sizes = (case[name] for name in ("rows", "keys", "heads", "kv_heads", "head_dim"))
-    known = strategies.Case(n, 1, *sizes, 4)
+    sizes = {name: case[name] for name in ("rows", "keys", "heads", "kv_heads", "head_dim")}
+    known = strategies.Case(n=n, batch=1, **sizes, bytes=4)
     both = {s: strategies.sent(known, s) for s in case["strategies"]}
     forward = case.get("passes") == "forward"
     return {"sent": {s: round(b.forward + (0 if forward else b.backward)) for s, b in both.items()}}

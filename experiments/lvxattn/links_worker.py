@@ -90,7 +90,7 @@ def measure(run: Callable[[], Any]) -> timing.Measure:
 def drawn(mesh: Mesh, spec: P, shape: tuple[int, ...], seed: int) -> jax.Array:
     """Normal float32 numbers, every process its own part."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         own = [len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)]
         starts = [s.start or 0 for s in index]
         return np.random.default_rng([seed, *starts]).normal(size=own).astype(np.float32)

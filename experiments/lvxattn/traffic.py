@@ -34,7 +34,7 @@ def sizes(n: int) -> dict[str, int]:
     return {"batch": 2, "rows": 4 * n, "keys": 24 * n, "heads": 4 * n, "kv_heads": n, "head_dim": 16, "bytes": 4}
 
 
-def passes(mesh: Any, strategy: str, case: Any) -> tuple[str, str]:
+def passes(mesh: Any, strategy: str, case: Any) -> tuple[Any, ...]:
     """HLO of the forward and of the backward pass."""
     import jax
     import jax.numpy as jnp
@@ -56,7 +56,8 @@ def passes(mesh: Any, strategy: str, case: Any) -> tuple[str, str]:
     forward = jax.jit(attend)
     out, pull = jax.vjp(forward, q, k, v)
     backward = jax.jit(lambda pull, given: pull(given))
-    return forward.lower(q, k, v).compile().as_text(), backward.lower(pull, out).compile().as_text()
+    programs = forward.lower(q, k, v), backward.lower(pull, out)
+    return tuple(program.compile().as_text() for program in programs)
 
 
 def counted(hlo: str, n: int) -> dict[str, Any]:
