@@ -131,11 +131,12 @@ def shapes(
     rule = rules(case)["dense"]
     for name, tried in grid.items():
         for shape in tried:
-            option = {("shape" if name == "forward" else name): shape, "interpret": interpret}
-            which = "forward" if name == "forward" else "backward"
+            which, option = ("forward", "shape") if name == "forward" else ("backward", name)
+            options: dict[str, Any] = {side: {"interpret": interpret} for side in ("forward", "backward")}
+            options[which][option] = shape
             told = {"kind": "shapes", "kernel": "gpu", "tiles_of": name, **shape._asdict(), "seed": 0, **case._asdict()}
             try:
-                call = passes(partial_softmax_gpu, case, rule, **{which: option})[which]
+                call = passes(partial_softmax_gpu, case, rule, **options)[which]
                 found = timed({which: call}, rounds)
             except jax.errors.JaxRuntimeError as error:  # too much shared memory, as a rule
                 yield {**told, "failed": str(error).splitlines()[0][:200]}

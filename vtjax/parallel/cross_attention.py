@@ -51,6 +51,7 @@ class Plan:
       batch, heads: mesh axes over which batch and heads are split, beside `axis`.
       check_vma: `shard_map` keeps track of what differs between devices.
       kernel: what a device runs, one of `kernels.KERNELS`.
+      slow: the first axis of several goes over a slow network.
     """
 
     mesh: Any
@@ -61,6 +62,12 @@ class Plan:
     heads: tuple[str, ...] = ()
     check_vma: bool = True
     kernel: str = "chunked"
+    slow: bool = False
+
+    @property
+    def legs(self) -> tuple[tuple[str, ...], ...]:
+        """Axes over which parts are merged, one after the other, the slow one last."""
+        return (self.axis[1:], self.axis[:1]) if self.slow else (self.axis,)
 
     @property
     def n(self) -> int:
@@ -93,6 +100,7 @@ def cross_attention(
     return_lse: bool = False,
     check_vma: bool = True,
     kernel: str = "auto",
+    slow: bool = False,
 ) -> Float[Array, "B S_Q H D"] | tuple[Float[Array, "B S_Q H D"], Float[Array, "B S_Q H"]]:
     """Softmax attention of rows of text to visual tokens that lie over a mesh axis. Differentiable in q, k and v, also
     through the log-sum-exp; once (no gradient of the gradient).
@@ -111,6 +119,9 @@ def cross_attention(
       check_vma: of `jax.shard_map`.
       kernel: what a device runs: "chunked" (plain JAX), "tpu" or "gpu" (Pallas; chunks for dtypes they lack, such as
         float64), or "auto", by the platform of the mesh. "gspmd" is plain equations whatever it says.
+      slow: the first of several axes goes over a slow network, between slices of TPUs: queries enter a slice once, and
+        parts are merged within slices before they leave them (spec section 6.6). With `strategy="gather_q"`, which
+        "auto" then is.
 
     Returns:
       In q's dtype. Rows that see nothing are 0 and have no gradients.
@@ -121,6 +132,9 @@ def cross_attention(
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     _check(q, k, v, q_interval, kv_id, mesh, axes, strategy)
+    if slow and (len(axes) < 2 or strategy not in ("auto", "gather_q", "replicated_q", "local")):
+        raise ValueError(f"slow=True needs several axes and strategy='gather_q', found {axes} and {strategy!r}")
+    strategy = "gather_q" if slow and strategy == "auto" else strategy
     (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
     n = _size(mesh, axes)
     if strategy == "auto":
@@ -136,6 +150,7 @@ def cross_attention(
         heads=_dividing(mesh, ("tensor",), axes, kv_heads),
         check_vma=check_vma,
         kernel=kernels.choose(kernel, mesh, q.dtype),
+        slow=slow,
     )
     if strategy == "ulysses" and kv_heads // _size(mesh, plan.heads) % n:
         raise ValueError(f"strategy='ulysses' needs key heads that divide over {n} devices, found {kv_heads}")
@@ -181,8 +196,8 @@ class Over:
 
 
 def attend_over(mesh: Mesh | AbstractMesh | None, axis: str | tuple[str, ...], **options: Any) -> Over:
-    """`cross_attention` in the form that models take (`attend=`, `ops.cross_attention.attend`). Fewer rows than devices,
-    as in decoding, are on every device (`replicated_q`).
+    """`cross_attention` in the form that models take (`attend=`, `ops.cross_attention.attend`). Fewer rows than
+    devices, as in decoding, are on every device (`replicated_q`).
 
     Args:
       mesh: None = the ambient one (`jax.set_mesh`); outside of one attention is local.
@@ -318,24 +333,38 @@ def _alone_back(plan: Plan, q: Array, *given: Array) -> tuple[Array, Array, Arra
 
 
 def _gathered(plan: Plan, x: Array) -> Array:
-    return lax.all_gather(x, plan.axis, axis=1, tiled=True)
+    for leg in reversed(plan.legs):
+        x = lax.all_gather(x, leg, axis=1, tiled=True)
+    return x
 
 
-def _home(plan: Plan, x: Array) -> Array:
-    """`[B, S_Q, ...]`, a part of every row, -> `[n, B, s, ...]`, all parts of the rows at home."""
-    b, rows = x.shape[:2]
-    parts = jnp.moveaxis(x.reshape(b, plan.n, rows // plan.n, *x.shape[2:]), 1, 0)
-    return lax.all_to_all(parts, plan.axis, split_axis=0, concat_axis=0, tiled=True)
+def _as_gathered(plan: Plan, x: Array) -> Array:
+    """What every device has of all rows, `[B, S_Q]`, in the order in which `_gathered` brings them."""
+    if not plan.slow:
+        return x
+    inside, outside = (_size(plan.mesh, leg) for leg in plan.legs)
+    return x.reshape(len(x), outside, inside, -1).swapaxes(1, 2).reshape(x.shape)
+
+
+def _exchanged(plan: Plan, x: Array, leg: tuple[str, ...]) -> Array:
+    """`[B, rows, ...]`, a part of every row, -> `[n, B, rows / n, ...]`, all parts of fewer rows."""
+    (b, rows), n = x.shape[:2], _size(plan.mesh, leg)
+    parts = jnp.moveaxis(x.reshape(b, n, rows // n, *x.shape[2:]), 1, 0)
+    return lax.all_to_all(parts, leg, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _gather_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
+    low, high = _as_gathered(plan, low), _as_gathered(plan, high)
     part = _local(plan, _gathered(plan, q), k, v, low, high, number)
-    return ops.merge_all(Part(_home(plan, part.o.astype(q.dtype)), _home(plan, part.lse)))
+    for leg in plan.legs:
+        part = ops.merge_all(Part(_exchanged(plan, part.o.astype(q.dtype), leg), _exchanged(plan, part.lse, leg)))
+    return part
 
 
 def _everywhere_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> tuple[Array, Array, Array]:
     """This device's part of dq for all rows, and dk and dv, complete, all in q's dtype."""
     do, lse, delta, low, high, number = known
+    low, high = _as_gathered(plan, low), _as_gathered(plan, high)
     both = _gathered(plan, jnp.stack([lse, delta], -1))
     q_all, do_all = _gathered(plan, q), _gathered(plan, do)
     known = both[..., 0], both[..., 1], low, high, number
@@ -344,7 +373,9 @@ def _everywhere_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> t
 
 def _gather_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
     dq, dk, dv = _everywhere_back(plan, q, k, v, *known)
-    return _home(plan, dq).astype(ops.statistics(q)).sum(0), dk, dv
+    for leg in plan.legs:
+        dq = _exchanged(plan, dq.astype(q.dtype), leg).astype(ops.statistics(q)).sum(0)
+    return dq, dk, dv
 
 
 def _gather_q_scatter(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
@@ -380,9 +411,24 @@ def _next(plan: Plan, x: Any) -> Any:
     return jax.tree.map(lambda a: lax.ppermute(a, plan.axis, ring), x)
 
 
-def _around(plan: Plan, step: Callable[[Any], Any], carry: Any, rounds: int) -> Any:
-    """`step` so many times. A scan, as an unrolled ring keeps every copy alive (spec section 6.4)."""
-    return lax.scan(lambda carry, _: (step(carry), None), carry, None, length=rounds)[0] if rounds else carry
+def _around(plan: Plan, block: Any, first: Callable[[Any], Any], visit: Callable[[Any, Any], Any]) -> Any:
+    """What the blocks of the others give: `first(block)` of the one that comes first, then `visit(block, carry)`.
+
+    A block is handed on while it is looked at, so that its hop runs beside the kernel; n - 1 hops. A scan, as an
+    unrolled ring keeps every copy alive (spec section 6.4).
+    """
+    block = _next(plan, block)
+    if plan.n == 2:
+        return first(block)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        block, found = carry
+        return (_next(plan, block), visit(block, found)), None
+
+    carry = _next(plan, block), first(block)
+    if plan.n > 3:
+        carry, _ = lax.scan(step, carry, None, length=plan.n - 3)
+    return visit(*carry)
 
 
 def _ring_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
@@ -397,12 +443,10 @@ def _ring_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, n
     def wire(part: Part) -> Part:
         return Part(part.o.astype(q.dtype), part.lse)
 
-    def step(carry: Any) -> Any:
-        block, part = _next(plan, carry)
-        return block, wire(ops.merge(part, found(block)))
+    def visit(block: Any, part: Part) -> Part:
+        return wire(ops.merge(_next(plan, part), found(block)))
 
-    block = _next(plan, (q, low, high))
-    _, part = _around(plan, step, (block, wire(found(block))), plan.n - 2)
+    part = _around(plan, (q, low, high), lambda block: wire(found(block)), visit)
     return ops.merge(own, _next(plan, part))
 
 
@@ -415,27 +459,29 @@ def _ring_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
     def found(block: Any) -> Any:
         return _local_back(plan, block[0], k, v, *block[1:], number)
 
-    def step(carry: Any) -> Any:
-        block, dq = _next(plan, carry[:2])
-        dk, dv = carry[2:]
+    def first(block: Any) -> Any:
         more = found(block)
-        return block, (dq.astype(own.dtype) + more[0]).astype(q.dtype), dk + more[1], dv + more[2]
+        return more[0].astype(q.dtype), dk + more[1], dv + more[2]
 
-    block = _next(plan, (q, do, lse, delta, low, high))
-    dq, more_k, more_v = found(block)
-    _, dq, dk, dv = _around(plan, step, (block, dq.astype(q.dtype), dk + more_k, dv + more_v), plan.n - 2)
-    return own + _next(plan, dq).astype(own.dtype), dk, dv
+    def visit(block: Any, carry: Any) -> Any:
+        more = found(block)
+        dq = _next(plan, carry[0]).astype(own.dtype) + more[0]
+        return dq.astype(q.dtype), carry[1] + more[1], carry[2] + more[2]
+
+    dq, *complete = _around(plan, (q, do, lse, delta, low, high), first, visit)
+    return own + _next(plan, dq).astype(own.dtype), *complete
 
 
 def _ring_kv(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     """Ring attention: keys and values travel (the baseline)."""
     part = _local(plan, q, k, v, low, high, number)
+    if plan.n == 1:
+        return part
 
-    def step(carry: Any) -> Any:
-        block, part = _next(plan, carry[0]), carry[1]
-        return block, ops.merge(part, _local(plan, q, *block[:2], low, high, block[2]))
+    def visit(block: Any, part: Part) -> Part:
+        return ops.merge(part, _local(plan, q, *block[:2], low, high, block[2]))
 
-    return _around(plan, step, ((k, v, number), part), plan.n - 1)[1]
+    return _around(plan, (k, v, number), lambda block: visit(block, part), visit)
 
 
 def _ring_kv_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
@@ -450,17 +496,18 @@ def _ring_kv_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
     def wire(*gradients: Array) -> tuple[Array, ...]:
         return tuple(x.astype(k.dtype) for x in gradients)
 
-    def step(carry: Any) -> Any:
-        block, dk, dv = _next(plan, carry[0:3])
+    def first(block: Any) -> Any:
         more = found(block)
-        return block, *wire(dk.astype(dq.dtype) + more[1], dv.astype(dq.dtype) + more[2]), carry[3] + more[0]
+        return dq + more[0], *wire(*more[1:])
 
-    block = _next(plan, (k, v, number))
-    first = found(block)
-    carry = block, *wire(*first[1:]), dq + first[0]
-    _, dk, dv, dq = _around(plan, step, carry, plan.n - 2)
-    dk, dv = _next(plan, (dk, dv))
-    return dq, own_k + dk.astype(dq.dtype), own_v + dv.astype(dq.dtype)
+    def visit(block: Any, carry: Any) -> Any:
+        dk, dv = _next(plan, carry[1:])
+        more = found(block)
+        return carry[0] + more[0], *wire(dk.astype(dq.dtype) + more[1], dv.astype(dq.dtype) + more[2])
+
+    total, *travelled = _around(plan, (k, v, number), first, visit)
+    dk, dv = _next(plan, travelled)
+    return total, own_k + dk.astype(dq.dtype), own_v + dv.astype(dq.dtype)
 
 
 def _ring_kv_expanded(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
