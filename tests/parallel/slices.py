@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `test_slices.py` runs on eight CPU devices, as two slices of four: prints JSON, the largest error against the
+local form in float64 and the elements that go over the slow axis."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vtjax.parallel.cross_attention import cross_attention
+
+SLOW = r"replica_groups=\{\{0,4\}"
+
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("slice", "context"))
+    b, rows, keys, heads, kv_heads, d = 2, 13, 37, 4, 2, 4  # 13 rows are filled up to 16
+    q, w = (jnp.asarray(rng.normal(size=(b, rows, heads, d))) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(b, keys, kv_heads, d))) for _ in range(2))
+    number = jnp.asarray(rng.integers(-1, 4, (b, keys)), jnp.int32)
+    low = rng.integers(1, 3, (b, rows))
+    interval = jnp.asarray(np.stack([low, low + rng.integers(-1, 3, low.shape)], -1), jnp.int32)
+
+    def run(strategy: str, slow: bool) -> tuple[list[Any], str]:
+        def total(q: Any, k: Any, v: Any) -> Any:
+            o, lse = cross_attention(
+                q, k, v, mesh=mesh, axis=("slice", "context"), q_interval=interval, kv_id=number, strategy=strategy,
+                slow=slow, return_lse=True,
+            )  # fmt: skip
+            finite = jnp.where(jnp.isfinite(lse), lse, 0)
+            return (o * w).sum() + finite.sum(), (o, finite)
+
+        step = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True)).lower(q, k, v).compile()
+        return jax.tree.leaves(step(q, k, v)), step.as_text()
+
+    wanted, _ = run("local", False)
+    for slow in (False, True):
+        found, text = run("gather_q", slow)
+        error = max(float(jnp.abs(a - b).max()) for a, b in zip(found, wanted, strict=True))
+        over = [
+            line for line in text.splitlines() if re.search(SLOW, line) and re.search("all-(gather|to-all)\\(", line)
+        ]
+        elements = 0
+        for line in over:
+            shapes = re.findall(r"f64\[([\d,]+)\]", line.split(" all-")[0])
+            elements += sum(math.prod(map(int, shape.split(","))) for shape in shapes)
+        print(json.dumps({"slow": slow, "error": error, "over": len(over), "elements": elements}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
