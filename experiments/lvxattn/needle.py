@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +98,15 @@ def measured(way: str, frames: int, m: Any, arguments: argparse.Namespace) -> di
     if way in ("pooled", "top"):
         options["attend"] = pooled(tokens) if way == "pooled" else top(tokens, arguments.kept)
 
-    class Of:
-        spec = m.spec
-
-    data = vlm.data(config, Of(), frame_order=order)
+    of: Any = types.SimpleNamespace(spec=m.spec)  # all that the data want of a task
+    data = vlm.data(config, of, frame_order=order)
     mesh = mesh_lib.make(config.mesh, jax.devices()[:over])
     one = mesh_lib.make({"data": 1}, jax.devices()[:1])
-    types = vlm.TYPES["needle"]
+    kinds = vlm.types_of(config)
 
     def evaluated(options: dict[str, Any]) -> Any:
         model = VLM(m.spec, **options)
-        return jax.jit(lambda params, batch: vlm.sums(vlm.asked(model, params, batch), batch, types))
+        return jax.jit(lambda params, batch: vlm.sums(vlm.asked(model, params, batch), batch, kinds))
 
     def compiled(options: dict[str, Any], mesh: Any, batch: Any) -> tuple[Any, Any, int]:
         with jax.set_mesh(mesh):
@@ -131,7 +130,7 @@ def measured(way: str, frames: int, m: Any, arguments: argparse.Namespace) -> di
         told |= {"one_device_bytes": whole, "limit_bytes": arguments.limit, "held_by_one": whole <= arguments.limit}
     if way in ("sampled", "top"):
         told["kept"] = len(order) if way == "sampled" else min(arguments.kept, frames)
-    parts = {kind: total[f"top1@{kind}"] / total[f"count@{kind}"] for kind in types if total[f"count@{kind}"]}
+    parts = {kind: total[f"top1@{kind}"] / total[f"count@{kind}"] for kind in kinds if total[f"count@{kind}"]}
     return {**told, "questions": int(total["count"]), "top1": total["top1"] / total["count"], **parts}
 
 

@@ -63,7 +63,7 @@ def build(config: ConfigDict, **more: Any) -> Task:
     """
     spec, init = source(config)
     model = VLM(spec, **options(config), **more)
-    types, balance = TYPES.get(config.data.name, ()), answer_weights(config)
+    types, balance = types_of(config), answer_weights(config)
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
         found = asked(model, params, batch)
@@ -86,6 +86,13 @@ def build(config: ConfigDict, **more: Any) -> Task:
             **({"stand_ins": list(spec.stand_ins)} if spec.stand_ins else {}),
         },
     )
+
+
+def types_of(config: ConfigDict) -> tuple[str, ...]:
+    """The types of the questions of a set, where they are known."""
+    found = TYPES.get(config.data.name, ())
+    # With one camera nobody asks which one it is.
+    return found if config.data.get("cameras", 2) > 1 else tuple(name for name in found if name != "camera")
 
 
 class Asked(NamedTuple):
