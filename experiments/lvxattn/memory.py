@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of a stack of cross-attention layers with and without recomputation, as the TPU's compiler plans it.
 
+    python -m experiments.lvxattn.memory kernels     attention kernels in the program by what is recomputed; seconds
     python -m experiments.lvxattn.memory temp        temporaries against S_K: v5e 2x4, four layers of Llama 3-V's widths
     python -m experiments.lvxattn.memory longest     the longest visual input that fits a v5e 2x4 and a v5p 4x4x4
     python -m experiments.lvxattn.memory time        what recomputation costs, on this machine's CPU
 
-No TPU is needed for the first two (libtpu holds the compiler), and nothing is run. A layer projects queries from the
+No TPU is needed for the first three (libtpu holds the compiler), and nothing is run. A layer projects queries from the
 text and keys and values from the visual tokens y, which all layers read; bfloat16, weights on every chip, gradients of
 weights, text and y. Recomputation is "none", "names" (`save_only_these_names(*SAVED)`: keys and values are projected
 again, the attention is not done again, spec section 2), or "full". Records go to results/memory.jsonl; what is there
@@ -16,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,49 @@ def stack(mesh: Any, layers: int, mode: str, strategy: str, case: dict[str, Any]
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2))), (params, x, y)
 
 
-def planned(topology: str, layers: int, mode: str, strategy: str, keys: int) -> dict[str, Any]:
-    """What the compiler says: see `aot.compile_step`; and `kernels`, the attention kernels of the program before it is
-    optimised."""
+def lowered(topology: str, layers: int, mode: str, strategy: str, keys: int) -> tuple[dict[str, Any], Any, Any, Any]:
+    """What is known of a case; its jitted function, arguments and devices."""
     devices = aot.topology(topology)
-    mesh = Mesh(np.array(devices), (AXIS,))
     case = {**LLAMA, "keys": keys}
-    jitted, arguments = stack(mesh, layers, mode, strategy, case, jnp.bfloat16)
-    program = jitted.lower(*arguments).as_text()
-    kernels = {name: len(re.findall(f'"partial_softmax_{name}"', program)) for name in KERNELS}
-    found = aot.compile_step(jitted, arguments, devices)
+    jitted, arguments = stack(Mesh(np.array(devices), (AXIS,)), layers, mode, strategy, case, jnp.bfloat16)
     told = {"topology": topology, "n": len(devices), "layers": layers, "mode": mode, "strategy": strategy, **case}
-    return {**told, "kernels": kernels, **found}
+    return told, jitted, arguments, devices
+
+
+def planned(*case: Any) -> dict[str, Any]:
+    """What the compiler says, see `aot.compile_step`; arguments as of `lowered`."""
+    told, *program = lowered(*case)
+    return {**told, **aot.compile_step(*program)}
+
+
+def kernels(known: Callable[..., bool]) -> Iterator[dict[str, Any]]:
+    """How often a call of the program runs each attention kernel."""
+    for strategy in STRATEGIES:
+        for mode in MODES:
+            if not known({"kind": "kernels", "strategy": strategy, "mode": mode}):
+                told, jitted, arguments, _ = lowered("v5e:2x4", 4, mode, strategy, LENGTHS[0])
+                found = counted(jitted.trace(*arguments).jaxpr.jaxpr)
+                yield {
+                    "kind": "kernels",
+                    **told,
+                    "kernels": {name: found[f"partial_softmax_{name}"] for name in KERNELS},
+                }
+
+
+def counted(jaxpr: Any, times: int = 1) -> Counter[str]:
+    """Calls of Pallas kernels by name, those in scans as often as these run."""
+    found: Counter[str] = Counter()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found[eqn.params["name"]] += times
+            continue
+        more = times * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else times
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns"):
+                    found += counted(inner, more)
+    return found
 
 
 def temp(known: Callable[..., bool]) -> Iterator[dict[str, Any]]:
@@ -144,7 +176,7 @@ def cost(rounds: int) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("temp", "longest", "time"))
+    parser.add_argument("what", choices=("kernels", "temp", "longest", "time"))
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
@@ -153,7 +185,7 @@ def main(arguments: list[str]) -> int:
     def known(case: dict[str, Any]) -> bool:
         return any(all(r.get(name) == value for name, value in case.items()) for r in old)
 
-    made = {"temp": temp, "longest": longest}
+    made = {"kernels": kernels, "temp": temp, "longest": longest}
     cases = iter([cost(options.rounds)]) if options.what == "time" else made[options.what](known)
     for found in cases:
         record.write(options.out, found)

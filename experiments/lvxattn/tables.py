@@ -41,6 +41,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("decode", "links", lambda r: beside(r, "decode")),
         ("collectives", "links", collectives),
         ("down", "links", down),
+        ("kernels", "memory", kernels),
         ("temp", "memory", temp),
         ("longest", "memory", longest),
         ("recomputing", "memory", recomputing),
@@ -167,8 +168,21 @@ def down(records: Records) -> str:
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
 
+def kernels(records: Records) -> str:
+    """How often the program has each attention kernel: forward, dq, dkv."""
+    used = latest(of_kind(records, "kernels"), ("strategy", "mode"))
+    modes = dict.fromkeys(r["mode"] for r in used)
+    rows = []
+    for strategy in dict.fromkeys(r["strategy"] for r in used):
+        by = {r["mode"]: " / ".join(map(str, r["kernels"].values())) for r in used if r["strategy"] == strategy}
+        rows.append((strategy, *(by.get(mode, "") for mode in modes)))
+    if not rows:
+        return ""
+    return tables.markdown(("strategy", *modes), rows) + f"\n\n{used[0]['layers']} layers; " + circumstances(used)
+
+
 def temp(records: Records) -> str:
-    """Temporary memory of the stack, and attention kernels of its program."""
+    """Temporary memory of the stack."""
     used = latest(of_kind(records, "temp"), ("topology", "strategy", "mode", "keys"))
     rows = [
         (
@@ -177,13 +191,12 @@ def temp(records: Records) -> str:
             r["keys"],
             r["mode"],
             round(r["temp_bytes"] / 2**20) if "temp_bytes" in r else "does not fit",
-            " / ".join(str(r["kernels"][name]) for name in ("forward", "dq", "dkv")),
         )
         for r in used
     ]
     if not rows:
         return ""
-    header = ("topology", "strategy", "S_K", "recomputed", "temporaries, MiB", "kernels: forward / dq / dkv")
+    header = ("topology", "strategy", "S_K", "recomputed", "temporaries, MiB")
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
 

@@ -93,3 +93,15 @@ def test_strategies_over_links(tmp_path: Path) -> None:
 def test_a_lost_link_ends_all_processes_and_the_restart_resumes(tmp_path: Path) -> None:
     done = module("links", "down", "--out", tmp_path / "links.jsonl", timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_keys_are_projected_again_and_attention_is_not_done_again(tmp_path: Path) -> None:
+    pytest.importorskip("libtpu", reason="the extra [tpu] is not installed")
+    done = module("memory", "kernels", "--out", tmp_path / "memory.jsonl")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "memory.jsonl").read_text().splitlines()
+    found = {(r["strategy"], r["mode"]): r["kernels"] for r in map(json.loads, lines)}
+    for strategy in ("gather_q", "ring_q", "ring_kv", "ulysses"):
+        kept, names, full = (found[strategy, mode] for mode in ("none", "names", "full"))
+        assert kept == names and full["forward"] == 2 * kept["forward"] > 0
