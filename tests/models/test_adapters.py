@@ -36,8 +36,7 @@ def install(spec, style, build, key=1):
 
     @jax.jit
     def fresh(key):
-        own = adapters.init_attached(spec, style, key)
-        return {name: block | {"skip": adapters.init(style.skip, key, spec.width)} for name, block in own.items()}
+        return adapters.init_attached(spec, style, key, search=True)
 
     own = fresh(jax.random.key(key))
     for name, block in own.items():
@@ -75,6 +74,23 @@ def test_what_starts_at_zero_changes_nothing(name, installed):
     np.testing.assert_array_equal(run(short, kept)[0], run(LM(gone), kept)[0])
     assert set(kept["das"]["block_01"]) == {"skip"} and set(kept["das"]["block_00"]) == {"attn_in"}
     assert "block_01" not in kept and gone.lineage[-1].operation == "das.remove"
+
+
+def test_blocks_that_may_be_skipped_are_removed_ones_where_they_are(lavin):
+    style = SMALL["lavin"]
+    model = LM(DECODER, adapters=adapters.attach(DECODER, style, DECODER.eps, search=True))
+    masked = jax.jit(lambda params, skip: model.apply(params, IDS, knobs={"skipped": skip})[0])
+    for skips in ((), (1,)):
+        spec, params = das.remove(DECODER, lavin, skips)
+        removed = LM(spec, adapters=adapters.attach(spec, style, spec.eps))
+        skip = np.isin(np.arange(2), skips)
+        np.testing.assert_allclose(masked(lavin, skip), run(removed, params)[0], atol=1e-5)
+    assert masked._cache_size() == 1
+    for options in ({}, {"knobs": {"skipped": np.zeros(2, bool)}, "want": ("keys",)}):
+        with pytest.raises(InputError, match="a block that may be skipped needs the knob skipped"):
+            jax.eval_shape(lambda params, options=options: model.apply(params, IDS, **options), lavin)
+    with pytest.raises(InputError, match="'instead' at layer 1 would not act"):
+        LM(DECODER.edit(blocks={1: {"attn": False, "ffn": False}}), adapters=model.adapters[-1:])
 
 
 def test_llavas_stand_in_adds_a_normed_copy_of_the_stream():

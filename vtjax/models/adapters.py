@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vtjax.errors import InputError
-from vtjax.models.layers import ADAPTER_SITES, Adapter, Knobs, Norm
+from vtjax.models.layers import ADAPTER_SITES, Adapter, Knobs
 from vtjax.models.segments import block_name
 from vtjax.ops import adapters as ops
 from vtjax.ops import norms
@@ -190,36 +190,42 @@ STYLES = {
 """By the name of the model they were published with."""
 
 
-def attach(spec: ModelSpec, style: Style, eps: float = 1e-6) -> tuple[tuple[int, str, Adapter], ...]:
+def attach(
+    spec: ModelSpec, style: Style, eps: float = 1e-6, search: bool = False
+) -> tuple[tuple[int, str, Adapter], ...]:
     """The `adapters` of a ViT or LM: of every kept block in its sites, of every removed one in its place.
 
     Args:
-      spec: of the model, with what is skipped removed (`attn=False, ffn=False`).
+      spec: of the model, with what is skipped for good removed (`attn=False, ffn=False`).
       eps: of the norm that skip adapters read, where they do: the model's own.
+      search: kept blocks have a skip adapter, too, which acts where the knob `skipped [L]` says so.
     """
     found: list[tuple[int, str, Adapter]] = []
+    stand_in = Attached(style.skip, "skip", eps=eps if style.normed else None)
     for index, block in enumerate(spec.blocks):
         if not block.attn and not block.ffn:
-            found.append((index, "skip", Attached(style.skip, "skip", eps=eps if style.normed else None)))
+            found.append((index, "skip", stand_in))
             continue
         for site in style.sites:
             if block.attn if site.startswith("attn") else block.ffn:
                 adds = site.endswith("_in") and style.inner.form != "residual"
                 found.append((index, site, Attached(style.inner, site, adds)))
+        if search:
+            found.append((index, "instead", stand_in))
     return tuple(found)
 
 
-def init_attached(spec: Any, style: Style, key: Array) -> dict[str, Any]:
+def init_attached(spec: Any, style: Style, key: Array, search: bool = False) -> dict[str, Any]:
     """Fresh parameters for `attach`, by block: what goes into `params["das"]`. A `norm_in` is all ones: copy the
-    removed block's `norm1` into it."""
+    block's `norm1` into it."""
     params: dict[str, Any] = {}
-    for index, site, adapter in attach(spec, style):
+    for index, _, adapter in attach(spec, style, search=search):
         assert isinstance(adapter, Attached)
-        site_key = jax.random.fold_in(jax.random.fold_in(key, index), (*style.sites, "skip").index(site))
+        site_key = jax.random.fold_in(jax.random.fold_in(key, index), (*style.sites, "skip").index(adapter.name))
         p = init(adapter.spec, site_key, spec.width)
         if adapter.eps is not None:
-            p |= {"norm_in": Norm("rmsnorm", 1e-6).init(key, jnp.zeros((1, 1, spec.width)))["params"]}
-        params.setdefault(block_name(index), {})[site] = p
+            p |= {"norm_in": {"scale": jnp.ones(spec.width)}}
+        params.setdefault(block_name(index), {})[adapter.name] = p
     return params
 
 

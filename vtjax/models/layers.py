@@ -29,9 +29,10 @@ DropPath = Callable[[Array, int], Array]
 AttentionFn = Callable[..., tuple[Array, dict[str, Array]]]
 """`(q, k, v, *, size, alive, want) -> (y, statistics)`, with the meaning that `ops.attention.attention` gives them."""
 
-ADAPTER_SITES = ("attn_in", "attn", "mlp_in", "mlp", "out", "skip")
+ADAPTER_SITES = ("attn_in", "attn", "mlp_in", "mlp", "out", "skip", "instead")
 """Where an adapter acts: on the input of attention or MLP (its result replaces the normed input), parallel to attention
-or MLP (it reads the residual stream, its result is added), after the block, or in place of a removed block."""
+or MLP (it reads the residual stream, its result is added), after the block, in place of a removed block, or in place of
+a block where the traced knob `skipped` says so (`segments.run`)."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": linear.gelu,

@@ -58,7 +58,8 @@ def check_slots(
         if slots.count((layer, site)) > 1:
             raise InputError(f"layer {layer} must have at most one {site!r}, found {slots.count((layer, site))}")
         block = spec.blocks[layer]
-        acts = {"mlp": block.ffn, "mlp_in": block.ffn, "skip": not block.attn and not block.ffn, "out": True}
+        kept = block.attn or block.ffn
+        acts = {"mlp": block.ffn, "mlp_in": block.ffn, "skip": not kept, "instead": kept, "out": True}
         if not acts.get(site, block.attn):
             state = f"attn={block.attn}, ffn={block.ffn}"
             raise InputError(f"{site!r} at layer {layer} would not act: the block has {state}")
@@ -158,7 +159,8 @@ def run(
       blocks: one module per layer.
       params: `{block_name: parameters}`; other names are ignored.
       layers: which of them; None = all.
-      knobs: traced method parameters, leaves `[L, ...]` or scalars.
+      knobs: traced method parameters, leaves `[L, ...]` or scalars. A block with an adapter "instead" needs `skipped`,
+        bool: whether it is skipped, for all samples alike. What is skipped is not computed.
       want: attention outputs to return per block, and "tokens" for the `Tokens` that leave it.
       keep: layers whose aux holds "tokens" whatever `want` says; each ends a scan.
       remat, scan: see `check`. Scan applies to runs of at least two equal blocks without reducer, adapters and `want`.
@@ -170,7 +172,8 @@ def run(
       The tokens that leave the last block, and one aux dict per block that was run.
 
     Raises:
-      InputError: stochastic depth without a key, or a knob that does not fit the layers.
+      InputError: stochastic depth without a key, a knob that does not fit the layers, or a block that may be skipped
+        whose aux is asked for.
     """
     knobs = knobs or {}
     check_knobs(knobs, len(blocks))
@@ -183,7 +186,22 @@ def run(
         block: AnyBlock, p: Any, tokens: Tokens, k: Knobs, rate: Any, drop_key: Any
     ) -> tuple[Tokens, dict[str, Any]]:
         drop = () if drop_key is None else (_drop_path(rate, drop_key),)
-        tokens, aux = call_module(block, p, tokens, k, tuple(w for w in want if w != "tokens"), *drop)
+        asked = tuple(w for w in want if w != "tokens")
+        if instead := dict(block.adapters).get("instead"):
+            if asked or block.reducer is not None or "skipped" not in k:
+                found = f"want={asked}, " + ("a reducer" if block.reducer is not None else f"knobs {', '.join(k)}")
+                raise InputError(
+                    f"a block that may be skipped needs the knob skipped, and gives tokens only; found {found}"
+                )
+            tokens = jax.lax.cond(
+                k["skipped"],
+                lambda t: t.replace(x=t.x + instead(t.x, k)),
+                lambda t: call_module(block, p, t, k, (), *drop)[0],
+                tokens,
+            )
+            aux: dict[str, Any] = {}
+        else:
+            tokens, aux = call_module(block, p, tokens, k, asked, *drop)
         tokens = tokens.replace(x=constrain(tokens.x))
         return tokens, {**aux, "tokens": tokens} if "tokens" in want else aux
 
