@@ -5,8 +5,10 @@ The kernels of `partial_softmax_tpu` as GPUs want them: a program has one tile o
 through the tiles of the other side that it sees, by a list: first those seen entirely, then those under a mask. A list
 in place of a test in the loop leaves the loop to Triton's pipelining.
 
-These kernels HAVE NOT RUN ON A GPU: they are tested interpreted on a CPU, and lowered for CUDA. `Shape`s are those that
-are common for Triton flash attention; `experiments/lvxattn/kernels.py` times others. Triton rather than Mosaic GPU, as
+These kernels HAVE NOT RUN ON A GPU: they are tested interpreted on a CPU, and lowered for CUDA; Triton compiles what
+they are lowered to for compute capability 8.0 and 9.0, with tensor cores and pipelined loads in at most 99 KB of shared
+memory up to D = 128. `Shape`s are those that are common for Triton flash attention, not timed;
+`experiments/lvxattn/kernels.py` times them and others. Triton rather than Mosaic GPU, as
 the latter is for Hopper and newer, and the paper's devices are Ampere.
 
 Letters as in `partial_softmax_tiles`.
