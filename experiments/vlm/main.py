@@ -363,6 +363,7 @@ def bridge(config: ConfigDict, decoder: LMSpec) -> BridgeSpec:
     forms: dict[str, Any] = {
         "none": lambda: None,
         "hyper": lambda: CrossSpec.hyper(tuple(layers)),
+        "fused": lambda: CrossSpec.fused(tuple(layers)),
         "flamingo": lambda: CrossSpec.flamingo(tuple(layers), decoder.width, heads, head_dim),
         "mllama": lambda: CrossSpec.mllama(tuple(layers), heads, kv_heads, head_dim, mlp),
     }

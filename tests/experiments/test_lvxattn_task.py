@@ -42,19 +42,22 @@ def test_a_run(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.slow
 def test_frames_over_eight_devices_and_over_two_processes_are_the_run_of_one(tmp_path: Path) -> None:
+    short = f"{ROOT / TINY},frames=7,steps=4", "--config.log_every=2", "--config.checkpoint.every=4"
+
     def run(name: str, devices: int, *more: str) -> list[float]:
         environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        words = [sys.executable, "-m", "vtjax", "run", f"--config={TINY},frames=7", f"--workdir={tmp_path / name}"]
-        subprocess.run([*words, *more], check=True, cwd=ROOT, env=environment, timeout=600)
+        words = [sys.executable, "-m", "vtjax", "run", f"--workdir={tmp_path / name}", f"--config={short[0]}"]
+        subprocess.run([*words, *short[1:], *more], check=True, cwd=ROOT, env=environment, timeout=600)
         return losses(tmp_path / name)
 
     alone = run("one", 1)
     over = "--config.mesh.context=4", "--config.mesh.data=2"
     np.testing.assert_allclose(run("eight", 8, *over), alone, rtol=2e-4)
     # Four devices each, and the context axis reaches over both.
-    words = ("run", f"--config={ROOT / TINY},frames=7", f"--workdir={tmp_path / 'pair'}", "--multihost=auto")
-    done = Pair(*words, "--config.mesh.context=8")
-    assert [child.wait(timeout=600) for child in done.children] == [0, 0]
+    words = ("run", f"--config={short[0]}", *short[1:], f"--workdir={tmp_path / 'pair'}")
+    children = Pair(*words, "--config.mesh.context=8").children
+    errors = [child.communicate(timeout=900)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], errors
     np.testing.assert_allclose(losses(tmp_path / "pair"), alone, rtol=2e-4)
 
 

@@ -30,6 +30,7 @@ FORMS = {
     "projector": BridgeSpec(hidden=20),
     "flamingo": BridgeSpec("none", cross=CrossSpec.flamingo((0,), 16, 2, 6)),
     "hyper": BridgeSpec(hidden=16, cross=CrossSpec.hyper((1,))),
+    "fused": BridgeSpec(hidden=16, cross=CrossSpec.fused((1,))),
     "mllama": BridgeSpec("linear", prefix=True, cross=CrossSpec.mllama((1,), 4, 2, 4, 24)),
 }
 IMAGES = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 3)).astype(np.float32)

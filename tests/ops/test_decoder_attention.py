@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vtjax.ops import cross_attention, packing
 from vtjax.ops import decoder_attention as ops
-from vtjax.ops import packing
+from vtjax.ops.partial_softmax import Part, merge
 
 RNG = np.random.default_rng(0)
 
@@ -102,3 +103,22 @@ def test_packed_texts_see_what_the_packing_mask_says():
     expected = np.asarray(packing.attention_mask(jnp.asarray(segment)))
     for row, part in enumerate(segment):
         assert (seen[row][:, part >= 0] == expected[row, part >= 0]).all(), row
+
+
+def test_text_and_images_under_one_softmax():
+    """The fused form of hyper-attention: two parts, merged by their log-sum-exps, are attention to all keys."""
+    rng = np.random.default_rng(0)
+    q, k, v, ik, iv = (
+        jnp.asarray(rng.normal(size=(2, n, heads, 8)), jnp.float32)
+        for n, heads in ((7, 4), (7, 2), (7, 2), (5, 2), (5, 2))
+    )
+    number = jnp.asarray(rng.integers(0, 3, (2, 5)), jnp.int32)
+    low, high = jnp.ones((2, 7), jnp.int32), jnp.asarray(rng.integers(0, 3, (2, 7)), jnp.int32)
+    text = Part(*ops.causal(q, k, v, return_lse=True))
+    found = merge(text, Part(*cross_attention.attend(q, ik, iv, low=low, high=high, number=number))).o
+    keys, values = (jnp.repeat(jnp.concatenate(pair, 1), 2, axis=2) for pair in ((ik, k), (iv, v)))
+    image = number[:, None]
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 7, 7))
+    seen = jnp.concatenate([(image > 0) & (image <= high[:, :, None]), causal], -1)
+    scores = jnp.where(seen[:, None], jnp.einsum("bnhd,bmhd->bhnm", q, keys) * 8**-0.5, -jnp.inf)
+    np.testing.assert_allclose(found, jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores), values), atol=1e-6)

@@ -31,6 +31,7 @@ TEXT = LMSpec.uniform(depth=2, width=16, heads=4, kv_heads=2, mlp=24, vocab=32, 
 CROSS = {
     "flamingo": (TOWER, BridgeSpec("none", cross=CrossSpec.flamingo((0, 1), 16, 2, 8)), TEXT),
     "hyper": (TOWER, BridgeSpec(hidden=16, cross=CrossSpec.hyper((0, 1))), TEXT),
+    "fused": (TOWER, BridgeSpec(hidden=16, cross=CrossSpec.fused((0, 1))), TEXT),
     "pooled": (TOWER, BridgeSpec(hidden=16, pool=(2, 2), cross=CrossSpec.hyper((1,))), TEXT),
     "mllama": (
         TILED,

@@ -187,10 +187,11 @@ def _vlm(spec: VLMSpec, tokens: Sequence[int] | int | None) -> list[Row]:
 def _cross(spec: VLMSpec, cross: CrossSpec, layer: int, n: int, m: int) -> Row:
     """Cross-attention of n rows of text to m visual tokens."""
     d, e, name = spec.decoder.width, spec.visual_width, f"bridge/block_{layer:02d}"
-    if cross.form == "hyper":
+    if cross.inside:
         block = spec.decoder.blocks[layer]
         inner, shared = block.heads * block.head_dim, block.kv_heads * block.head_dim
-        return Row(name, "bridge", 2 * _linear(e, shared) + inner, 2 * m * e * shared + 2 * n * m * inner)
+        gate = inner if cross.form == "hyper" else 0
+        return Row(name, "bridge", 2 * _linear(e, shared) + gate, 2 * m * e * shared + 2 * n * m * inner)
     inner, shared = cross.heads * cross.head_dim, cross.kv_heads * cross.head_dim
     norm = (1 if cross.norm == "rmsnorm" else 2) * d
     ups = 2 if cross.activation == "swiglu" else 1

@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vtjax.models.layers import Dense, Mlp, Norm
-from vtjax.ops import rope
+from vtjax.ops import partial_softmax, rope
 from vtjax.ops.cross_attention import Attend, Memory
+from vtjax.ops.partial_softmax import Part
 from vtjax.spec import CrossSpec, DecoderBlockSpec, LMSpec
 
 WANTS = ("cross_keys", "cross_values", "cross_lse")
@@ -84,9 +85,10 @@ class CrossAttention(nn.Module):
 
 
 class HyperAttention(nn.Module):
-    """The hyper form: within a self-attention, mixes what its queries find in the visual tokens into what they found in
-    the text. Rows that see no image keep the latter."""
+    """The hyper and fused forms: within a self-attention, mix what its queries find in the visual tokens into what they
+    found in the text, by a gate or as one softmax over both. Rows that see no image keep the latter."""
 
+    form: str
     family: LMSpec
     spec: DecoderBlockSpec
     attend: Attend
@@ -97,12 +99,13 @@ class HyperAttention(nn.Module):
         self,
         q: Float[Array, "B N H d"],
         context: Float[Array, "B N H d"],
+        text: Float[Array, "B N H"],
         memory: Memory,
         past: Past | None = None,
     ) -> tuple[Float[Array, "B N H d"], dict[str, Array]]:
         """Args:
         q: turned queries of the self-attention.
-        context: what they found in the text.
+        context, text: what they found in the text, and the log-sum-exp of their scores.
         memory: visual tokens, normed as the text is.
         """
         spec = self.spec
@@ -117,6 +120,10 @@ class HyperAttention(nn.Module):
             past = rope.rotate(project("key", memory.x), memory.position, frequencies), project("value", memory.x)
         k, v = past
         y, lse = self.attend(q, k, v, low=memory.low, high=memory.high, number=memory.number)
+        found = {"cross_keys": k, "cross_values": v, "cross_lse": lse}
+        if self.form == "fused":
+            both = partial_softmax.merge(Part(context, text.astype(lse.dtype)), Part(y, lse))
+            return both.o.astype(y.dtype), found
         gate = self.param("gate", nn.initializers.zeros, (spec.heads * spec.head_dim,)).reshape(q.shape[2:])
         share = jnp.where(memory.seeing()[:, :, None, None], jax.nn.sigmoid(gate), 0).astype(y.dtype)
-        return context + share * (y - context), {"cross_keys": k, "cross_values": v, "cross_lse": lse}
+        return context + share * (y - context), found

@@ -30,8 +30,9 @@ WANTS = ("queries", "keys", "values", *cross_attention.WANTS)
 """Attention outputs that a caller may ask for: `[B, N, H or K, d]`, queries and keys after their rotation; and those of
 `cross_attention.WANTS`."""
 
-Mix = Callable[[Array, Array], Array]
-"""`(queries, context) -> context`, both `[B, N, H, d]`, before the output projection."""
+Mix = Callable[[Array, Array, Array], Array]
+"""`(queries, context, lse) -> context`: `[B, N, H, d]`, before the output projection, and the log-sum-exp of the scores
+`[B, N, H]`."""
 
 
 class LayerCache(NamedTuple):
@@ -82,9 +83,8 @@ class DecoderAttention(nn.Module):
         q, k = turned("query", project("query", spec.heads)), turned("key", project("key", spec.kv_heads))
         v = project("value", spec.kv_heads)
         if cache is None:
-            y = decoder_attention.causal(
-                q, k, v, alive=tokens.alive, segment=tokens.segment, implementation=self.implementation
-            )
+            given: dict[str, Any] = {"alive": tokens.alive, "segment": tokens.segment}
+            y, lse = decoder_attention.causal(q, k, v, implementation=self.implementation, return_lse=True, **given)
             found = (("queries", q), ("keys", k), ("values", v))
             aux: dict[str, Any] = {name: a for name, a in found if name in want}
         else:
@@ -92,9 +92,9 @@ class DecoderAttention(nn.Module):
                 jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, cache.slot, 0))
                 for old, new in ((cache.keys, k), (cache.values, v))
             )
-            y = decoder_attention.cached(q, keys, values, cache.alive)
+            y, lse = decoder_attention.cached(q, keys, values, cache.alive, return_lse=True)
             aux = {"cache": (keys, values)}
-        y = y if mix is None else mix(q, y)
+        y = y if mix is None else mix(q, y, lse)
         y = checkpoint_name(y.reshape(*y.shape[:2], spec.heads * spec.head_dim), "attention")
         lora = at_site(family.lora, "out")
         return Dense(x.shape[-1], family.out_bias, self.dtype, lora=lora, name="out")(y), aux
@@ -161,14 +161,14 @@ class DecoderBlock(nn.Module):
         if spec.attn:
             reads = tuple(getattr(self.reducer, "wants", ()))
             mix = None
-            if cross is not None and memory is not None and cross.form == "hyper":
+            if cross is not None and memory is not None and cross.inside:
                 # mPLUG-Owl3 shares the norm of the text with the visual tokens.
                 visual = None if memory.x is None else norms["norm1"](memory.x)
                 seen = dataclasses.replace(memory, x=visual)
-                hyper = HyperAttention(family, spec, self.attend, self.dtype, name="cross")
+                hyper = HyperAttention(cross.form, family, spec, self.attend, self.dtype, name="cross")
 
-                def mix(q: Array, context: Array) -> Array:
-                    y, side = hyper(q, context, seen, past)
+                def mix(q: Array, context: Array, lse: Array) -> Array:
+                    y, side = hyper(q, context, lse, seen, past)
                     aux.update(side)
                     return y
 

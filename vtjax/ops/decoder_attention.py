@@ -30,7 +30,8 @@ def causal(
     alive: Float[Array, "B N"] | None = None,
     segment: Int[Array, "B N"] | None = None,
     implementation: str = "auto",
-) -> Float[Array, "B N H D"]:
+    return_lse: bool = False,
+) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], Float[Array, "B N H"]]:
     """Causal softmax attention, scaled by D ** -0.5.
 
     Args:
@@ -39,6 +40,7 @@ def causal(
       segment: packed texts: a token sees those of segment 0 (the shared prefix) and of its own; None = one text.
       implementation: "square" computes all N x N scores; "blocks" goes by blocks of `BLOCK` rows over the keys up to
         the block's end, which leaves out the upper triangle; "auto" takes blocks where there are two or more.
+      return_lse: the natural log-sum-exp of the scores, too, float32.
 
     Returns:
       In q's dtype. Rows of dead slots are finite and mean nothing.
@@ -58,8 +60,8 @@ def causal(
         stop = min(start + block, n)
         seen = _seen(start, stop, live, segment)
         parts.append(_attend(q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop], seen))
-    y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 3)
-    return _ungrouped(y)
+    y, lse = (parts[0][i] if len(parts) == 1 else jnp.concatenate([part[i] for part in parts], 3) for i in (0, 1))
+    return (_ungrouped(y), _ungrouped(lse[..., None])[..., 0]) if return_lse else _ungrouped(y)
 
 
 def cached(
@@ -67,10 +69,13 @@ def cached(
     k: Float[Array, "B K C D"],
     v: Float[Array, "B K C D"],
     alive: Bool[Array, "B C"],
-) -> Float[Array, "B 1 H D"]:
-    """The attention of one new token over the live slots of a cache, which hold at least its own; in q's dtype."""
+    return_lse: bool = False,
+) -> Float[Array, "B 1 H D"] | tuple[Float[Array, "B 1 H D"], Float[Array, "B 1 H"]]:
+    """The attention of one new token over the live slots of a cache, which hold at least its own; in q's dtype.
+    `return_lse`: as for `causal`."""
     q = _grouped(q * q.shape[-1] ** -0.5, k.shape[1])
-    return _ungrouped(_attend(q, k, v, alive[:, None]))
+    y, lse = _attend(q, k, v, alive[:, None])
+    return (_ungrouped(y), _ungrouped(lse[..., None])[..., 0]) if return_lse else _ungrouped(y)
 
 
 def weights(
@@ -83,7 +88,7 @@ def weights(
     """What each row of `causal` takes of each slot, float32; rows sum to 1. To look at: all N x N are kept."""
     n, kv_heads = q.shape[1], k.shape[2]
     q = _grouped(q * q.shape[-1] ** -0.5, kv_heads)
-    weight = _weights(q, k.swapaxes(1, 2), _seen(0, n, None if alive is None else alive > 0.5, segment))
+    weight, _ = _weights(q, k.swapaxes(1, 2), _seen(0, n, None if alive is None else alive > 0.5, segment))
     return (weight / weight.sum(-1, keepdims=True)).reshape(len(q), -1, n, n)
 
 
@@ -112,18 +117,21 @@ def _seen(start: int, stop: int, live: Array | None, segment: Array | None) -> A
     return seen | (keys == rows)
 
 
-def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
-    """Softmax attention of `q [B,K,G,N,D]` on `k, v [B,K,M,D]` where `seen [B,N,M]`; every row sees something."""
-    weight = _weights(q, k, seen)
+def _attend(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, Array]:
+    """Softmax attention of `q [B,K,G,N,D]` on `k, v [B,K,M,D]` where `seen [B,N,M]`, and its log-sum-exp `[B,K,G,N]`;
+    every row sees something."""
+    weight, largest = _weights(q, k, seen)
+    total = weight.sum(-1, keepdims=True)
     y = jnp.einsum(
         "bkgnm,bkmd->bkgnd", weight.astype(v.dtype), v, precision=linear.precision(v),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    return (y / weight.sum(-1, keepdims=True)).astype(q.dtype)
+    return (y / total).astype(q.dtype), (largest + jnp.log(total))[..., 0]
 
 
-def _weights(q: Array, k: Array, seen: Array) -> Array:
-    """Float32 `[B,K,G,N,M]`, not yet divided by their sum."""
+def _weights(q: Array, k: Array, seen: Array) -> tuple[Array, Array]:
+    """Float32 `[B,K,G,N,M]`, not yet divided by their sum, and the logarithm of what they are multiples of."""
     scores = jnp.einsum("bkgnd,bkmd->bkgnm", q, k, precision=linear.precision(q), preferred_element_type=jnp.float32)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    return jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    return jnp.exp(scores - largest), largest

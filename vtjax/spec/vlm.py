@@ -14,7 +14,7 @@ from vtjax.spec.lm import LMSpec
 from vtjax.spec.tiled import TiledViTSpec
 from vtjax.spec.vit import Preprocess, ViTSpec
 
-FORMS = ("block", "hyper")
+FORMS = ("block", "hyper", "fused")
 SEES = ("all", "before", "latest", "run")
 TEMPLATES = ("plain", "smollm2", "vicuna", "llama3")
 
@@ -30,8 +30,9 @@ class CrossSpec:
       form: "block": a block before the decoder's block of that number, x + tanh(g) attention, x + tanh(g) MLP, each
         behind a norm. "hyper": inside that block's self-attention, whose queries and norm it shares: by the gate g of
         each channel, the context becomes (1 - sigmoid(g)) text + sigmoid(g) visual, before the output projection;
-        keys turn by the place of their image in the text, and key and value projections have biases.
-      heads, kv_heads, head_dim: of the block form; the hyper form has those of the decoder's block, found 0 here.
+        keys turn by the place of their image in the text, and key and value projections have biases. "fused": as
+        "hyper", with one softmax over visual and text keys in place of the gate.
+      heads, kv_heads, head_dim: of the block form; the others have those of the decoder's block, found 0 here.
       sees: which images a row of text attends to: "all"; "before", those at or before it; "latest" of these; or "run",
         the latest run of images without text between them. A row that sees none gets 0.
       norm, eps: of the block form, before each branch.
@@ -65,6 +66,16 @@ class CrossSpec:
         return cls(layers, "hyper")
 
     @classmethod
+    def fused(cls, layers: tuple[int, ...]) -> CrossSpec:
+        """mPLUG-Owl3 (241101): hyper-attention without a gate."""
+        return cls(layers, "fused")
+
+    @property
+    def inside(self) -> bool:
+        """It is part of a self-attention, not a block of its own."""
+        return self.form != "block"
+
+    @classmethod
     def flamingo(cls, layers: tuple[int, ...], width: int, heads: int = 8, head_dim: int = 64) -> CrossSpec:
         """OpenFlamingo: LayerNorm, one image at a time, an MLP of four times the decoder's width with exact GELU."""
         form = {"sees": "latest", "norm": "layernorm", "activation": "gelu", "mlp_everywhere": True}
@@ -80,10 +91,10 @@ class CrossSpec:
         if not 0 <= self.eps < math.inf:
             raise InputError(f"CrossSpec.eps must be 0 or more, found {self.eps}")
         own = (self.heads, self.kv_heads, self.head_dim)
-        if self.form == "hyper":
+        if self.inside:
             if any(own) or self.mlp or self.qk_norm:
                 raise InputError(
-                    f"CrossSpec.form='hyper' has no heads, qk_norm or mlp of its own, found {own}, {self.mlp}"
+                    f"CrossSpec.form={self.form!r} has no heads, qk_norm or mlp of its own, found {own}, {self.mlp}"
                 )
             return
         if min(own) <= 0 or self.heads % self.kv_heads or self.mlp < 0:
@@ -210,12 +221,14 @@ class VLMSpec(ModelSpec):
         for layer in () if cross is None else cross.layers:
             if not 0 <= layer < self.decoder.depth:
                 raise InputError(f"CrossSpec.layers must be in 0..{self.decoder.depth - 1}, found {layer}")
-            if cross is not None and cross.form == "hyper" and not self.decoder.blocks[layer].attn:
-                raise InputError(f"CrossSpec.form='hyper' needs self-attention at layer {layer}, which was removed")
-        if cross is not None and cross.form == "hyper" and self.visual_width != self.decoder.width:
+            if cross is not None and cross.inside and not self.decoder.blocks[layer].attn:
+                raise InputError(
+                    f"CrossSpec.form={cross.form!r} needs self-attention at layer {layer}, which was removed"
+                )
+        if cross is not None and cross.inside and self.visual_width != self.decoder.width:
             raise InputError(
-                f"CrossSpec.form='hyper' norms visual tokens as text, so they must be {self.decoder.width} wide, "
-                f"found {self.visual_width}"
+                f"CrossSpec.form={cross.form!r} norms visual tokens as text, so they must be {self.decoder.width} "
+                f"wide, found {self.visual_width}"
             )
 
     @property

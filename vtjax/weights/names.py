@@ -86,11 +86,12 @@ def bridge_shapes(spec: VLMSpec) -> dict[str, Shape]:
     for layer in () if cross is None else cross.layers:
         assert cross is not None
         b = f"block_{layer:02d}"
-        if cross.form == "hyper":
+        if cross.inside:
             block = spec.decoder.blocks[layer]
             for name in ("key", "value"):
                 dense(f"{b}/{name}", e, block.kv_heads * block.head_dim, True)
-            out[f"{b}/gate"] = (block.heads * block.head_dim,)
+            if cross.form == "hyper":
+                out[f"{b}/gate"] = (block.heads * block.head_dim,)
             continue
         inner = {"query": cross.heads, "key": cross.kv_heads, "value": cross.kv_heads}
         for number in (1, 2) if cross.mlp else (1,):
