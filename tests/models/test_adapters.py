@@ -33,16 +33,7 @@ def run(model, params, inputs=IDS, **options):
 def install(spec, style, build, key=1):
     """The model with adapters, its parameters, those of the model without."""
     params = jax.jit(build(spec).init)(jax.random.key(0))
-
-    @jax.jit
-    def fresh(key):
-        return adapters.init_attached(spec, style, key, search=True)
-
-    own = fresh(jax.random.key(key))
-    for name, block in own.items():
-        if style.normed:
-            block["skip"]["norm_in"] = params[name]["norm1"]
-    return params | {"das": own}, params
+    return jax.jit(lambda params, key: das.install(spec, params, style, key))(params, jax.random.key(key)), params
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,28 @@ from typing import Any
 import jax
 
 from vtjax.errors import InputError
+from vtjax.models.adapters import Style, init_attached
 from vtjax.models.fusion import METHOD
 from vtjax.models.segments import block_name
 from vtjax.spec import FusionSpec, Lineage, ModelSpec, skip_list
 
 WEIGHT_DECAY = 0.01
+
+
+def install(spec: ModelSpec, params: Any, style: Style, key: jax.Array) -> Any:
+    """The parameters of a ViT or decoder with the adapters of a search: inside of every block, and instead of it.
+
+    Args:
+      spec: of the model; nothing is removed yet.
+      params: without adapters; not changed, its arrays are not copied.
+      style: see `models.adapters.STYLES`.
+      key: of their fresh weights.
+    """
+    own = init_attached(spec, style, key, search=True)
+    if style.normed:
+        for name, block in own.items():
+            block["skip"]["norm_in"] = params[name]["norm1"]  # frozen with the rest of the layer
+    return {**params, METHOD: own}
 
 
 def remove(spec: ModelSpec, params: Any, skips: Any, parent: str = "") -> tuple[Any, Any]:

@@ -16,7 +16,8 @@ def shapes(spec: FusionSpec, image: dict[str, Shape]) -> dict[str, Shape]:
     Args:
       image: those of `image_spec`, of one stream the ViT with these blocks, of two the tower.
     """
-    d, e, out = spec.width, spec.image.width, {}
+    d, e = spec.width, spec.image.width
+    out: dict[str, Shape] = {}
 
     def dense(name: str, rows: int, columns: int) -> None:
         out[f"{name}/kernel"], out[f"{name}/bias"] = (rows, columns), (columns,)
