@@ -68,6 +68,16 @@ def test_collectives_count_loops_and_split_ones_once() -> None:
     }
 
 
+def test_collectives_of_a_shard_map_have_one_channel_and_count_each() -> None:
+    """By shape and by their name in the program."""
+    line = '  %{0} = {1} all-to-all(%x), channel_id=1, replica_groups={{{{0,1}}}}, metadata={{op_name="jit(f)/{2}/o"}}'
+    made = [("a.1", "f32[8]{0}", "block_00"), ("a.2", "f32[4]{0}", "block_00"), ("a.3", "f32[8]{0}", "block_01")]
+    again = ("a.4", "f32[8]{0}", "block_01")  # a piece of the third one
+    lines = [line.format(*one) for one in (*made, again)]
+    hlo = "\n".join(["HloModule f", "ENTRY %main (x: f32[8]) -> f32[8] {", *lines, "}"])
+    assert aot.collectives(hlo) == {"all-to-all": {"count": 3, "bytes": 4 * (8 + 4 + 8)}}
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [

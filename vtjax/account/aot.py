@@ -178,7 +178,7 @@ class Collective(NamedTuple):
       dtype: of its result as HLO says it ("f32", "s32"); the first one of several.
       bytes: of its result (of its operand for a reduce-scatter) per call of it.
       times: how often one call of the program runs it.
-      channel: equal for what the TPU's compiler split one into. CPU programs have one channel for all.
+      channel: equal for what the TPU's compiler split one into: its channel, shape and name in the program.
     """
 
     kind: str
@@ -199,7 +199,12 @@ def each_collective(hlo: str) -> list[Collective]:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
             dtype = re.search(r"[a-z]\w*(?=\[)", line.partition("= ")[2])
-            place = channel[1] if channel else f"{name}:{number}"
+            place = f"{name}:{number}"
+            if channel:
+                # All of a shard_map's collectives have one channel; the pieces of one have its name and shape, too.
+                named = re.search(r'op_name="([^"]*)"', line)
+                shape = line.partition("= ")[2].partition(" ")[0]
+                place = f"{channel[1]}:{shape}:{named[1] if named else ''}"
             found.append(Collective(one[0], dtype[0] if dtype else "", one[1], times[name], place))
     return found
 
