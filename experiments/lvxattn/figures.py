@@ -43,6 +43,7 @@ def main() -> int:
     for file, kind, draw in (("links", "op", times), ("memory", "temp", temporaries)):
         path = RESULTS / f"{file}.jsonl"
         records = of_kind(read_jsonl(path), kind) if path.exists() else []
+        records = [r for r in records if r.get("passes") != "forward"]
         if records:
             written.append(curves.save(draw(records), RESULTS / f"{kind}.png"))
     for path in written:
