@@ -58,9 +58,11 @@ def tiny(steps: int, batch_size: int, frames: int) -> ConfigDict:
 def video(steps: int, batch_size: int, frames: int) -> ConfigDict:
     """A needle in a long video: which colour and shape stands in one of its frames, and in which quarter of it.
 
-    Command: `vtjax run --config=configs/lvxattn.py:video --workdir=runs/needle`. Hardware: one CPU core.
-    Longer videos than those of training: `vtjax eval --config=configs/lvxattn.py:video,frames=256
-    --workdir=runs/needle`; experiments/lvxattn/needle.py does it length by length.
+    Command: `vtjax run --config=configs/lvxattn.py:video --workdir=runs/needle`. Hardware: one CPU core. Time: half an
+    hour (25 minutes of a third of one). Expected: accuracy 0.88 on 200 videos of "val", colours and quarters 1.00,
+    shapes 0.64; answering blindly reaches 0.28. Longer videos than those of training:
+    `vtjax eval --config=configs/lvxattn.py:video,frames=256 --workdir=runs/needle`; experiments/lvxattn/needle.py does
+    it length by length.
     """
     config = over_frames(vlm.questions(steps or 3500, batch_size or 16), n=20000, size=32, frames=frames or 16)
     config.log_every = 50
@@ -121,7 +123,7 @@ _README = "experiments/lvxattn/README.md"
 _PAPER = common.Expected("not run", "shapes of the published model", False)
 EXPECTED = {
     "tiny": common.Expected("", "for tests and notebooks: its figure means nothing", True, by_data=True),
-    "video": common.Expected("to be measured", _README, False, by_data=True),
+    "video": common.Expected("accuracy 0.88; blindly 0.28", _README, True, by_data=True),
     "cameras": common.Expected("to be measured", _README, False, by_data=True),
     "clips": common.Expected("to be measured", _README, False, by_data=True),
     "llama3v_11b": _PAPER,

@@ -97,7 +97,8 @@ def decoder(**leaves: Any) -> ConfigDict:
 
 
 def bridge(**leaves: Any) -> ConfigDict:
-    """A bridge by the fields of `BridgeSpec`, and by those of `CrossSpec` for `cross` = hyper, flamingo, mllama."""
+    """A bridge by the fields of `BridgeSpec`, and by those of `CrossSpec` for the forms of `cross`: hyper, fused,
+    flamingo, mllama."""
     config = {"projector": "mlp", "bias": True, "prefix": False, "pool": (1, 1), "cross": "none"}
     config |= {"layers": (), "heads": 8, "kv_heads": 8, "head_dim": 64, "mlp": 0}
     return common.with_leaves(ConfigDict(config), leaves)

@@ -134,6 +134,48 @@ def measured(way: str, frames: int, m: Any, arguments: argparse.Namespace) -> di
     return {**told, "questions": int(total["count"]), "top1": total["top1"] / total["count"], **parts}
 
 
+def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last record of every haystack, way and length."""
+    return list({(r["haystack"], r["way"], r["frames"]): r for r in records}.values())
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: accuracy by length and way, and what a device holds."""
+    from vtjax.viz import tables
+
+    rows = []
+    used = latest(records)
+    for haystack, frames in sorted({(r["haystack"], r["frames"]) for r in used}):
+        by = {r["way"]: r for r in used if (r["haystack"], r["frames"]) == (haystack, frames)}
+        if "exact" in by:
+            exact = by["exact"]
+            memory = [f"{exact[name] / 2**20:.1f}" for name in ("one_device_bytes", "device_bytes")]
+            held = "yes" if exact["held_by_one"] else "no"
+            accuracy = [f"{by[way]['top1']:.3f}" if way in by else "" for way in WAYS]
+            rows.append((haystack, str(frames), *memory, held, *accuracy))
+    head = ("haystack", "frames", "MiB on one device", f"MiB on each of {DEVICES}", "one holds it", *WAYS)
+    return tables.markdown(head, rows)
+
+
+def figure(records: list[dict[str, Any]]) -> Any:
+    """Accuracy against the length of the video; dashed: where one device no longer holds it."""
+    from vtjax.viz import curves
+
+    used = [r for r in latest(records) if r["haystack"] == records[-1]["haystack"]]
+    drawn = curves.new_figure(6.4, 3.9)
+    axes = drawn.add_subplot()
+    for color, way in zip(curves.COLORS, WAYS, strict=False):
+        points = sorted((r["frames"], r["top1"]) for r in used if r["way"] == way)
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", linewidth=2.0, label=way)
+    beyond = sorted(r["frames"] for r in used if r.get("held_by_one") is False)
+    if beyond:
+        axes.axvline(beyond[0], color=curves.MUTED, linestyle="--", linewidth=0.9)
+    axes.set(xscale="log", xlabel="frames", ylabel="accuracy", ylim=(0, 1))
+    axes.legend(frameon=False)
+    return drawn
+
+
 def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

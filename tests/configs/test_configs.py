@@ -28,7 +28,9 @@ from vtjax.train.program import Program
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 VARIANTS = [
-    (module.__name__.rpartition(".")[2], name) for module in (vit, ltmp, dgmr, vlm, dpn, lvxattn) for name in module.VARIANTS
+    (module.__name__.rpartition(".")[2], name)
+    for module in (vit, ltmp, dgmr, vlm, dpn, lvxattn)
+    for name in module.VARIANTS
 ]
 
 
