@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from vtjax.account import timing
 from vtjax.parallel import cross_attention as op
+from vtjax.parallel import exchanges
 
 AXIS = "cp"
 SILENT = " silent"
@@ -65,7 +66,7 @@ def silenced(function: Callable[..., Any], n: int) -> Callable[..., Any]:
     """The function with nothing sent by the operation; only what is traced within is changed."""
 
     def run(*given: Any) -> Any:
-        with mock.patch.object(op, "lax", Silent(n)):
+        with mock.patch.object(exchanges, "lax", Silent(n)):
             return function(*given)
 
     return run

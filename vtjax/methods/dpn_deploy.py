@@ -81,7 +81,8 @@ def entered(model: VLM, params: Any, ids: Any, images: Any, mask: Any = None) ->
     if spec.bridge.cross is not None:
         raise InputError("deployment takes visual tokens that stand in the text, found a bridge of cross-attention")
     live = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) > 0
-    place = _layout(spec, ids, live, {reducer.reads for _, reducer in model.reducers} == {"last_prompt"})
+    reads = {getattr(reducer, "reads", "") for _, reducer in model.reducers}
+    place = _layout(spec, ids, live, reads == {"last_prompt"})
     known, _ = model.enter(params, jnp.asarray(ids), images)
     x = jnp.take_along_axis(known["embeddings"], jnp.asarray(place.order)[:, :, None], axis=1)
     return Rows(x, *(jnp.asarray(a) for a in (place.text, place.start, place.asks)))
