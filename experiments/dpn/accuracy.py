@@ -4,6 +4,7 @@
     python -m experiments.dpn.accuracy dense       the dense models, 5 seeds
     python -m experiments.dpn.accuracy arms        the arms of the comparison, from the dense models
     python -m experiments.dpn.accuracy tau         more and less budget
+    python -m experiments.dpn.accuracy routers     routers learn first, while the model stands still
     python -m experiments.dpn.accuracy paths       every path in the dense models as they are, by type of question
 
 `--seed=S` and `--only=TEXT` choose; what was recorded is not run again; runs lie in runs/dpn and resume. Every record
@@ -60,7 +61,8 @@ WORK = {"dpn.loss": "macs", "dpn.lam": "3.0"}
 QUALITY = {"dpn.quality": "3.0", "dpn.quality_share": "0.5"}
 
 Arm = tuple[str, dict[str, str]]
-"""Name and overrides of `configs/dpn.py:sortofclevr`."""
+"""Name and overrides of `configs/dpn.py:sortofclevr`; `after`: the arm whose model it starts from, in place of the
+dense one."""
 
 
 def arms() -> Iterator[Arm]:
@@ -91,7 +93,16 @@ def tau() -> Iterator[Arm]:
         yield f"st quality budget={value}", {**OURS, **QUALITY, **WORK, "dpn.budget": value}
 
 
-ARMS = {"arms": arms, "tau": tau}
+def routers() -> Iterator[Arm]:
+    """Routers that learn while the model stands still, so that they see what poolings do to it as it is; and the same
+    with everything trained after that."""
+    for value in ("0.44", "0.5", "0.6", "0.7"):
+        leaves = {**OURS, **QUALITY, **WORK, "dpn.budget": value}
+        yield f"routers budget={value}", {**leaves, "dpn.trainable": "routers"}
+        yield f"routers, then all budget={value}", {**leaves, "after": f"routers budget={value}"}
+
+
+ARMS = {"arms": arms, "tau": tau, "routers": routers}
 
 
 def dense_run(seed: int) -> str:
@@ -116,7 +127,9 @@ def dense(seed: int) -> dict[str, Any]:
 
 def arm(name: str, overrides: dict[str, str], seed: int, executables: Executables) -> dict[str, Any]:
     """Trains one arm from the dense model of the seed, and measures it."""
-    given = {**overrides, "seed": str(seed), "init_from": dense_run(seed)}
+    given = {**overrides, "seed": str(seed)}
+    before = given.pop("after", "")
+    given["init_from"] = arm_run(before, seed) if before else dense_run(seed)
     config = config_lib.load_config(CONFIG, "sortofclevr", given)
     workdir = arm_run(name, seed)
     config_lib.override(config, "workdir", workdir)
