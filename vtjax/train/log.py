@@ -234,7 +234,7 @@ def parameters(params: Any) -> str:
     counts: dict[str, int] = {}
     for name, tree in params.items():
         kind = "blocks" if name.startswith("block_") else name
-        counts[kind] = counts.get(kind, 0) + parameter_overview.count_parameters({name: tree})
+        counts[kind] = counts.get(kind, 0) + int(parameter_overview.count_parameters({name: tree}))
     return f"{sum(counts.values()):,} parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items())
 
 
