@@ -98,7 +98,7 @@ def published(config: ConfigDict, context: int, frames: int) -> ConfigDict:
     again, keys and values are projected again."""
     over_frames(config, name="", frames=frames, pack=1)
     config.mesh.update(data=1, fsdp=-1, context=context)
-    config.model.update(remat="names", scan=False)
+    config.model.update(remat="names", scan=True)
     return config
 
 

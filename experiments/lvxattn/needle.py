@@ -172,6 +172,9 @@ def figure(records: list[dict[str, Any]]) -> Any:
     if beyond:
         axes.axvline(beyond[0], color=curves.MUTED, linestyle="--", linewidth=0.9)
     axes.set(xscale="log", xlabel="frames", ylabel="accuracy", ylim=(0, 1))
+    lengths = sorted({r["frames"] for r in used})
+    axes.set_xticks(lengths, labels=[str(length) for length in lengths])
+    axes.minorticks_off()
     axes.legend(frameon=False)
     return drawn
 
