@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lvxattn import memory
+from experiments.lvxattn import memory, needle
 from experiments.lvxattn.tables import SILENT, latest, of_kind
 from vtjax.parallel import strategies
 from vtjax.parallel.strategies import Case
@@ -46,6 +46,8 @@ def main() -> int:
         records = [r for r in records if r.get("passes") != "forward"]
         if records:
             written.append(curves.save(draw(records), RESULTS / f"{kind}.png"))
+    if (path := RESULTS / "needle.jsonl").exists():
+        written.append(curves.save(needle.figure(read_jsonl(path)), RESULTS / "needle.png"))
     for path in written:
         print(f"{path.relative_to(RESULTS.parent)}: {path.stat().st_size // 1000} kB", file=sys.stderr)
     return 0

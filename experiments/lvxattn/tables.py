@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ltmp.tables import circumstances
+from experiments.lvxattn import needle
 from vtjax.parallel import strategies
 from vtjax.viz import tables
 
@@ -45,6 +46,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("temp", "memory", temp),
         ("longest", "memory", longest),
         ("recomputing", "memory", recomputing),
+        ("needle", "needle", lambda r: needle.table(r) + "\n\n" + circumstances(r)),
     )
     return {"paper_bytes": paper_bytes(), **tables.from_records(results, makers)}
 
