@@ -105,7 +105,10 @@ def test_bad_edits_are_named_in_one_line(changes, says):
         ("{}", "format must be 1, found None"),
         ('{"format": 2}', "format must be 1, found 2"),
         ('{"format": 1, "kind": "CNN"}', "kind must be one of ViTSpec"),
-        ('{"format": 1, "kind": []}', r"kind must be one of ViTSpec, TiledViTSpec, LMSpec, VLMSpec, FusionSpec, found \[\]"),
+        (
+            '{"format": 1, "kind": []}',
+            r"kind must be one of ViTSpec, TiledViTSpec, LMSpec, VLMSpec, FusionSpec, found \[\]",
+        ),
         ('{"format": 1, "kind": "ViTSpec"}', "lacks the field 'image_size'"),
         ('{"format": 1, "kind": "ViTSpec", "depth": 3}', "has no field 'depth'"),
     ],
