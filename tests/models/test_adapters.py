@@ -33,7 +33,7 @@ def run(model, params, inputs=IDS, **options):
 def install(spec, style, build, key=1):
     """The model with adapters, its parameters, those of the model without."""
     params = jax.jit(build(spec).init)(jax.random.key(0))
-    return jax.jit(lambda params, key: das.install(spec, params, style, key))(params, jax.random.key(key)), params
+    return jax.jit(lambda params, key: das.install(spec, params, style, key)[1])(params, jax.random.key(key)), params
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def lavin():
     """Random parameters, also of the up-maps, which start at 0."""
     random = np.random.default_rng(0)
     tree = jax.eval_shape(
-        lambda key: das.install(DECODER, LM(DECODER).init(key), SMALL["lavin"], key), jax.random.key(0)
+        lambda key: das.install(DECODER, LM(DECODER).init(key), SMALL["lavin"], key)[1], jax.random.key(0)
     )
     params = jax.tree.map(lambda a: random.normal(size=a.shape).astype(np.float32) * 0.3, tree)
     for name, block in params["das"].items():

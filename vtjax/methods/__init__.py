@@ -7,11 +7,12 @@ from typing import Any
 
 from vtjax import models
 from vtjax.errors import InputError
-from vtjax.spec import Spec, TiledViTSpec, VLMSpec
+from vtjax.spec import LMSpec, Spec, TiledViTSpec, ViTSpec, VLMSpec
 
 
 def build(spec: Spec, **options: Any) -> Any:
-    """The model of a spec with the reducers that its blocks name (`BlockSpec.reduce`, `<method>:...`).
+    """The model of a spec with the reducers that its blocks name (`BlockSpec.reduce`, `<method>:...`), and the adapters
+    that its history does (DAS).
 
     Raises:
       InputError: a reducer of no method here.
@@ -21,11 +22,16 @@ def build(spec: Spec, **options: Any) -> Any:
         named = {block.reduce.partition(":")[0] for block in spec.decoder.blocks if block.reduce is not None}
         if named - {"dpn"}:
             raise InputError(f"the decoder's blocks reduce by {', '.join(sorted(named))}, expected one of: dpn")
-        from vtjax.methods import dpn
+        from vtjax.methods import das, dpn
 
-        return models.build(spec, reducers=dpn.reducers(spec), tower_reducers=tower_reducers, **options)
+        slots = {"reducers": dpn.reducers(spec), "adapters": das.attached(spec.decoder)}
+        return models.build(spec, **slots, tower_reducers=tower_reducers, **options)
     names = {block.reduce.partition(":")[0] for block in spec.blocks if block.reduce is not None}
     if not names:
+        if isinstance(spec, ViTSpec | LMSpec):
+            from vtjax.methods import das
+
+            options = {"adapters": das.attached(spec), **options}
         return models.build(spec, **options)
     if names != {"ltmp"}:
         raise InputError(f"blocks reduce by {', '.join(sorted(names))}, expected one of: ltmp")

@@ -1,55 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
 """DAS: a few whole layers are left out of a vision-language model, an adapter each in their place (arXiv 2309.01479).
 
-`ops.bandit` says which, `models.adapters` and `models.fusion` what stands in. Here: how they are left out for good, and
-which parameters are trained at what rate. Sources are sections of the DAS specification.
+`ops.bandit` says which, `models.adapters` and `models.fusion` what stands in.
+
+    install(spec, params, style, key)  -> a model for the search: adapters inside of every layer, and instead of it
+    vlm(spec)                          -> its model; the traced knob `skipped [L]` leaves layers out, at no cost
+    remove(spec, params, skips)        -> the model without these layers: nothing of them is left but their stand-ins
+
+A part of a multimodal model has its history, and its adapters, in the part: `spec.decoder`, `params["decoder"]["das"]`.
+Sources are sections of the DAS specification.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Bool
 
 from vtjax.errors import InputError
-from vtjax.models.adapters import Style, init_attached
+from vtjax.models.adapters import Style, attach, init_attached
 from vtjax.models.fusion import METHOD
+from vtjax.models.layers import Adapter
 from vtjax.models.segments import block_name
-from vtjax.spec import FusionSpec, Lineage, ModelSpec, skip_list
+from vtjax.models.vlm import VLM
+from vtjax.spec import AdapterSpec, FusionSpec, Lineage, ModelSpec, VLMSpec, skip_list
 
 WEIGHT_DECAY = 0.01
+PREFIX = f"^decoder/{METHOD}/"
+"""Regex of the parameters of adapters in a multimodal model; what ends in `norm_in/scale` is a frozen copy."""
 
 
-def install(spec: ModelSpec, params: Any, style: Style, key: jax.Array) -> Any:
-    """The parameters of a ViT or decoder with the adapters of a search: inside of every block, and instead of it.
+def install(spec: Any, params: Any, style: Style, key: jax.Array | None, parent: str = "") -> tuple[Any, Any]:
+    """The model with fresh adapters for a search: inside of every layer, and instead of it. Others that were there are
+    dropped.
 
     Args:
-      spec: of the model; nothing is removed yet.
-      params: without adapters; not changed, its arrays are not copied.
+      spec: of a ViT, a decoder, or a multimodal model, whose decoder gets them; nothing is removed from it.
+      params: not changed, its arrays are not copied; None = none yet (see `added`).
       style: see `models.adapters.STYLES`.
-      key: of their fresh weights.
+      key: of their fresh weights; None where there are no parameters.
+      parent: the model's `params_sha256`, for the lineage.
+
+    Raises:
+      InputError: a model with removed layers, token reducers, or cross-attention in its decoder.
     """
-    own = init_attached(spec, style, key, search=True)
-    if style.normed:
-        for name, block in own.items():
+    if isinstance(spec, VLMSpec):
+        if spec.bridge.cross is not None:
+            raise InputError("DAS leaves out whole layers of a decoder, found one with cross-attention in some")
+        inner, own = install(spec.decoder, None if params is None else params["decoder"], style, key, parent)
+        return spec.edit(decoder=inner), None if params is None else {**params, "decoder": own}
+    for index, block in enumerate(spec.blocks):
+        if not (block.attn and block.ffn) or block.reduce is not None:
+            raise InputError(
+                f"a search needs all layers whole and without reducers, found attn={block.attn}, ffn={block.ffn}, "
+                f"reduce={block.reduce!r} at layer {index}"
+            )
+    arguments = json.dumps({"style": dataclasses.asdict(style)})
+    after = spec.edit(lineage=(*spec.lineage, Lineage(parent, f"{METHOD}.install", arguments)))
+    if params is None:
+        return after, None
+    assert key is not None
+    return after, added(after, {name: tree for name, tree in params.items() if name != METHOD}, key)
+
+
+def added(spec: ModelSpec, params: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
+    """The parameters of an installed ViT or decoder with fresh adapters, where they have none."""
+    if METHOD in params:
+        return dict(params)
+    style, search = installed(spec)
+    own = init_attached(spec, style, key, search)
+    for name, block in own.items():
+        if style.normed and "skip" in block and name in params:
             block["skip"]["norm_in"] = params[name]["norm1"]  # frozen with the rest of the layer
     return {**params, METHOD: own}
 
 
-def remove(spec: ModelSpec, params: Any, skips: Any, parent: str = "") -> tuple[Any, Any]:
+def is_installed(spec: ModelSpec) -> bool:
+    """Whether a ViT or decoder has adapters."""
+    return any(step.operation == f"{METHOD}.install" for step in spec.lineage)
+
+
+def installed(spec: ModelSpec) -> tuple[Style, bool]:
+    """The style of a ViT's or decoder's adapters, and whether kept layers have a stand-in, too (a search).
+
+    Raises:
+      InputError: there are none.
+    """
+    steps = [step for step in spec.lineage if step.operation.startswith(f"{METHOD}.")]
+    made = [step for step in steps if step.operation == f"{METHOD}.install"]
+    if not made:
+        raise InputError("the model must have adapters (methods.das.install), found none in its history")
+    told = json.loads(made[-1].arguments)["style"]
+    inner, skip = (AdapterSpec.from_dict(told[name]) for name in ("inner", "skip"))
+    return Style(inner, tuple(told["sites"]), skip, told["normed"]), steps[-1] is made[-1]
+
+
+def attached(spec: ModelSpec) -> tuple[tuple[int, str, Adapter], ...]:
+    """The adapters of a ViT or decoder, as its model takes them; () where it has none."""
+    if not is_installed(spec):
+        return ()
+    style, search = installed(spec)
+    return attach(spec, style, getattr(spec, "eps", 1e-6), search)
+
+
+def vlm(spec: VLMSpec, **options: Any) -> VLM:
+    """The model of a multimodal spec, with what adapters its decoder has; `options` as of `VLM`."""
+    return VLM(spec, adapters=attached(spec.decoder), **options)
+
+
+def adapter_cost(spec: ModelSpec, tokens: int) -> tuple[int, int]:
+    """Parameters of the adapters of a ViT or decoder, without frozen copies of norms, and their MACs, layers being as
+    `spec` has them."""
+    own = [(site, adapter.spec) for _, site, adapter in attached(spec)]  # type: ignore[attr-defined]
+    width: int = spec.width  # type: ignore[attr-defined]
+    work = sum(adapter.macs(width, tokens) for site, adapter in own if site != "instead")
+    return sum(adapter.params(width) for _, adapter in own), work
+
+
+def remove(spec: Any, params: Any, skips: Any, parent: str = "") -> tuple[Any, Any]:
     """The model without these modules: their parameters are dropped, and so are the adapters inside of them and those
     that would stand in for kept ones (section 2.9).
 
     Args:
-      spec: a `FusionSpec`; or a ViT's or decoder's, whose adapters are `models.adapters.attach`'s.
-      params: with `params["das"]`; not changed, its arrays are not copied.
+      spec: a `FusionSpec`; or a ViT's or decoder's, whose adapters are `models.adapters.attach`'s; or a multimodal
+        one, whose decoder it is then.
+      params: with `params["das"]`; not changed, its arrays are not copied; None = none yet.
       skips: a list of arms, see `spec.skip_list`.
       parent: the model's `params_sha256`, for the lineage.
 
     Raises:
       InputError: no such list; a module that is gone already.
     """
+    if isinstance(spec, VLMSpec):
+        inner, own = remove(spec.decoder, None if params is None else params["decoder"], skips, parent)
+        return spec.edit(decoder=inner), None if params is None else {**params, "decoder": own}
     gone = skip_list(skips, spec.arms if isinstance(spec, FusionSpec) else spec.depth)
     for index in gone:
         if not spec.blocks[index].attn and not spec.blocks[index].ffn:
@@ -60,6 +149,8 @@ def remove(spec: ModelSpec, params: Any, skips: Any, parent: str = "") -> tuple[
     else:
         after = spec.edit(blocks={index: {"attn": False, "ffn": False, "reduce": None} for index in gone})
     after = after.edit(lineage=(*spec.lineage, step))
+    if params is None:
+        return after, None
     params = jax.tree.map(lambda a: a, params)  # new dicts, the same arrays
     for index, block in enumerate(after.blocks):
         name, kept = block_name(index), block.attn or block.ffn
@@ -98,3 +189,20 @@ def groups(streams: int, head: float) -> dict[str, dict[str, Any]]:
         table[f"{name}_bias"] = {"pattern": rf"^(?=.*/bias$)({pattern})", "weight_decay": 0.0, **stated}
     # Tried last: groups are tried in the order of their names.
     return table | {"unchanged": {"pattern": "", "frozen": True, "lr_scale": 0.0, "weight_decay": 0.0}}
+
+
+def greedy(loss: Callable[[Bool[np.ndarray, " n"]], float], arms: int, m: int) -> tuple[int, ...]:
+    """m modules, one after the other: each is the one whose removal, beside those before it, hurts least (the baseline
+    of section 6). Of equal ones the lower index.
+
+    Args:
+      loss: of a mask, True at what is skipped; asked for n + (n - 1) + ... of them.
+    """
+    gone = np.zeros(arms, bool)
+    order: list[int] = []
+    for _ in range(m):
+        left = [arm for arm in range(arms) if not gone[arm]]
+        losses = [loss(gone | (np.arange(arms) == arm)) for arm in left]
+        order.append(left[int(np.argmin(losses))])
+        gone[order[-1]] = True
+    return tuple(order)

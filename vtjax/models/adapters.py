@@ -153,10 +153,14 @@ class Attached:
     def __call__(self, x: Array, knobs: Knobs) -> Array:
         if self.name not in knobs:
             raise InputError(f"the adapter {self.name!r} needs parameters of that name, found none for its block")
-        p = knobs[self.name]
+        p, route = knobs[self.name], knobs.get(f"{self.name}_route")
+        if self.spec.form == "router" and route is None and x.shape[1] == 1:
+            raise InputError(
+                f"a router's weights are those of the prompt: decoding needs {self.name}_route, see routes"
+            )
         if self.eps is not None:
             x = norms.rms_norm(x, p["norm_in"]["scale"], self.eps)
-        y = apply(self.spec, p, x, knobs.get(f"{self.name}_route"), knobs.get("adapter_key"))
+        y = apply(self.spec, p, x, route, knobs.get("adapter_key"))
         return x + y if self.adds else y
 
 

@@ -163,7 +163,8 @@ def run(
         bool: whether it is skipped, for all samples alike. What is skipped is not computed.
       want: attention outputs to return per block, and "tokens" for the `Tokens` that leave it.
       keep: layers whose aux holds "tokens" whatever `want` says; each ends a scan.
-      remat, scan: see `check`. Scan applies to runs of at least two equal blocks without reducer, adapters and `want`.
+      remat, scan: see `check`. Scan applies to runs of at least two equal blocks without reducer and `want`, and with
+        equal adapters, whose knobs have one form.
       drop_path: stochastic depth rate of the last block; the rate grows linearly from 0. Needs `key`.
       key: random key for stochastic depth.
       constrain: applied to `[B,N,D]` activations after every block (sharding), identity by default.
@@ -216,13 +217,14 @@ def run(
         range(len(blocks)) if layers is None else layers, key=lambda i: (blocks[i], sum(i > layer for layer in keep))
     ):
         run_of = list(members)
-        plain = block.reducer is None and not block.adapters and not want
+        plain = block.reducer is None and not want
         arguments = [
             (params.get(block_name(i), {}), layer_knobs(knobs, i), rates[i], None if keys is None else keys[i])
             for i in run_of
         ]
         one = body(block)
-        if scan and plain and len(run_of) > 1:
+        alike = len({jax.tree.structure(given) for given in arguments}) == 1
+        if scan and plain and alike and len(run_of) > 1:
             stacked = jax.tree.map(lambda *a: jnp.stack(a), *arguments)
             # What no block changes is not carried: a carry is kept for the backward pass once per layer.
             memory = tokens.memory
