@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common, dgmr, dpn, ltmp, lvxattn, vit, vlm
+from configs import common, das, dgmr, dpn, ltmp, lvxattn, vit, vlm
 from vtjax import paths
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 VARIANTS = [
     (module.__name__.rpartition(".")[2], name)
-    for module in (vit, ltmp, dgmr, vlm, dpn, lvxattn)
+    for module in (vit, ltmp, dgmr, vlm, dpn, lvxattn, das)
     for name in module.VARIANTS
 ]
 
@@ -108,7 +108,7 @@ def abstract_batch(config: config_lib.Config, task) -> dict[str, jax.ShapeDtypeS
 
 # The other published multimodal models differ from llava15_7b in their specs, which tests/experiments builds; smollm2
 # would decode its weights; and so with DPN in them.
-CHOSEN = {"vlm": ("tiny", "easyvqa", "llava15_7b"), "dpn": ("tiny",), "lvxattn": ("tiny",)}
+CHOSEN = {"vlm": ("tiny", "easyvqa", "llava15_7b"), "dpn": ("tiny",), "lvxattn": ("tiny",), "das": ("tiny",)}
 STEPPED = [(name, variant) for name, variant in VARIANTS if name not in CHOSEN or variant in CHOSEN[name]]
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from configs import dgmr, dpn, ltmp, lvxattn, vit, vlm
+from configs import das, dgmr, dpn, ltmp, lvxattn, vit, vlm
 from docs import make_configs
 from vtjax.errors import InputError
 from vtjax.viz import tables
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = (dgmr, dpn, ltmp, lvxattn, vit, vlm)
+MODULES = (das, dgmr, dpn, ltmp, lvxattn, vit, vlm)
 FILES = {module.__name__.split(".")[-1]: module.VARIANTS for module in MODULES}
 
 

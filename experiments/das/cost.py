@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What leaving layers out saves in time, and what looking for them costs.
+
+    python -m experiments.das.cost             SmolLM2's decoder behind 64 visual tokens; nothing else may use the cores
+    python -m experiments.das.cost --tiny      a model of no meaning, to try the script
+
+Times do not depend on weights, which are random. A record has the median times of one batch and their ratios: the model
+without adapters, with adapters, with m layers left out while it runs (the search's program) and with m removed; the
+gradient in the adapters of the last three; and the forward pass of a candidate, from which follows the share that c
+candidates every `every` steps add. Appends to results/cost.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vtjax.account import flops, record, timing
+from vtjax.methods import das
+from vtjax.models.adapters import STYLES
+from vtjax.models.lm import LM
+from vtjax.ops import bandit
+from vtjax.spec import LMSpec
+
+RECORDS = Path(__file__).resolve().parent / "results" / "cost.jsonl"
+SMOLLM2 = {"depth": 30, "width": 576, "heads": 9, "kv_heads": 3, "mlp": 1536, "vocab": 49152, "context": 2048}
+TINY = {"depth": 4, "width": 32, "heads": 2, "mlp": 64, "vocab": 64}
+TOKENS, BATCH = 128, 4
+CANDIDATES, EVERY = 3, 10
+
+
+def one(shape: dict[str, Any], m: int, rounds: int, seed: int = 0) -> dict[str, Any]:
+    """Times one m, with layers chosen by chance."""
+    base, key = LMSpec.uniform(**shape), jax.random.key(seed)
+    bare = jax.jit(LM(base).init)(key)
+    whole, searched = das.install(base, bare, STYLES["llama"], key)
+    skips = sorted(np.random.default_rng(seed).choice(base.depth, m, replace=False).tolist())
+    plain, adapted = das.remove(whole, searched, [])
+    short, removed = das.remove(whole, searched, skips)
+    skip = bandit.mask(tuple(skips), base.depth)
+    ids = np.random.default_rng(seed).integers(0, base.vocab, (BATCH, TOKENS)).astype(np.int32)
+    models = {name: LM(spec, adapters=das.attached(spec)) for name, spec in (("adapters", plain), ("removed", short))}
+    search = LM(whole, adapters=das.attached(whole))
+
+    def forward(model: LM, params: Any, knobs: Any = None) -> Callable[[], Any]:
+        run = jax.jit(lambda p, k: model.prefill(p, ids, room=0, knobs=k)[0])
+        return lambda: run(params, knobs)
+
+    def masked(params: Any) -> Callable[[], Any]:
+        slot = np.full((BATCH, 1), TOKENS - 1)
+        run = jax.jit(lambda p, s: search.apply(p, ids, knobs={"skipped": s}, slots=slot)[0])
+        return lambda: run(params, skip)
+
+    def gradient(model: LM, params: Any, knobs: Any = None) -> Callable[[], Any]:
+        def loss(own: Any, params: Any, knobs: Any) -> Any:
+            return jax.nn.logsumexp(model.apply({**params, "das": own}, ids, knobs=knobs)[0], axis=-1).mean()
+
+        run = jax.jit(jax.grad(loss))
+        return lambda: run(params["das"], params, knobs)
+
+    timed = {
+        "dense": forward(LM(base), bare),
+        "adapters": forward(models["adapters"], adapted),
+        "masked": masked(searched),
+        "removed": forward(models["removed"], removed),
+        "adapters_gradient": gradient(models["adapters"], adapted),
+        "masked_gradient": gradient(search, searched, {"skipped": skip}),
+        "removed_gradient": gradient(models["removed"], removed),
+    }
+    found = timing.compare({name: timing.timer(run) for name, run in timed.items()}, rounds=rounds, calls=2, warmup=1)
+    work = {
+        "dense": flops.macs(base, TOKENS),
+        "adapters": flops.macs(plain, TOKENS) + das.adapter_cost(plain, TOKENS)[1],
+        "removed": flops.macs(short, TOKENS) + das.adapter_cost(short, TOKENS)[1],
+    }
+    ratio = {name: found.ratio("adapters", name) for name in ("dense", "masked", "removed")}
+    ratio |= {name: found.ratio("adapters_gradient", name) for name in ("masked_gradient", "removed_gradient")}
+    spent = found.timings["masked"].median / found.timings["masked_gradient"].median
+    return {
+        **{
+            "kind": "cost",
+            "layers": base.depth,
+            "m": m,
+            "skips": skips,
+            "batch": BATCH,
+            "tokens": TOKENS,
+            "seed": seed,
+        },
+        **{"macs": work, "mac_ratio": work["adapters"] / work["removed"], "time_ratio": ratio},
+        "realised": ratio["removed"] / (work["adapters"] / work["removed"]),
+        **{"candidates": CANDIDATES, "every": EVERY, "search_share": CANDIDATES / EVERY * spent},
+        "timing": found.summary(),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--skips", default="2,4,8", help="m, one after the other")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    options = parser.parse_args(arguments)
+    for m in (1,) if options.tiny else map(int, options.skips.split(",")):
+        made = record.write(options.out, one(TINY if options.tiny else SMOLLM2, m, options.rounds))
+        print(f"m = {m}: {made['mac_ratio']:.2f} times less work, {made['time_ratio']} times as fast", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment on DAS: search and fine-tuning as chained runs, what they change, cadence, resumption, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import vtjax as package
+from experiments.das import main as experiment
+from experiments.das import search as scripts
+from vtjax.cli import assemble, main
+from vtjax.cli import config as config_lib
+from vtjax.errors import InputError
+from vtjax.methods import das
+from vtjax.ops import bandit
+from vtjax.train import checkpoint, loop
+from vtjax.train.executables import Executables
+from vtjax.train.state import flatten
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/das.py:tiny"
+STEPS = 24
+# One evaluation, short rows: tests compile much and compute little.
+SMALL = {"data.pack": "2", "data.n": "16", "batch_size": "4", "checkpoint.best": "", "log_every": "1"}
+
+
+def vtjax(capsys: Any, *arguments: str) -> dict[str, Any]:
+    """A command in this process; the JSON of its last line."""
+    assert main.main(list(arguments)) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def options(**overrides: Any) -> list[str]:
+    named = {name.replace("__", "."): str(value) for name, value in overrides.items()}
+    return [f"--config.{name}={value}" for name, value in {**SMALL, **named}.items()]
+
+
+def config(name: str = CONFIG, **overrides: Any) -> config_lib.Config:
+    named = {name.replace("__", "."): str(value) for name, value in overrides.items()}
+    return config_lib.load_config(name, overrides={**SMALL, **named})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model without adapters, of the shape of `tiny`."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    shape = {"model__decoder__depth": 4, "model__tower__depth": 1}
+    assert main.main(["run", "--config=configs/vlm.py:tiny,steps=2", *options(**shape), f"--workdir={folder}"]) == 0
+    return folder
+
+
+def search(base: Path, workdir: Path, **overrides: Any) -> dict[str, Any]:
+    settings = config(f"{CONFIG},steps={STEPS}", init_from=base, workdir=workdir, **overrides)
+    task, data = assemble.assemble(settings)
+    return loop.train(task, data, settings, workdir)
+
+
+@pytest.fixture(scope="module")
+def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search from it."""
+    folder = tmp_path_factory.mktemp("search") / "run"
+    search(base, folder)
+    return folder
+
+
+def extra_of(folder: Path) -> Any:
+    return checkpoint.load_extra(folder)
+
+
+def test_a_search_trains_adapters_and_learns_preferences_and_nothing_else(base: Path, found: Path) -> None:
+    before, after = (flatten(checkpoint.load_params(folder)[1]) for folder in (base, found))
+    assert all((value == after[name]).all() for name, value in before.items())
+    added = after.keys() - before.keys()
+    assert added and all(name.startswith("decoder/das/") for name in added)
+    for block in ("block_00", "block_03"):
+        copied, norm = after[f"decoder/das/{block}/skip/norm_in/scale"], before[f"decoder/{block}/norm1/scale"]
+        np.testing.assert_array_equal(copied, norm)
+    moved = {name for name in added if name.endswith("up/kernel") and np.abs(after[name]).max() > 0}
+    assert len(moved) == 8  # up-projections start at 0: inside of four layers, and instead of them
+    extra = extra_of(found)
+    # Warm-up 6 of 24 steps, then at once and every 4: after the steps 6, 10, 14, 18, 22, counted from 0.
+    assert (int(extra["updates"]), int(extra["since"])) == (5, 1)
+    assert np.abs(extra["preference"]).max() > 0 and np.isfinite(extra["preference"]).all()
+    assert extra["skip"].sum() == 1
+    lines = [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
+    told = [line["updates"] for line in lines if "updates" in line]  # as the step found it
+    assert [step for step in range(1, STEPS) if told[step] > told[step - 1]] == [7, 11, 15, 19, 23]
+
+
+def test_fine_tuning_does_without_what_the_search_prefers(base: Path, found: Path, tmp_path: Path, capsys: Any) -> None:
+    skips = bandit.final(extra_of(found)["preference"], 1).tolist()
+    run = [f"--config={CONFIG},steps=2,phase=finetune", *options(init_from=found), f"--workdir={tmp_path}/short"]
+    result = vtjax(capsys, "run", *run)
+    assert result["skips"] == skips and result["macs_per_prompt"] < result["dense_macs_per_prompt"]
+    spec, params = checkpoint.load_params(tmp_path / "short")
+    assert [i for i, block in enumerate(spec.decoder.blocks) if not block.attn] == skips
+    assert f"block_0{skips[0]}" not in params["decoder"]
+    assert {tuple(own) for own in params["decoder"]["das"].values()} == {("attn_in",), ("skip",)}
+    kept, start = (flatten(tree) for tree in (params, checkpoint.load_params(base)[1]))
+    assert all((start[name] == value).all() for name, value in kept.items() if "/das/" not in name)
+    again = vtjax(capsys, "eval", f"--workdir={tmp_path}/short")
+    assert again["top1"] == result["top1"] and again["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    m = package.load(tmp_path / "short")
+    assert das.is_installed(m.spec.decoder)
+    assert isinstance(m.answer("experiments/vlm/circle.png", "shape of the large one?", new_tokens=2), str)
+    # The search's adapters are thrown away, or kept.
+    learned = checkpoint.load_params(found)[1]["decoder"]["das"]
+    for keep in (False, True):
+        task = assemble.task(config(f"{CONFIG},phase=finetune", init_from=found, das__keep=keep))
+        own = task.init(jax.random.key(0))[0]["decoder"]["das"][f"block_0{skips[0]}"]["skip"]
+        assert np.array_equal(own["up"]["kernel"], learned[f"block_0{skips[0]}"]["skip"]["up"]["kernel"]) == keep
+
+
+def test_which_layers_are_left_out_can_be_said_otherwise(base: Path) -> None:
+    def skips(**overrides: Any) -> list[int]:
+        task = assemble.task(config(f"{CONFIG},phase=finetune", init_from=base, **overrides))
+        return task.summary["skips"]
+
+    assert skips(das__remove="[2, 0]") == [0, 2] and skips(das__remove="[]") == [] and skips(das__skips=0) == []
+    drawn = [skips(das__remove="random", das__skips=2, seed=seed) for seed in range(8)]
+    assert all(len(s) == 2 for s in drawn) and len(set(map(tuple, drawn))) > 2
+    assert drawn[0] == skips(das__remove="random", das__skips=2, seed=0)
+
+
+@pytest.mark.slow
+def test_two_programs_are_compiled_for_a_hundred_steps(base: Path, tmp_path: Path) -> None:
+    settings = config(f"{CONFIG},steps=100", init_from=base, workdir=tmp_path, das__skips=2, das__every=10)
+    task, data = assemble.assemble(settings)
+    executables = Executables()
+    loop.train(task, data, settings, tmp_path, executables)
+    extra = extra_of(tmp_path)
+    assert executables.compiled["step"] == 1 and task.after_step.loss._cache_size() == 1  # type: ignore
+    assert int(extra["updates"]) == 8 and int(extra["poisoned"]) == 0  # after the steps 25, 35, ..., 95
+
+
+class Cut(Exception):
+    """What ends a run in the middle."""
+
+
+@pytest.mark.slow
+def test_a_search_that_was_cut_off_goes_on_as_if_it_had_not(base: Path, found: Path, tmp_path: Path) -> None:
+    settings = config(f"{CONFIG},steps={STEPS}", init_from=base, workdir=tmp_path, checkpoint__every=7)
+    task, data = assemble.assemble(settings)
+
+    def cut(state: Any, frozen: Any, draw: Any) -> Any:
+        if int(state.step) == 12:
+            raise Cut
+        return task.after_step(state, frozen, draw)
+
+    with pytest.raises(Cut):
+        loop.train(dataclasses.replace(task, after_step=cut), data, settings, tmp_path)
+    resumed = search(base, tmp_path, checkpoint__every=7)
+    assert resumed["params_sha256"] == json.loads((found / "result.json").read_text())["params_sha256"]
+    jax.tree.map(np.testing.assert_array_equal, extra_of(tmp_path), extra_of(found))
+
+
+def test_validation_batches_are_fresh_and_disjoint_or_always_the_same(base: Path) -> None:
+    settings = config(init_from=base)
+    task, data = assemble.assemble(settings)
+    drawn = [set(data.draw("val", index)["index"].tolist()) for index in range(4)]
+    assert not set.intersection(*drawn[:2]) and not drawn[2] & drawn[3]
+    asked = []
+
+    def draw(split: str, index: int) -> None:
+        asked.append((split, index))
+
+    for fixed in (False, True):
+        made = experiment.Search(
+            bandit.Bandit(4, 1, every=2, warmup=0, search=10),
+            0,
+            10,
+            lambda p, b, skip: np.float32(skip[0]),
+            fixed=fixed,
+        )
+        state = dataclasses.make_dataclass("State", ["step", "params", "extra"])(0, None, made.start(None))
+        for step in range(1, 7):
+            state = made(dataclasses.replace(state, step=step), None, draw)
+    assert asked == [("val", 0), ("val", 1), ("val", 2)] + [("val", 0)] * 3
+    # A layer that costs something is preferred less.
+    assert state.extra["preference"][0] == state.extra["preference"].min() < 0
+
+
+def test_a_ramp_and_the_greedy_choice() -> None:
+    price = np.array([0.4, 0.1, 0.3, 0.2])
+    made = experiment.Search(
+        bandit.Bandit(4, 2, candidates=0, search=4), 0, 4, lambda p, b, skip: np.float32(price[skip].sum()), greedy=1
+    )
+    state = dataclasses.make_dataclass("State", ["step", "params", "extra"])(0, None, made.start(None))
+    counts = [int(state.extra["skip"].sum())]
+    for step in range(1, 5):
+        state = made(dataclasses.replace(state, step=step), None, lambda split, index: None)
+        counts.append(int(state.extra["skip"].sum()))
+    assert counts == [2, 2, 2, 2, 2] and bandit.final(state.extra["preference"], 2).tolist() == [3, 1]
+    slow = dataclasses.replace(made, ramp=12)
+    assert [int(slow._extra(slow.bandit.start(), step)["skip"].sum()) for step in (0, 1, 2, 4, 9)] == [1, 1, 2, 2, 2]
+
+
+def test_a_search_begins_with_what_another_one_learned_and_says_how_far_it_moved(
+    base: Path, found: Path, tmp_path: Path, capsys: Any
+) -> None:
+    task = assemble.task(config(init_from=base, das__preferences=found))
+    extra = task.init(jax.random.key(0))[2]
+    np.testing.assert_array_equal(extra["preference"], extra_of(found)["preference"])
+    assert int(extra["updates"]) == 0
+    made = experiment.Search(bandit.Bandit(4, 1, search=10), 0, 10, lambda p, b, skip: np.float32(skip[0] + 1))
+    before, after = np.array([3, 2, 1, 0], np.float32), np.array([0, 2, 1, 3], np.float32)
+    told = experiment.report(made, None, after, before, lambda split, index: None)
+    assert (told["skips_before"], told["skips"], told["loss_before"], told["loss"]) == ([0], [3], 2.0, 1.0)
+    assert told["rank_correlation"] == pytest.approx(-0.8) and "skips [3]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "says"),
+    [
+        ("search", {"das__phase": "both"}, "config.das.phase must be one of search, finetune, found 'both'"),
+        ("search", {"das__by": "chance"}, "config.das.by must be one of bandit, greedy, found 'chance'"),
+        ("search", {"das__style": "meter"}, "config.das.style must be one of vilt, lavin, llama, llava, found 'meter'"),
+        ("search", {"das__skips": 5}, r"config.das: skips must be in 0..4 \(the arms\), found 5"),
+        ("search", {"das__every": 0}, "config.das: every must be 1 step or more, found 0"),
+        ("search", {"das__candidates": 1}, "config.das: one candidate is its own baseline"),
+        ("search", {"das__candidates": 5}, "config.das: 5 candidates need as many subsets, found 4 of 1 of 4 arms"),
+        ("search", {"das__ramp": -1}, "config.das.ramp must be 0 or more, found -1"),
+        ("search", {"das__preferences": "nowhere"}, "must be the workdir of a search, found 'nowhere'"),
+        ("search", {"das__style": "lavin", "das__width": 3}, "AdapterSpec.groups must divide width=3, found 2"),
+        ("finetune", {"das__remove": "[4]"}, "skips must be in 0..3, found 4"),
+        ("finetune", {"das__remove": "[1, 1]"}, "skips must name each module once, found 1 twice"),
+        ("finetune", {"das__remove": "some"}, "skips must be a list of modules, found 'some'"),
+        ("finetune", {}, "layers are chosen by a search: config.init_from or config.das.preferences"),
+        ("finetune", {"das__keep": True, "das__skips": 0}, "config.das.keep=True needs the adapters of a search"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(name: str, overrides: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says) as caught:
+        assemble.task(config(f"{CONFIG},phase={name}", **overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_search_without_an_update_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="no update is ever due"):
+        assemble.task(config(f"{CONFIG},steps=4", das__warmup=4))
+
+
+def test_arms_beside_it_are_the_plain_experiment(base: Path) -> None:
+    task = assemble.task(config(f"{CONFIG},arm=lora", init_from=base))
+    shapes = flatten(jax.eval_shape(task.init, jax.random.key(0))[0])
+    assert {path for path in shapes if task.trainable(path)} == {path for path in shapes if "/lora_" in path} != set()
+    assert assemble.task(config(f"{CONFIG},arm=full", init_from=base)).trainable("decoder/norm/scale")
+
+
+@pytest.mark.slow
+def test_a_search_over_eight_devices_is_the_search_on_one(base: Path, tmp_path: Path) -> None:
+    """The same global batch: masks equal, preferences within rounding."""
+    made = {}
+    for devices in (1, 8):
+        folder = tmp_path / str(devices)
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        command = [sys.executable, "-m", "vtjax", "run", f"--config={CONFIG},steps={STEPS}", f"--workdir={folder}"]
+        command += options(init_from=base, batch_size=8)
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made[devices] = extra_of(folder)
+    assert (made[1]["skip"] == made[8]["skip"]).all() and int(made[8]["updates"]) == 5
+    np.testing.assert_allclose(made[1]["preference"], made[8]["preference"], atol=1e-6)
+
+
+def test_planted_redundancy_is_found() -> None:
+    found = [scripts.planted(scripts.EASY, 200, policy, seed)[200] for policy in bandit.POLICIES for seed in range(3)]
+    assert sum(sorted(places) == [0, 1, 2, 3] for places in found) >= 5
+
+
+@pytest.mark.slow
+def test_layers_that_do_nothing_are_found_in_a_real_model() -> None:
+    found = [scripts.toy(seed, 100) for seed in range(3)]
+    assert [r["hits"]["100"] for r in found] == [2, 2, 2] and {r["compilations"] for r in found} == {1}
+    for r in found:
+        assert sorted(np.argsort(r["loss_alone"])[:2].tolist()) == r["idle"] and max(r["loss_alone"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_chance_is_chance() -> None:
+    for policy in bandit.POLICIES:
+        assert scripts.null_record("null", 20, policy)["chi2"] < 31  # 11 degrees of freedom: the 0.999 quantile
