@@ -212,8 +212,10 @@ def information(choice: np.ndarray, kind: np.ndarray) -> float:
 
 
 def paths(seed: int) -> dict[str, Any]:
-    """What every path does to the dense model of a seed that was trained without poolings: right answers by type."""
-    config = config_lib.load_config(CONFIG, "sortofclevr", {"seed": str(seed), "init_from": dense_run(seed)})
+    """What every path does to the dense model of a seed that was trained without poolings: right answers by type, to a
+    quarter of the questions."""
+    given = {"seed": str(seed), "init_from": dense_run(seed), "data.eval_split": "test[:50]"}
+    config = config_lib.load_config(CONFIG, "sortofclevr", given)
     config_lib.override(config, "dpn.gate", "st")
     task, data = assemble.assemble(config)
     params = jax.tree.map(jnp.asarray, task.init(jax.random.key(seed))[0])

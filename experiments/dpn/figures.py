@@ -34,9 +34,9 @@ def main() -> int:
     """See the module's text."""
     records = read_jsonl(RESULTS / "accuracy.jsonl")
     written = [curves.save(tradeoff(records), RESULTS / "tradeoff.png")]
-    for name in ("dpn", "st quality"):
-        if found := by_arm(records, "arms").get(name):
-            path = RESULTS / f"paths_{name.replace(' ', '_')}.png"
+    for kind, name in (("arms", "dpn"), ("arms", "st quality"), ("routers", "routers budget=0.44")):
+        if found := by_arm(records, kind).get(name):
+            path = RESULTS / f"paths_{name.replace(' ', '_').replace('=', '_')}.png"
             written.append(curves.save(paths(found, f"{name}: experts by type of question"), path))
     for path in written:
         print(f"{path.relative_to(RESULTS.parent)}: {path.stat().st_size // 1000} kB", file=sys.stderr)
@@ -47,7 +47,7 @@ def tradeoff(records: list[dict[str, Any]]) -> Any:
     """Accuracy against work: static paths, random routing, the released form, ours."""
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     dense = None
-    for kind in ("arms", "tau"):
+    for kind in ("arms", "tau", "routers"):
         for name, found in by_arm(records, kind).items():
             tops = [r["top1"] for r in found]
             point = mean(found, "mac_ratio"), float(np.mean(tops)), min(tops), max(tops)
@@ -70,6 +70,8 @@ def _line(name: str) -> str | None:
         ("static", "static paths"),
         ("random", "random routing"),
         ("st quality", "ours"),
+        ("routers, then all", "ours, routers first"),
+        ("routers", "ours, routers alone"),
         ("dpn", "DPN"),
     ):
         if name == start or name.startswith((f"{start} (", f"{start} tau", f"{start} budget")):

@@ -9,6 +9,7 @@ Letters: B rows, M stages, K experts, S the slice of the batch that all experts 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -43,13 +44,11 @@ def build(config: ConfigDict) -> Task:
     base, base_init = vlm.source(config)
     spec = installed(config, base)
     given = vlm.options(config)
-    run = {"gate": settings.gate, "floor_at_eval": settings.floor_at_eval}
-    if settings.mode == "random":
-        run["mode"] = "random"
-    model = dpn.vlm(spec, **given, **(run if settings.mode in ("adaptive", "random") else {"gate": "off"}))
-    plain, teacher_lies = VLM(spec.unreduced(), **given), settings.trainable != "routers"
+    model = dpn.vlm(spec, **given)
+    plain, apart = VLM(spec.unreduced(), **given), settings.trainable != "routers"
+    begin = teacher_init(config) if settings.distill else None
     types, stages = vlm.TYPES.get(config.data.name, ()), len(dpn.reducers(spec))
-    path = (0,) * stages if settings.mode == "off" else tuple(settings.path)
+    path = tuple(settings.path)
     if settings.mode == "by_type" and len(path) != stages * len(types):
         raise InputError(
             f"config.dpn.path must hold {stages} experts for each of the types {', '.join(types) or '(none)'}, "
@@ -61,18 +60,21 @@ def build(config: ConfigDict) -> Task:
     def init(key: jax.Array) -> tuple[Any, Any, Any]:
         params, _, _ = base_init(key)
         params = dpn.added(spec, params, jax.random.fold_in(key, 2))
-        frozen = {"teacher": params} if settings.distill and teacher_lies else {}
-        return params, frozen, {}
+        if begin is None:
+            return params, {}, {}
+        teacher = dpn.added(spec, begin(key)[0], jax.random.fold_in(key, 2))
+        # Where only routers learn, the model is its own teacher, but for the token that they read.
+        return params, {"teacher": teacher if apart else {"router_token": teacher["bridge"]["router_token"]}}, {}
 
     def routing(key: jax.Array | None, batch: Any) -> Any:
         """The knobs by which experts are chosen; without a key as at inference."""
         if settings.mode in ("forced", "off"):
-            return dpn.forced(spec, path)
+            return {}  # the spec says which
         if settings.mode == "by_type":
             of_type = jnp.asarray(path, jnp.int32).reshape(len(types), stages)
             return dpn.given(spec, of_type[jnp.maximum(batch["type"][:, 0], 0)])
         if key is None and settings.mode == "random":
-            key = jax.random.fold_in(jax.random.key(config.seed), jnp.maximum(batch["index"][0], 0))
+            return dpn.given(spec, drawn(spec, jax.random.key(config.seed), batch["index"]))
         return {} if key is None else dpn.drawing(spec, key)
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
@@ -89,7 +91,8 @@ def build(config: ConfigDict) -> Task:
         told = {"answer": answer, "route": route, **shares(spec, batch, made)}
         told["train_top1"] = found.right.sum() / jnp.maximum(found.asked.sum(), 1.0)
         if settings.distill:
-            there = jax.lax.stop_gradient(frozen["teacher"] if teacher_lies else params)
+            there = frozen["teacher"] if apart else {**params, "bridge": {**params["bridge"], **frozen["teacher"]}}
+            there = jax.lax.stop_gradient(there)
             known = jax.lax.stop_gradient(vlm.asked(plain, there, batch).logits)
             told["distill"] = divergence(known, found.logits, batch)
             total = total + knobs["dpn.distill"] * told["distill"]
@@ -126,7 +129,7 @@ def build(config: ConfigDict) -> Task:
     def decisions(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         found = vlm.asked(model, params, batch, routing(None, batch))
         made = dpn.decisions(found.aux, spec)
-        spent = dpn.macs(spec, text_tokens(batch), made["live"])
+        spent = work(spec, made)
         names = ("choice", "p", "visual")
         asked = {"question": batch["question"][:, 0], "type": batch["type"][:, 0], "correct": found.right[:, 0]}
         ratio = shares(spec, batch, made)["mac_ratio"]
@@ -145,6 +148,28 @@ def build(config: ConfigDict) -> Task:
     )
 
 
+def teacher_init(config: ConfigDict) -> Any:
+    """`init` of the model that the run started from, also where the run goes on: its own parameters are others then."""
+    fresh = copy.deepcopy(config)
+    fresh.workdir = ""
+    return vlm.source(fresh)[1]
+
+
+def drawn(spec: VLMSpec, key: jax.Array, index: jax.Array) -> jax.Array:
+    """Experts of every row at random, `[B, M]`, by its number in the split: any that leaves enough tokens."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.maximum(index, 0))
+    areas = jnp.asarray([height * width for height, width in ops.WINDOWS])
+    count, choices = jnp.full(index.shape, math.prod(spec.grid)), []
+    for stage, (_, reducer) in enumerate(dpn.reducers(spec)):
+        open_ = ops.allowed(count, reducer.least)
+        draw = jax.vmap(
+            lambda k, row, s=stage: ops.sample(jax.random.fold_in(k, s), jnp.zeros((1, len(areas))), row[None])[0]
+        )
+        choices.append(draw(keys, open_))
+        count = count // areas[choices[-1]]
+    return jnp.stack(choices, axis=1)
+
+
 data = vlm.data
 batch_shapes = vlm.batch_shapes
 
@@ -157,11 +182,21 @@ def installed(config: ConfigDict, base: VLMSpec) -> VLMSpec:
     """
     settings = config.dpn
     wanted = {name: settings[name] for name in ("pool", "temperature", "detach")} | {"least": settings.n_min}
+    # What a run is, its spec says, so that who loads it has the same model; but for experts by type of question.
+    learns = settings.mode in ("adaptive", "random")
+    run: dict[str, Any] = {
+        "gate": settings.gate if learns else "off",
+        "floor_at_eval": settings.floor_at_eval,
+        "mode": "random" if settings.mode == "random" else "adaptive",
+    }
+
+    def settled(spec: VLMSpec) -> VLMSpec:
+        dense = (0,) * len(dpn.reducers(spec))
+        return dpn.settled(spec, path={"off": dense, "forced": tuple(settings.path)}.get(settings.mode, ()), **run)
+
     if not dpn.reducers(base):
-        return dpn.install(
-            base, None, jax.random.key(0), at=tuple(settings.at), router=settings.router, gate=settings.gate,
-            floor_at_eval=settings.floor_at_eval, **wanted,
-        )[0]  # fmt: skip
+        at, key = tuple(settings.at), jax.random.key(0)
+        return settled(dpn.install(base, None, key, at=at, router=settings.router, **wanted)[0])
     layers = tuple(layer + 1 for layer, _ in dpn.reducers(base))
     found = {**dataclasses.asdict(dpn.reducers(base)[0][1]), "at": layers, "router": dpn.router_of(base)}
     wanted |= {"router": settings.router, **({"at": tuple(settings.at)} if settings.at else {})}
@@ -172,7 +207,12 @@ def installed(config: ConfigDict, base: VLMSpec) -> VLMSpec:
                 f"config.dpn.{leaf} must be {found[name]!r}, under which the routers of config.init_from="
                 f"{config.init_from!r} were learned, found {value!r}"
             )
-    return base
+    if found["reads"] != "router_token":
+        raise InputError(
+            f"config.init_from={config.init_from!r} must have routers that read their token, found reads="
+            f"{found['reads']!r}: in training the last token is the answer's"
+        )
+    return settled(base)
 
 
 def check(config: ConfigDict) -> None:
@@ -195,6 +235,8 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"config.dpn.{name} must be 0 or more, found {settings[name]}")
     if not 0.0 < settings.quality_share <= 1.0:
         raise InputError(f"config.dpn.quality_share must be in (0, 1], found {settings.quality_share}")
+    if settings.distill and not config.init_from:
+        raise InputError("config.dpn.distill needs a model to learn from (config.init_from), found none")
     if config.data.pack != 1:
         raise InputError(f"config.data.pack must be 1, as experts are chosen by the question, found {config.data.pack}")
     if settings.trainable == "lora" and not config.model.lora.rank:
@@ -215,34 +257,47 @@ def trained(what: str, path: str) -> bool:
     return own or what == "all" or (what == "lora" and "/lora_" in path)
 
 
-def text_tokens(batch: Any) -> jax.Array:
-    """Live tokens of every row, images included, `[B]` float32."""
-    return (batch["segments"] >= 0).sum(-1, dtype=jnp.float32)
+def given_tokens(spec: VLMSpec, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Tokens of every row that enter the decoder, and visual ones, in the text or read by it, `[B]` float32."""
+    live = batch["segments"] >= 0
+    images = ((batch["input_ids"] == spec.image_token) & live).sum(-1, dtype=jnp.float32)
+    return live.sum(-1, dtype=jnp.float32), images * (spec.visual_tokens / spec.placeholders)
+
+
+def work(spec: VLMSpec, made: Any) -> jax.Array:
+    """Per row: the decoder's MACs with these decisions."""
+    apart = {}
+    if spec.bridge.cross is not None:
+        apart["visual"] = jnp.concatenate([made["visual_before"][:, :1], made["visual"]], axis=1)
+    return dpn.macs(spec, made["live_before"][:, 0], made["live"], **apart)
 
 
 def shares(spec: VLMSpec, batch: Any, made: Any) -> dict[str, jax.Array]:
     """Per row: the decoder's MACs over those of the model that reads every patch and pools nothing, and mean halvings
     per stage."""
-    start = text_tokens(batch)
-    dense = dense_macs(spec, start)
     sigma = jnp.asarray(ops.SCALES)[made["choice"]].mean(-1)
-    return {"mac_ratio": dpn.macs(spec, start, made["live"]) / jnp.maximum(dense, 1.0), "halvings": sigma}
+    return {"mac_ratio": work(spec, made) / jnp.maximum(dense_macs(spec, batch), 1.0), "halvings": sigma}
 
 
-def dense_macs(spec: VLMSpec, start: jax.Array) -> jax.Array:
+def dense_macs(spec: VLMSpec, batch: Any) -> jax.Array:
     """Per row: MACs of the model that reads every patch and pools nothing, also where the bridge pools."""
-    whole = start + math.prod(spec.tower.grid) - math.prod(spec.grid)
-    return dpn.macs(spec, whole, jnp.repeat(whole[:, None], len(dpn.reducers(spec)), axis=1))
+    tokens, visual = given_tokens(spec, batch)
+    whole = visual * (math.prod(spec.tower.grid) / math.prod(spec.grid))
+    stages = len(dpn.reducers(spec))
+    if spec.bridge.cross is not None:
+        return dpn.macs(spec, tokens, jnp.repeat(tokens[:, None], stages, 1), jnp.repeat(whole[:, None], stages + 1, 1))
+    tokens = tokens + whole - visual
+    return dpn.macs(spec, tokens, jnp.repeat(tokens[:, None], stages, axis=1))
 
 
 def over_budget(spec: VLMSpec, batch: Any, made: Any, budget: jax.Array) -> jax.Array:
     """By how much the work that routers are to be expected to take is above a share of the dense one, a mean over the
     batch. The release's hinge counts halvings, which save little where they come late (ours)."""
-    start, routed = text_tokens(batch), made["routed"].any(-1).astype(jnp.float32)
-    visual = ((batch["input_ids"] == spec.image_token) & (batch["segments"] >= 0)).sum(-1, dtype=jnp.float32)
-    spent = dpn.expected_macs(spec, start - visual, visual, made["p"])
-    dense = dense_macs(spec, start)
-    ratio = (spent / jnp.maximum(dense, 1.0) * routed).sum() / jnp.maximum(routed.sum(), 1.0)
+    tokens, visual = given_tokens(spec, batch)
+    text = tokens if spec.bridge.cross is not None else tokens - visual
+    routed = made["routed"].any(-1).astype(jnp.float32)
+    spent = dpn.expected_macs(spec, text, visual, made["p"])
+    ratio = (spent / jnp.maximum(dense_macs(spec, batch), 1.0) * routed).sum() / jnp.maximum(routed.sum(), 1.0)
     return jnp.maximum(ratio - budget, 0.0)
 
 

@@ -25,9 +25,15 @@ Records = list[dict[str, Any]]
 
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist is absent."""
-    made = (("dense", "accuracy", dense), ("arms", "accuracy", arms), ("speed", "speed", speed))
-    makers = (*made, ("decode", "speed", decode))
-    return tables.from_records(results, makers)
+    made = (
+        ("dense", "accuracy", dense),
+        ("arms", "accuracy", lambda r: arms(r, ("arms", "tau"))),
+        ("routers", "accuracy", lambda r: arms(r, ("routers",))),
+        ("paths", "accuracy", paths),
+        ("speed", "speed", speed),
+        ("decode", "speed", decode),
+    )
+    return tables.from_records(results, made)
 
 
 def by_arm(records: Records, kind: str) -> dict[str, Records]:
@@ -55,13 +61,13 @@ def dense(records: Records) -> str:
     return tables.markdown(("seed", "parameters", "steps", "all", *TYPES, "list"), rows) + "\n\n" + circumstances(used)
 
 
-def arms(records: Records) -> str:
+def arms(records: Records, kinds: tuple[str, ...]) -> str:
     """Accuracy and work of every arm; what its own decisions are worth against the same ones permuted; and how it
     stands to the dense arm and to the best static path of no more work, over the seeds that both have."""
     rows: list[tuple[Any, ...]] = []
     dense = by_arm(records, "arms").get("dense", [])
     static = {name: found for name, found in by_arm(records, "arms").items() if name.startswith("static")}
-    for kind in ("arms", "tau"):
+    for kind in kinds:
         for name, found in by_arm(records, kind).items():
             work = mean(found, "mac_ratio")
             tops = [100 * r["top1"] for r in found]
@@ -86,8 +92,28 @@ def arms(records: Records) -> str:
         return ""
     header: tuple[str, ...] = ("arm", "seeds", "work", "accuracy, %", "by type", "halvings by type", "bits")
     header += ("own decisions minus permuted", "minus dense", "minus best static")
-    used = [r for r in records if r["kind"] in ("arms", "tau")]
+    used = [r for r in records if r["kind"] in kinds]
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+def paths(records: Records) -> str:
+    """What static paths do to dense models as they are: at each of a few shares of the work the path that keeps most
+    answers right, over all seeds."""
+    used = [r for r in records if r["kind"] == "paths"]
+    if not used:
+        return ""
+    counts = np.sum([r["count"] for r in used], 0)
+    right = np.sum([np.array(r["top1_by_type"]) * r["count"] for r in used], 0)  # [paths, types]
+    work, every = np.array(used[0]["work"]), right.sum(1) / counts.sum()
+    rows = []
+    for most in (1.0, 0.8, 0.7, 0.6, 0.5, 0.47, 0.4, 0.35, 0.3):
+        best = max(np.flatnonzero(work <= most), key=lambda i: every[i], default=None)
+        if best is not None:
+            kinds = " / ".join(f"{100 * x:.0f}" for x in right[best] / counts)
+            path = ", ".join(map(str, used[0]["paths"][best]))
+            rows.append((f"{most:.2f}", path, f"{work[best]:.3f}", f"{100 * every[best]:.1f}", kinds))
+    header = ("at most", "best path", "work", "accuracy, %", "by type")
+    return tables.markdown(header, rows) + f"\n\n{counts.sum():,} questions; " + circumstances(used)
 
 
 def mean(found: Records, name: str) -> float:

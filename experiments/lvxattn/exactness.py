@@ -52,8 +52,8 @@ def worker(n: int, dtype: str) -> dict[str, Any]:
     from jax.sharding import Mesh
 
     from experiments.lvxattn import reference
-    from vtjax.parallel.cross_attention import cross_attention
     from vtjax.parallel.strategies import STRATEGIES
+    from vtjax.parallel.xattn import cross_attention
 
     jax.config.update("jax_enable_x64", True)
     mesh = Mesh(np.array(jax.devices()[:n]), ("cp",))
@@ -143,8 +143,8 @@ def weights(mesh: Any) -> dict[str, float]:
     from jax.sharding import PartitionSpec as P
 
     from experiments.lvxattn import reference
-    from vtjax.parallel.cross_attention import cross_attention
     from vtjax.parallel.strategies import STRATEGIES
+    from vtjax.parallel.xattn import cross_attention
 
     n = mesh.size
     b, rows, keys, heads, kv_heads, width = 2, 2 * n, 4 * n, 4 * n, n, 12
@@ -190,8 +190,8 @@ def bugs(mesh: Any) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from vtjax.parallel.cross_attention import cross_attention
     from vtjax.parallel.strategies import STRATEGIES
+    from vtjax.parallel.xattn import cross_attention
 
     n = mesh.size
     q, k = jnp.zeros((1, n, n, HEAD)), jnp.zeros((1, 16, n, HEAD))

@@ -25,8 +25,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtjax.account import timing
-from vtjax.parallel import cross_attention as op
 from vtjax.parallel import exchanges
+from vtjax.parallel import xattn as op
 
 AXIS = "cp"
 SILENT = " silent"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """LV-XAttn: a multimodal model whose text attends to the frames of long videos that lie over a mesh axis; the method is
-`vtjax.parallel.cross_attention`.
+`vtjax.parallel.xattn`.
 
 The task is that of `experiments.vlm`, with three things in place of their local forms: frames go to the tower where
 they lie, visual tokens stay there, and attention to them is distributed (`config.attend`). Without a context axis it is
@@ -19,9 +19,9 @@ from experiments.vlm import main as vlm
 from vtjax.data import question_loader
 from vtjax.errors import InputError, check_choice
 from vtjax.models.bridge import Frames
-from vtjax.parallel import frames, kernels
-from vtjax.parallel.cross_attention import attend_over
+from vtjax.parallel import frames, kernels, mesh
 from vtjax.parallel.strategies import STRATEGIES
+from vtjax.parallel.xattn import attend_over
 from vtjax.spec import VLMSpec
 from vtjax.train.task import Data, Task
 
@@ -38,19 +38,28 @@ def build(config: ConfigDict) -> Task:
     """
     check_choice("config.attend.strategy", config.attend.strategy, ("auto", *STRATEGIES))
     check_choice("config.attend.kernel", config.attend.kernel, ("auto", *kernels.KERNELS))
+    check_choice("config.data.name", config.data.name, ("", "needle"))
     task = vlm.build(config, **distributed(config))
     spec: Any = task.spec
     cross = spec.bridge.cross
     if cross is None:
         raise InputError("config.model.bridge.cross must be a form of cross-attention for config.attend, found 'none'")
     heads = cross.kv_heads or spec.decoder.blocks[cross.layers[0]].kv_heads
-    if config.attend.strategy == "ulysses" and config.mesh.context > 0 and heads % config.mesh.context:
-        raise InputError(
-            f"config.attend.strategy='ulysses' needs key heads that divide over config.mesh.context="
-            f"{config.mesh.context}, found {heads}"
-        )
+    if config.attend.strategy == "ulysses":
+        context, tensor = config.mesh.context, config.mesh.tensor
+        if -1 in (context, tensor):
+            shape = mesh.make(config.mesh).shape
+            context, tensor = shape["context"], shape["tensor"]
+        own = heads // tensor if heads % tensor == 0 else heads
+        if own % context:
+            raise InputError(
+                f"config.attend.strategy='ulysses' needs key heads that divide over config.mesh.context={context}, "
+                f"found {own}"
+            )
+    # Counted for prompts of one image; a video has many.
+    known = {name: value for name, value in task.summary.items() if name != "macs_per_prompt"}
     given = {name: config.attend[name] for name in ("strategy", "stripe")}
-    return dataclasses.replace(task, frames=OVER, summary={**task.summary, **given})
+    return dataclasses.replace(task, frames=OVER, summary={**known, **given})
 
 
 def distributed(config: ConfigDict) -> dict[str, Any]:
@@ -74,22 +83,27 @@ def data(config: ConfigDict, task: Task) -> Data:
 
 def order(config: ConfigDict) -> list[int]:
     """Which frame stands where (`frames.order`)."""
-    from vtjax.parallel import mesh
-
     return frames.order(config.data.frames, mesh.make(config.mesh).shape["context"], config.attend.stripe)
 
 
 def batch_shapes(config: ConfigDict, task: Task, training: bool) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """For `vtjax aot`: the arrays of a global batch, rows of `config.data.limit` tokens and `config.data.frames` frames
-    (to be a multiple of the context axis)."""
+    """For `vtjax aot`: the arrays of a global batch, rows of `config.data.limit` tokens and `config.data.frames`
+    frames, filled up to a multiple of the context axis."""
     spec: Any = task.spec
     assert isinstance(spec, VLMSpec)
     size, ints = spec.image_size, np.dtype(np.int32)
     shapes = question_loader.batch_shapes(config.data, batch_size=config.batch_size, image_size=size)
     (rows, length), (images, floats) = shapes["input_ids"][0], shapes["images"]
+    context = max(config.mesh.context, 1)
+    many = -(-config.data.frames // context) * context
     return {
         **shapes,
-        "images": ((rows, config.data.frames, *images[1:]), floats),
-        "image_number": ((rows, config.data.frames), ints),
+        "images": ((rows, many, *images[1:]), floats),
+        "image_number": ((rows, many), ints),
         "image_interval": ((rows, length, 2), ints),
     }
+
+
+def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> Any:
+    """Raises InputError: `vtjax bench` knows one device."""
+    raise InputError("vtjax bench compares models on one device; python -m experiments.lvxattn.links times these")

@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtjax.account import aot, record, timing
-from vtjax.parallel.cross_attention import SAVED, cross_attention
+from vtjax.parallel.xattn import SAVED, cross_attention
 from vtjax.viz import tables
 
 RECORDS = Path(__file__).resolve().parent / "results" / "memory.jsonl"

@@ -125,7 +125,7 @@ def measured(way: str, frames: int, m: Any, arguments: argparse.Namespace) -> di
         placed = mesh_lib.place(batch, mesh, arguments.batch, experiment.OVER)
         for name, value in jax.device_get(run(params, placed)).items():
             total[name] = total.get(name, 0.0) + float(value)
-    told = {"way": way, "frames": frames, "devices": over, "device_bytes": taken}
+    told = {"way": way, "frames": frames, "batch": arguments.batch, "devices": over, "device_bytes": taken}
     if whole is not None:
         told |= {"one_device_bytes": whole, "limit_bytes": arguments.limit, "held_by_one": whole <= arguments.limit}
     if way in ("sampled", "top"):

@@ -41,7 +41,7 @@ def passes(mesh: Any, strategy: str, case: Any) -> tuple[Any, ...]:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from vtjax.parallel.cross_attention import cross_attention
+    from vtjax.parallel.xattn import cross_attention
 
     split = NamedSharding(mesh, P(None, mesh.axis_names[0]))
     rows = NamedSharding(mesh, P()) if strategy == "replicated_q" else split

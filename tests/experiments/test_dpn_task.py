@@ -115,6 +115,7 @@ def test_what_is_trained(what: str, dense: Path) -> None:
 
 def test_the_terms_of_the_loss(one: Any) -> None:
     settings, task, params, batch = one
+    frozen = {"teacher": {"router_token": params["bridge"]["router_token"] + 0.1}}
     knobs = {f"dpn.{name}": jnp.float32(settings.dpn[name]) for name in ("tau", "budget", "lam", "distill", "quality")}
     key = jax.random.key(3)
 
@@ -122,7 +123,7 @@ def test_the_terms_of_the_loss(one: Any) -> None:
     def slope(routers: Any, knobs: Any, batch: Any) -> Any:
         def of(routers: Any) -> Any:
             held = {**params, "decoder": {**params["decoder"], "dpn": routers}}
-            return task.loss(held, {}, {}, knobs, batch, key, 0)
+            return task.loss(held, frozen, {}, knobs, batch, key, 0)
 
         return jax.value_and_grad(of, has_aux=True)(routers)
 
@@ -150,9 +151,12 @@ def test_forced_and_random_arms(dense: Path, one: Any) -> None:
         valid = np.asarray(batch["valid"])
         if mode == "forced":
             assert (np.asarray(made["choice"]) == 2).all() and ratio < 0.62
+            assert [(r.mode, r.expert, r.gate) for _, r in dpn.reducers(task.spec)] == [("forced", 2, "off")] * 3
         elif mode == "random":
             assert len(np.unique(np.asarray(made["choice"])[valid])) == 3
-            np.testing.assert_array_equal(made["choice"], run(params, batch)[1]["choice"])
+            # A question's own, in whatever batch it comes.
+            turned = {name: a[::-1] for name, a in batch.items()}
+            np.testing.assert_array_equal(made["choice"], run(params, turned)[1]["choice"][::-1])
         assert share is None or ratio == share
 
 
@@ -172,6 +176,8 @@ def test_forced_and_random_arms(dense: Path, one: Any) -> None:
             "must hold 3 experts for each of the types coarse, object",
         ),
         ({"dpn__mode": "forced", "dpn__path": "(1, 1, 3)"}, "must hold numbers of experts"),
+        ({"dpn__mode": "forced", "dpn__path": "(1, 1)"}, r"an expert for each of 3 stages, found \(1, 1\)"),
+        ({"dpn__distill": 1.0}, r"config.dpn.distill needs a model to learn from \(config.init_from\), found none"),
         ({"dpn__budget": 0.0}, r"config.dpn.budget must be in \(0, 1\], a share of the dense work, found 0.0"),
         ({"data__pack": 9}, "config.data.pack must be 1, as experts are chosen by the question, found 9"),
         ({"dpn__quality_share": 0.0}, r"config.dpn.quality_share must be in \(0, 1\], found 0.0"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vtjax import methods, spec, weights
+from vtjax.account import flops
 from vtjax.account import params as account
 from vtjax.errors import InputError
 from vtjax.methods import dpn, dpn_deploy
@@ -50,6 +51,14 @@ def questions():
         text = [*rng.integers(6, 29, before), *[5] * N, *rng.integers(6, 29, after - 1), SPEC.router_token, 8]
         ids[row, : len(text)], mask[row, : len(text)] = text, 1
     return ids, mask, rng.normal(size=(3, 16, 16, 3)).astype(np.float32)
+
+
+def gapped():
+    """A question with a word between two placeholders."""
+    ids = IDS[:1].copy()
+    first = (ids[0] == 5).argmax()
+    ids[0, [first - 1, first + 1]] = ids[0, [first + 1, first - 1]]
+    return ids, IMAGES[:1]
 
 
 PARAMS = jax.tree.map(jnp.asarray, drawn(SPEC))
@@ -131,8 +140,9 @@ def test_identity_with_a_gate_of_one_is_the_model_it_was_put_into_exactly():
     np.testing.assert_array_equal(np.asarray(y)[live], np.asarray(dense)[live])
     faint = masked(dpn.forced(SPEC, (0, 0, 0)), gate="prob")[0]
     assert np.abs(np.asarray(faint) - np.asarray(dense))[live].max() > 0.1
-    relaxed = masked({"relax": jnp.float32(1.0)}, gate="st")[0]
-    np.testing.assert_array_equal(np.asarray(relaxed)[live], np.asarray(dense)[live])
+    for gate in ops.GATES:  # the guard's way back
+        relaxed = masked({"relax": jnp.float32(1.0)}, gate=gate)[0]
+        np.testing.assert_array_equal(np.asarray(relaxed)[live], np.asarray(dense)[live])
 
 
 def test_a_sample_decides_for_itself_and_by_its_question():
@@ -284,25 +294,52 @@ def test_a_cross_attention_bridge_pools_the_images_that_all_layers_read():
     images = np.random.default_rng(4).normal(size=(2, 2, 16, 16, 3)).astype(np.float32)
     model = dpn.vlm(made, gate="st")
 
-    @jax.jit
-    def apply(params, images, knobs):
-        y, aux = model.apply(params, ids, images, knobs=knobs)
-        return y, dpn.decisions(aux, made), aux["tokens"].memory.number
+    @functools.partial(jax.jit, static_argnums=1)
+    def apply(params, ids, images, knobs):
+        y, aux = model.apply(params, np.asarray(ids, np.int32), images, knobs=knobs)
+        memory = aux["tokens"].memory
+        return y, dpn.decisions(aux, made), memory.number, memory.x, aux["visual"]
 
     dense = jax.jit(lambda p: VLM(made.unreduced()).apply(p, ids, images)[0])(params)
-    same, _, number = apply(params, images, dpn.forced(made, (0, 0, 0)))
+    asked = tuple(map(tuple, ids.tolist()))
+    same, _, number, _, _ = apply(params, asked, images, dpn.forced(made, (0, 0, 0)))
     np.testing.assert_array_equal(same, dense)
-    y, decided, number = apply(params, images, dpn.forced(made, (2, 1, 0)))
-    assert (np.asarray(number) > 0).sum(1).tolist() == [2 * N // 8] * 2 and decided["visual"][0].tolist() == [
-        32,
-        16,
-        16,
-    ]
+    path = dpn.forced(made, (2, 1, 0))
+    y, decided, number, x, visual = apply(params, asked, images, path)
+    assert decided["visual"][0].tolist() == [32, 16, 16] and decided["visual_before"][0].tolist() == [128, 32, 16]
     assert np.abs(np.asarray(y - dense)).max() > 1e-3
-    # A maximum of four equal cells is that cell: an image of 2 x 2 blocks loses nothing at the first stage.
-    blocks = np.repeat(np.repeat(images[:, :, ::4, ::4], 4, 2), 4, 3)
-    once, _, _ = apply(params, blocks, dpn.forced(made, (2, 0, 0)))
-    assert once.shape == y.shape
+    # Each image on its own grid: 2 x 2, then 1 x 2.
+    cells = np.asarray(visual).reshape(2, 2, 4, 2, 2, 4, -1).max((3, 5))
+    np.testing.assert_array_equal(np.asarray(x)[np.asarray(number) > 0], cells.reshape(-1, cells.shape[-1]))
+    assert (np.asarray(number) > 0).sum(1).tolist() == [2 * N // 8] * 2
+    # Work: of the text, and of what it reads.
+    rows = flops.layers(made.unreduced(), 10)
+    whole = sum(row.macs for row in rows if row.name.startswith(("decoder/block", "bridge/block")))
+    assert dpn.path_macs(made, (0, 0, 0), 10) == whole
+    start, live = jnp.full(2, 10.0), jnp.full((2, 3), 10.0)
+    read = jnp.concatenate([decided["visual_before"][:, :1], decided["visual"]], axis=1)
+    spent = dpn.macs(made, start, live, read / 2)  # two images, of which `path_macs` counts one
+    np.testing.assert_allclose(spent, [dpn.path_macs(made, (2, 1, 0), 10)] * 2, rtol=1e-6)
+    p = jax.nn.one_hot(jnp.asarray([[2, 1, 0]] * 2), 3)
+    np.testing.assert_allclose(dpn.expected_macs(made, start, jnp.full(2, 64.0), p), spent, rtol=1e-6)
+    # New tokens read what the stages left.
+    tokens, _ = model.generate(params, ids, images, new_tokens=3, knobs=path)
+    text = ids
+    for _ in range(3):
+        z = apply(params, tuple(map(tuple, text.tolist())), images, path)[0]
+        text = np.concatenate([text, np.asarray(z)[:, -1:].argmax(-1).astype(np.int32)], axis=1)
+    assert tokens.tolist() == text[:, 10:].tolist()
+
+
+def test_the_spec_says_which_path_is_taken():
+    """Whatever routers say; the knob says the same."""
+    made = dpn.settled(SPEC, path=(2, 0, 1), gate="off")
+    assert spec.from_json(made.to_json()) == made and [r.expert for _, r in dpn.reducers(made)] == [2, 0, 1]
+    y, decided, _, _ = run(dpn.vlm(made), PARAMS, IDS, MASK, IMAGES, {})
+    other, _, _, _ = masked(dpn.forced(SPEC, (2, 0, 1)), gate="off")
+    np.testing.assert_array_equal(y, other)
+    assert decided["choice"].tolist() == [[2, 0, 1]] * 3
+    assert (run(dpn.vlm(made), PARAMS, IDS, MASK, IMAGES, {"relax": jnp.float32(1.0)})[1]["choice"] == 0).all()
 
 
 def test_the_spec_and_a_file_keep_it_all(tmp_path):
@@ -355,6 +392,12 @@ def test_published_work():
         (lambda: put(pool="min"), "dpn.pool must be one of max, avg, dwconv"),
         (lambda: put(temperature=0.0), "dpn.temperature must be positive"),
         (lambda: put(least=0), "dpn.least must be at least 1 token, found 0"),
+        (lambda: put(n_min=2), "a setting of dpn.install must be one of detach, expert, floor_at_eval"),
+        (lambda: dpn.forced(SPEC, (1, 1)), "an expert for each of 3 stages, found (1, 1)"),
+        (lambda: dpn.settled(SPEC, path=(1, 1, 3)), "numbers of experts, 0..2, found (1, 1, 3)"),
+        (lambda: dpn.reducer(dpn.describe(dpn.Dpn(0, GRID)).replace("False", "no"), SPEC), "reduce must hold"),
+        (lambda: dpn_deploy.Switch(dpn.vlm(SPEC))(PARAMS, ROWS), "one question at a time (Staged takes several), foun"),
+        (lambda: dpn_deploy.entered(dpn.vlm(SPEC), PARAMS, *gapped(), MASK[:1]), "found a gap in sample 0"),
         (lambda: dpn.install(BASE.edit(bridge=BridgeSpec(hidden=20, prefix=True)), None, KEY), "a grid of patches"),
         (lambda: dpn.reducer("dpn:stage=0", SPEC), "must read as dpn.describe writes it"),
         (lambda: dpn.added(SPEC, {**PARAMS, "decoder": {"dpn": {}}}, KEY), "params['dpn']['block_01'] must be"),

@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vtjax.parallel.cross_attention import cross_attention
 from vtjax.parallel.strategies import STRATEGIES
+from vtjax.parallel.xattn import cross_attention
 
 
 def interpreted() -> None:

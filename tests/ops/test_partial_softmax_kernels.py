@@ -130,6 +130,22 @@ def test_tiles_that_are_not_seen_are_not_read(small_tiles: None) -> None:
         assert (found["dk"][:, 128:256] == 0).all() and (found["dv"][:, 128:256] == 0).all()
 
 
+@pytest.mark.parametrize("kernel", ["chunked", "tpu", "gpu"])
+def test_nan_in_a_key_that_is_seen_reaches_the_rows_that_see_it(kernel: str) -> None:
+    """And no other sample; a part without a number would be left out of a merge, and nobody would know."""
+    given = list(tensors(np.random.default_rng(0), 2, 4, 40, 2, 1, jnp.float32))
+    given[1] = given[1].at[0, 3].set(jnp.nan)
+    rule = {"low": jnp.ones((2, 4), jnp.int32), "high": jnp.ones((2, 4), jnp.int32).at[0, 1].set(0)}
+    found = run(kernel, tuple(given), {**rule, "number": jnp.ones((2, 40), jnp.int32)})
+    for name in ("o", "lse"):
+        bad = np.isnan(np.asarray(found[name]).reshape(2, 4, -1)).all(-1)
+        assert bad.tolist() == [[True, False, True, True], [False] * 4]
+    assert (found["lse"][0, 1] == -jnp.inf).all() and (found["o"][0, 1] == 0).all()
+    assert jnp.isnan(found["dq"][0, 0]).all() and not jnp.isnan(found["dk"][1]).any()
+    whole = partial_softmax.merge(*(partial_softmax.Part(found["o"][i], found["lse"][i]) for i in (0, 1)))
+    assert jnp.isnan(whole.o[0]).all() and jnp.isnan(whole.lse[0]).all()
+
+
 @pytest.mark.parametrize("kernel", ["tpu", "gpu"])
 def test_no_keys_at_all(kernel: str) -> None:
     forward = {"tpu": partial_softmax_tpu.forward, "gpu": partial_softmax_gpu.forward}[kernel]

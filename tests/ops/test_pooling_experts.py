@@ -118,10 +118,15 @@ def test_draws_keep_the_floor_and_their_frequencies():
 
 def test_gates():
     p, choice = jnp.array([[0.2, 0.5, 0.3]]), jnp.array([1])
-    assert op.gate(p, choice, "prob").tolist() == [0.5]
-    assert op.gate(p, choice, "st").tolist() == [1.0] and op.gate(p, choice, "off").tolist() == [1.0]
-    slope = jax.grad(lambda p: op.gate(p, choice, "st").sum())(p)
+    np.testing.assert_allclose(op.gate(jnp.log(p), choice, "prob"), [0.5], rtol=1e-6)
+    for kind in ("st", "off"):
+        assert op.gate(jnp.log(p), choice, kind).tolist() == [1.0]
+    slope = jax.grad(lambda p: op.gate(jnp.log(p), choice, "st").sum())(p)
     np.testing.assert_allclose(slope, [[0.0, 2.0, 0.0]], rtol=1e-6)
+    # p is 0 in float32 from a difference of about 104 on.
+    far = jax.nn.log_softmax(jnp.array([[0.0, -200.0, 0.0]]))
+    value, slope = jax.value_and_grad(lambda logp: op.gate(logp, choice, "st").sum())(far)
+    assert value == 1.0 and slope.tolist() == [[0.0, 1.0, 0.0]]
 
 
 def hinge(p, form="argmax_global", tau=1.5, routed=None):

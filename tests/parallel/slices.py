@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vtjax.parallel.cross_attention import cross_attention
+from vtjax.parallel.xattn import cross_attention
 
 SLOW = r"replica_groups=\{\{0,4\}"
 

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh
 
 from experiments.lvxattn import reference
-from vtjax.parallel.cross_attention import cross_attention
+from vtjax.parallel.xattn import cross_attention
 
 MESH = Mesh(np.array(jax.devices()[:4]), ("cp",))
 ROWS, KEYS, HEADS, KV_HEADS, WIDTH = 6, 22, 8, 4, 4

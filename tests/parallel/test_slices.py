@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from vtjax.parallel.cross_attention import cross_attention
+from vtjax.parallel.xattn import cross_attention
 
 
 @pytest.mark.slow

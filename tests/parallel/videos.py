@@ -18,7 +18,7 @@ from vtjax.models.bridge import Frames
 from vtjax.models.vlm import VLM
 from vtjax.parallel import frames, rules
 from vtjax.parallel import mesh as mesh_lib
-from vtjax.parallel.cross_attention import attend_over
+from vtjax.parallel.xattn import attend_over
 from vtjax.spec import BridgeSpec, CrossSpec, LMSpec, TiledViTSpec, ViTSpec, VLMSpec
 from vtjax.weights import names
 

@@ -314,7 +314,10 @@ def open_split(config: Any, split: str) -> Questions:
         "marked_shapes": ("n", "size", "cells", "mark", "objects"),
         "needle": ("n", "size", "frames", "cameras", "haystack"),
     }
-    own: dict[str, Any] = {name: config[name] for name in leaves.get(config["name"], ())}
+    wanted = leaves.get(config["name"], ())
+    if missing := [name for name in wanted if name not in config]:
+        raise InputError(f"config.data.name={config['name']!r} needs config.data.{missing[0]}, found no such leaf")
+    own: dict[str, Any] = {name: config[name] for name in wanted}
     elsewhere = {"path": config["path"]} if config["path"] else {}
     options = {**own, **elsewhere}
     return questions.open_questions(config["name"], split, **options)

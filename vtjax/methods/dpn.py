@@ -32,13 +32,13 @@ from vtjax.models.vlm import VLM
 from vtjax.ops import pooling_experts as ops
 from vtjax.ops.pooling_experts import WINDOWS
 from vtjax.ops.tokens import Lattice, Tokens
-from vtjax.spec import Lineage, LMSpec, VLMSpec
+from vtjax.spec import Lineage, VLMSpec
 from vtjax.spec import settings as settings_text
 
 NAME = "dpn"
 ROUTERS = ("mlp", "linear")
 READS = ("router_token", "last_prompt")
-MODES = ("adaptive", "random")
+MODES = ("adaptive", "random", "forced")
 AFTER = 2  # layers after the last stage: text reads the scale of pooled tokens in the second one only (spec section 3)
 
 
@@ -48,7 +48,7 @@ class Dpn:
 
     Knobs, of this layer: `router`, its parameters; `filters`, of depthwise pooling. Traced: `route_key`, a random key:
     experts are drawn (training), without it the likeliest is taken; `choice` int `[B]`, experts that were decided
-    elsewhere, -1 = decide here; `relax` in [0, 1]: 1 takes identity everywhere, between them p moves there.
+    elsewhere, -1 = decide here; `relax` in [0, 1]: 1 is the dense model, between them p moves towards identity.
 
     Attributes:
       stage: number of the stage, from 0: no grid was halved more often before it.
@@ -57,13 +57,16 @@ class Dpn:
       temperature: of the router's softmax.
       least: tokens of an image that a draw leaves, at least (`n_min`).
       floor_at_eval: the same where the likeliest is taken.
-      mode: "adaptive", or "random": any open expert, equally likely, with p as the router says.
+      mode: "adaptive"; "random": any open expert, equally likely, with p as the router says; "forced": `expert`,
+        whatever the router says (`relax` of one half and more takes identity).
+      expert: number of a forced expert.
       reads: "router_token": the mean state of all router tokens; "last_prompt": that of the last live token, for
         inference without them.
       detach: the router's input carries no gradient.
 
     Decisions, per sample: `p` float32 `[B, K]`, `choice` int32, `routed` bool (False: no image or no router token, so
-    nothing happens), `visual` and `live` float32, visual and all live tokens that go on.
+    nothing happens), `visual` and `live` float32, visual and all live tokens of the text that go on, and
+    `visual_before` and `live_before`, those that came.
     """
 
     stage: int
@@ -76,6 +79,7 @@ class Dpn:
     mode: str = "adaptive"
     reads: str = "router_token"
     detach: bool = False
+    expert: int = 0
 
     keeps_slots = True
 
@@ -99,7 +103,8 @@ class Dpn:
             x, valid, place, lattice.halved, choice, self.grid,
             most=self.stage, kind=self.pool, filters=knobs.get("filters"),
         )  # fmt: skip
-        pooled = jnp.where(left[..., None], pooled * scale[:, None, None].astype(pooled.dtype), pooled)
+        pooled = jnp.where(left[..., None], scaled(pooled, scale), pooled)
+        before = {"visual_before": valid.sum(1, dtype=jnp.float32), "live_before": alive.sum(1)}
         lattice = dataclasses.replace(lattice, halved=halved)
         if memory is not None:
             memory = dataclasses.replace(memory, x=pooled, number=memory.number * left)
@@ -110,7 +115,7 @@ class Dpn:
             position = jnp.maximum(jnp.cumsum(alive, axis=1) - 1, 0).astype(jnp.int32)
             tokens = tokens.replace(x=pooled, alive=alive, position=position, lattice=lattice)
         decisions = {"p": p, "choice": choice, "routed": routed, "visual": left.sum(1, dtype=jnp.float32)}
-        return tokens, {**decisions, "live": alive.sum(1)}
+        return tokens, {**decisions, **before, "live": alive.sum(1)}
 
     def decide(
         self, state: Float[Array, "B D"], count: Int[Array, " B"], routed: Bool[Array, " B"], knobs: Mapping[str, Any]
@@ -118,9 +123,12 @@ class Dpn:
         """p, the expert taken and what pooled tokens are multiplied by, of the router's input and the visual tokens of
         an image now; samples that are not `routed` stay as they are."""
         logp = ops.scores(state, knobs["router"], self.temperature)
-        choice = jnp.where(routed, self._choose(logp, count, knobs), 0)
         p = jnp.exp(logp)
-        return p, choice, jnp.where(routed, ops.gate(p, choice, self.gate), 1.0)
+        if (amount := knobs.get("relax")) is not None:
+            moved = (1.0 - amount) * p + amount * (jnp.arange(p.shape[1]) == 0)
+            logp = jnp.where(amount > 0, jnp.log(jnp.maximum(moved, 1e-30)), logp)
+        choice = jnp.where(routed, self._choose(logp, count, knobs), 0)
+        return p, choice, jnp.where(routed, ops.gate(logp, choice, self.gate), 1.0)
 
     def _visual(self, tokens: Tokens, lattice: Lattice) -> tuple[Array, Array, Array]:
         """Place in the grid and validity of what is pooled, and which slots of the text live."""
@@ -148,19 +156,24 @@ class Dpn:
         key = knobs.get("route_key")
         free = key is None and not self.floor_at_eval
         open_ = ops.allowed(count, 1 if free else self.least)
-        if self.mode == "random":
+        if self.mode == "forced":
+            dense = jnp.asarray(knobs.get("relax", 0.0)) >= 0.5
+            choice = jnp.broadcast_to(jnp.where(dense, 0, self.expert), count.shape)
+        elif self.mode == "random":
             if key is None:
                 raise InputError("random routing needs the knob route_key, found none")
             choice = ops.sample(key, jnp.zeros_like(logp), open_)
         elif key is not None:
             choice = ops.sample(key, jax.lax.stop_gradient(logp), open_)
         else:
-            p = jnp.exp(logp)
-            amount = knobs.get("relax", 0.0)
-            moved = (1.0 - amount) * p + amount * (jnp.arange(p.shape[1]) == 0)
-            choice = ops.likeliest(jnp.log(jnp.maximum(moved, 1e-30)), open_)
+            choice = ops.likeliest(logp, open_)
         given = knobs.get("choice")
         return choice if given is None else jnp.where(given >= 0, given, choice).astype(jnp.int32)
+
+
+def scaled(x: Float[Array, "B N D"], scale: Float[Array, " B"]) -> Float[Array, "B N D"]:
+    """Tokens times a number per sample, the product in float32 (spec section 9, item 7)."""
+    return (x.astype(jnp.float32) * scale[:, None, None]).astype(x.dtype)
 
 
 def boundaries(depth: int, stages: int = 3) -> tuple[int, ...]:
@@ -198,6 +211,9 @@ def install(
     """
     at = tuple(at) or boundaries(spec.decoder.depth)
     check_choice("router", router, ROUTERS)
+    known = {f.name for f in dataclasses.fields(Dpn)} - {"stage", "grid"}
+    for name in settings:
+        check_choice("a setting of dpn.install", name, tuple(sorted(known)))
     taken = [layer for layer, block in enumerate(spec.decoder.blocks) if block.reduce is not None]
     if taken:
         raise InputError(f"decoder.blocks[{taken[0]}] reduces already, expected none to")
@@ -212,6 +228,34 @@ def install(
     installed = spec.edit(decoder=decoder, router_token=token, lineage=(*spec.lineage, step))
     reducers(installed)
     return installed, None if params is None else added(installed, params, key)
+
+
+def settled(spec: VLMSpec, *, path: Sequence[int] = (), **settings: Any) -> VLMSpec:
+    """An installed spec with other settings at all stages, as fields of `Dpn`; `path`: an expert for each stage, which
+    it takes whatever routers say (`mode="forced"`).
+
+    Raises:
+      InputError: a path of another length or of other experts, or a setting that is not defined.
+    """
+    made = reducers(spec)
+    if path:
+        check_path(spec, path)
+    texts = {}
+    for number, (layer, found) in enumerate(made):
+        forced = {"mode": "forced", "expert": int(path[number])} if path else {}
+        changed = dataclasses.replace(found, **{**settings, **forced})
+        _check(changed)
+        texts[layer] = {"reduce": describe(changed)}
+    return spec.edit(decoder=spec.decoder.edit(blocks=texts))
+
+
+def check_path(spec: VLMSpec, path: Sequence[int]) -> None:
+    """Raises InputError for a path that names no expert for each stage."""
+    stages = len(reducers(spec))
+    if len(path) != stages:
+        raise InputError(f"a path must name an expert for each of {stages} stages, found {tuple(path)}")
+    if any(expert not in range(len(WINDOWS)) for expert in path):
+        raise InputError(f"a path must hold numbers of experts, 0..{len(WINDOWS) - 1}, found {tuple(path)}")
 
 
 def added(spec: VLMSpec, params: Mapping[str, Any], key: Array) -> dict[str, Any]:
@@ -310,6 +354,8 @@ def _check(made: Dpn) -> None:
         raise InputError(f"dpn.temperature must be positive and finite, found {made.temperature}")
     if made.least < 1:
         raise InputError(f"dpn.least must be at least 1 token, found {made.least}")
+    if made.expert not in range(len(WINDOWS)):
+        raise InputError(f"dpn.expert must be in 0..{len(WINDOWS) - 1}, found {made.expert}")
 
 
 def _check_layers(spec: VLMSpec, at: Sequence[int]) -> None:
@@ -325,8 +371,8 @@ def _check_layers(spec: VLMSpec, at: Sequence[int]) -> None:
 
 
 def decisions(aux: Mapping[str, Any], spec: VLMSpec) -> dict[str, Array]:
-    """What all stages decided, of the `aux` of a model: `p [B,M,K]`, `choice [B,M]`, `routed [B,M]`, `visual` and
-    `live [B,M]`."""
+    """What all stages decided, of the `aux` of a model: `p [B,M,K]`, `choice [B,M]`, `routed [B,M]`, `visual`, `live`
+    and both before the stage, `[B,M]`."""
     stages = [aux["blocks"][layer]["decisions"] for layer, _ in reducers(spec)]
     return {name: jnp.stack([stage[name] for stage in stages], axis=1) for name in stages[0]}
 
@@ -337,24 +383,44 @@ def stretches(spec: VLMSpec) -> list[range]:
     return [range(low, high) for low, high in itertools.pairwise(ends)]
 
 
-def costs(spec: LMSpec) -> Float[np.ndarray, "L 2"]:
-    """Per layer: MACs per token, and per pair of tokens (spec section 5): c(n) = c1 n + c2 n^2."""
-    rows = []
-    for block in spec.blocks:
-        inner, shared = block.heads * block.head_dim, block.kv_heads * block.head_dim
-        linear = 2 * spec.width * (inner + shared) * block.attn + 3 * spec.width * block.mlp * block.ffn
-        rows.append((float(linear), float(2 * inner * block.attn)))
+def costs(spec: VLMSpec) -> Float[np.ndarray, "L 4"]:
+    """Per layer: MACs per token of the text (visual tokens in it included) and per pair of them, c(n) = c1 n + c2 n^2
+    (spec section 5); and of a bridge with cross-attention per token that it reads and per pair with the text."""
+    cross, rows = spec.bridge.cross, []
+    for layer, block in enumerate(spec.decoder.blocks):
+        d, inner, shared = spec.decoder.width, block.heads * block.head_dim, block.kv_heads * block.head_dim
+        linear = 2 * d * (inner + shared) * block.attn + 3 * d * block.mlp * block.ffn
+        read = pair = 0
+        if cross is not None and layer in cross.layers:
+            if not cross.inside:
+                inner, shared = cross.heads * cross.head_dim, cross.kv_heads * cross.head_dim
+                linear += 2 * d * inner + ((2 if cross.activation == "swiglu" else 1) + 1) * d * cross.mlp
+            read, pair = 2 * spec.visual_width * shared, 2 * inner
+        rows.append((linear, 2 * block.heads * block.head_dim * block.attn, read, pair))
     return np.asarray(rows, np.float64)
 
 
-def macs(spec: VLMSpec, start: Float[Array, " B"], live: Float[Array, "B M"]) -> Float[Array, " B"]:
+def macs(
+    spec: VLMSpec, start: Float[Array, " B"], live: Float[Array, "B M"], visual: Float[Array, "B M1"] | None = None
+) -> Float[Array, " B"]:
     """MACs of each sample's prefill in the decoder's blocks, from its live tokens before the first layer and after
-    each stage. Tower, bridge, routers and head are not counted, as in published figures. Float32."""
-    found, total = costs(spec.decoder), jnp.float32(0)
+    each stage. Tower, projector, routers and head are not counted, as in published figures. Float32.
+
+    Args:
+      visual: of a bridge with cross-attention: the tokens that it reads before the first stage and after every one.
+
+    Raises:
+      InputError: a bridge with cross-attention without them.
+    """
+    if (spec.bridge.cross is None) != (visual is None):
+        raise InputError("visual tokens are counted apart where a bridge of cross-attention reads them, and only there")
+    found, total = costs(spec), jnp.float32(0)
     for stage, layers in enumerate(stretches(spec)):
-        linear, pairs = found[layers.start : layers.stop].sum(0)
+        linear, pairs, read, pair = found[layers.start : layers.stop].sum(0)
         n = start if stage == 0 else live[:, stage - 1]
         total = total + linear * n + pairs * n * n
+        if visual is not None:
+            total = total + (read + pair * n) * visual[:, stage]
     return total
 
 
@@ -368,15 +434,19 @@ def expected_macs(
       text, visual: live tokens in front of the first layer.
     """
     areas = jnp.asarray([height * width for height, width in WINDOWS], jnp.float32)
-    found, total = costs(spec.decoder), jnp.float32(0)
+    apart = spec.bridge.cross is not None
+    found, total = costs(spec), jnp.float32(0)
     share, square = jnp.ones_like(text), jnp.ones_like(text)  # of the visual tokens: E[n] / n, E[n^2] / n^2
     for stage, layers in enumerate(stretches(spec)):
         if stage:
             share = share * (p[:, stage - 1] / areas).sum(-1)
             square = square * (p[:, stage - 1] / areas**2).sum(-1)
-        linear, pairs = found[layers.start : layers.stop].sum(0)
-        count = text + visual * share
-        total = total + linear * count + pairs * (text**2 + 2 * text * visual * share + visual**2 * square)
+        linear, pairs, read, pair = found[layers.start : layers.stop].sum(0)
+        left = visual * share
+        if apart:
+            total = total + linear * text + pairs * text**2 + (read + pair * text) * left
+        else:
+            total = total + linear * (text + left) + pairs * (text**2 + 2 * text * left + visual**2 * square)
     return total
 
 
@@ -385,24 +455,27 @@ def path_macs(spec: VLMSpec, path: Sequence[int], text: int) -> int:
     integer, the published count (spec section 5).
 
     Raises:
-      InputError: a path of another length than there are stages.
+      InputError: a path of another length than there are stages, or of other experts.
     """
-    runs = stretches(spec)
-    if len(path) != len(runs) - 1:
-        raise InputError(f"a path must name an expert for each of {len(runs) - 1} stages, found {tuple(path)}")
-    count, total = spec.visual_tokens, 0
-    for stage, layers in enumerate(runs):
+    check_path(spec, path)
+    count, total, apart = spec.visual_tokens, 0, spec.bridge.cross is not None
+    for stage, layers in enumerate(stretches(spec)):
         if stage:
             height, width = WINDOWS[path[stage - 1]]
             count //= height * width
-        n = text + count
-        for linear, pairs in costs(spec.decoder)[layers.start : layers.stop]:
-            total += int(linear) * n + int(pairs) * n * n
+        n = text + (0 if apart else count)
+        for linear, pairs, read, pair in costs(spec)[layers.start : layers.stop]:
+            total += int(linear) * n + int(pairs) * n * n + (int(read) + int(pair) * n) * count
     return total
 
 
 def forced(spec: VLMSpec, path: Sequence[int]) -> dict[str, Array]:
-    """The knob that takes the same path for every sample."""
+    """The knob that takes the same path for every sample.
+
+    Raises:
+      InputError: as `check_path`.
+    """
+    check_path(spec, path)
     depth = spec.decoder.depth
     choice = np.full(depth, -1, np.int32)
     for (layer, _), expert in zip(reducers(spec), path, strict=True):

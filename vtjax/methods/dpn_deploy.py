@@ -104,6 +104,10 @@ def _layout(spec: Any, ids: np.ndarray, live: np.ndarray, reads_last: bool) -> _
             raise InputError(f"deployment takes one image per sample, {n} placeholders, found {image[row].sum()}")
         if not reads_last and (not router[row].any() or router[row].argmax() < image[row].argmax()):
             raise InputError(f"every sample needs a router token behind its image, found none in sample {row}")
+        if np.diff(np.flatnonzero(image[row][live[row]])).max(initial=1) != 1:
+            raise InputError(f"the placeholders of an image must follow each other, found a gap in sample {row}")
+        if live[row][::-1].argmax() == image[row][::-1].argmax():
+            raise InputError(f"every sample needs text behind its image, found none in sample {row}")
     text = live.sum(1) - n
     slots = -(-int(text.max()) // ROUND) * ROUND
     order = np.argsort(~live, axis=1, kind="stable")
@@ -171,7 +175,7 @@ def pooled(reducer: Dpn, held: Mapping[str, Any], rows: Rows, scale: Array, grid
     else:
         made = cells.max((2, 4)) if reducer.pool == "max" else cells.mean((2, 4), dtype=cells.dtype)
     left = n // (h * w)
-    made = made.reshape(b, left, -1) * scale[:, None, None].astype(made.dtype)
+    made = dpn.scaled(made.reshape(b, left, -1), scale)
     slot, start = jnp.arange(rows.x.shape[1] - n + left)[None], rows.start[:, None]
     both = jnp.concatenate([rows.x, made], axis=1)
     at = jnp.where(slot < start, slot, jnp.where(slot < start + left, rows.x.shape[1] + slot - start, slot + n - left))
@@ -181,8 +185,7 @@ def pooled(reducer: Dpn, held: Mapping[str, Any], rows: Rows, scale: Array, grid
 def finish(model: VLM, params: Any, rows: Rows, n: int | Array) -> Float[Array, "b V"]:
     """Logits after the last token of every sample."""
     last = jnp.take_along_axis(rows.x, (rows.text + n - 1)[:, None, None], axis=1)[:, 0]
-    lm = model.lm
-    return lm._logits(params["decoder"], lm._norm(params["decoder"], last))
+    return model.lm.logits(params["decoder"], last)
 
 
 def grids(grid: Grid, stages: int) -> list[list[Grid]]:
@@ -196,18 +199,24 @@ def grids(grid: Grid, stages: int) -> list[list[Grid]]:
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """One program for one question, `switch(params, rows) -> (logits [1, V], choice [M])`; jit it.
+    """One program for one question, `switch(params, rows) -> (logits [1, V], choice [M])`; jit it. It leaves no cache:
+    to go on from one question is `Staged` with a batch of one.
 
     Every body slices its own static length, and what leaves it is padded to the longest. It is not to be vmapped: a
     switch then runs all its bodies.
 
     Attributes:
       model: of `dpn.vlm`, whose spec brings the routers.
+
+    Raises:
+      InputError: more than one question.
     """
 
     model: VLM
 
     def __call__(self, params: Any, rows: Rows) -> tuple[Array, Array]:
+        if len(rows.x) != 1:
+            raise InputError(f"Switch takes one question at a time (Staged takes several), found {len(rows.x)}")
         spec = self.model.spec
         made, segments_, known = (
             dpn.reducers(spec),
@@ -263,8 +272,9 @@ class Switch:
 class Staged:
     """A batch, stage by stage: `staged(params, rows) -> Prefilled`.
 
-    Programs are compiled per (segment, length, batch), where batches are filled up to a power of two; one small array
-    comes to the host per stage and length.
+    Programs are compiled per (segment, length, batch), and poolings per (stage, grid, expert, batch), where batches are
+    filled up to a power of two; one small array comes to the host per stage and length. Every segment's cache is as
+    long as its longest sample.
 
     Args:
       model: of `dpn.vlm`.

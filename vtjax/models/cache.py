@@ -55,14 +55,14 @@ class Cache:
       keys, values: `[B, K, C, d]`; C is each layer's own.
       stretches: one per run of layers between reducers.
       cross: keys and values of the visual tokens, where a block has cross-attention.
-      memory: which of them new tokens see, `[B, 1]`; None = there are none.
+      memory: which of them new tokens see, `[B, 1]`, one per stretch: a reducer may leave fewer; () = there are none.
     """
 
     keys: dict[str, Array]
     values: dict[str, Array]
     stretches: tuple[Stretch, ...]
     cross: dict[str, Past]
-    memory: Memory | None = None
+    memory: tuple[Memory, ...] = ()
 
     def layer(self, name: str, stretch: Stretch) -> LayerCache:
         """What block `name` gets to see, for a stretch that has grown."""
@@ -91,17 +91,15 @@ def start(entered: Sequence[Tokens], layers: Mapping[str, Mapping[str, Any]], ro
         values={name: padded(aux["values"]) for name, aux in layers.items() if "keys" in aux},
         stretches=tuple(_stretch(tokens, room) for tokens in entered),
         cross={name: (aux["cross_keys"], aux["cross_values"]) for name, aux in layers.items() if "cross_keys" in aux},
-        memory=_seen_by_the_next(entered[0]),
+        memory=tuple(_seen_by_the_next(tokens, tokens.memory) for tokens in entered if tokens.memory is not None),
     )
 
 
-def _seen_by_the_next(tokens: Tokens) -> Memory | None:
+def _seen_by_the_next(tokens: Tokens, memory: Memory) -> Memory:
     """A new token sees what the last one of the text does."""
-    if tokens.memory is None:
-        return None
     last = last_live(tokens)
-    low, high = (jnp.take_along_axis(a, last[:, None], axis=1) for a in (tokens.memory.low, tokens.memory.high))
-    return dataclasses.replace(tokens.memory, x=None, low=low, high=high)
+    low, high = (jnp.take_along_axis(a, last[:, None], axis=1) for a in (memory.low, memory.high))
+    return dataclasses.replace(memory, x=None, low=low, high=high)
 
 
 def last_live(tokens: Tokens) -> Int[Array, " B"]:

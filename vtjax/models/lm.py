@@ -201,7 +201,7 @@ class LM:
         last = tokens.x[:, -1]
         if tokens.alive is not None:
             last = jnp.take_along_axis(tokens.x, cache_lib.last_live(tokens)[:, None, None], axis=1)[:, 0]
-        return self._logits(params, self._norm(params, last)), cache_lib.start(stretches, layers, room)
+        return self.logits(params, last), cache_lib.start(stretches, layers, room)
 
     def step(
         self, params: Params, token: Int[Array, " B"], cache: Cache, *, knobs: Knobs | None = None
@@ -217,7 +217,8 @@ class LM:
         for index, block in enumerate(self.blocks()):
             name, stretch = block_name(index), stretches[number]
             layer = cache.layer(name, stretch) if block.spec.attn else None
-            tokens = Tokens(x, position=stretch.position[:, None], memory=cache.memory)
+            memory = cache.memory[number] if cache.memory else None
+            tokens = Tokens(x, position=stretch.position[:, None], memory=memory)
             arguments = tokens, segments.layer_knobs(knobs, index), (), layer, cache.cross.get(name)
             tokens, aux = call_module(block, params.get(name, {}), *arguments)
             x = self.constrain(tokens.x)
@@ -226,7 +227,7 @@ class LM:
             number += index in ends
         advanced = tuple(stretch.advanced() for stretch in stretches)
         grown = dataclasses.replace(cache, keys=keys, values=values, stretches=advanced)
-        return self._logits(params, self._norm(params, x[:, 0])), grown
+        return self.logits(params, x[:, 0]), grown
 
     def embed(self, params: Params, input_ids: Ids) -> Float[Array, "B N D"]:
         """Embedding of token ids, in the compute dtype."""
@@ -287,6 +288,10 @@ class LM:
             scan=self.scan,
             constrain=self.constrain,
         )
+
+    def logits(self, params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits of tokens that left the last block, float32."""
+        return self._logits(params, self._norm(params, x))
 
     def _norm(self, params: Params, x: Array) -> Array:
         return call_module(Norm("rmsnorm", self.spec.eps), params["norm"], x)

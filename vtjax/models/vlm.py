@@ -217,6 +217,7 @@ class VLM:
         image_mask: ImageMask | None = None,
         aspect_ratio: Ratio | None = None,
         image_number: Numbers | None = None,
+        image_interval: Intervals | None = None,
         new_tokens: int,
         **options: Any,
     ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
@@ -228,9 +229,9 @@ class VLM:
         Raises:
           InputError: as `apply` and `models.generate.generate`.
         """
-        self.check(input_ids, images, image_mask, aspect_ratio, image_number)
+        self.check(input_ids, images, image_mask, aspect_ratio, image_number, image_interval)
         given: tuple[Any, ...] = (jnp.asarray(input_ids), images, image_mask, attention_mask)
-        given += (options.get("positions"), aspect_ratio, None, image_number)
+        given += (options.get("positions"), aspect_ratio, None, image_number, image_interval)
         options = {"attention_mask": attention_mask, "new_tokens": new_tokens, **options}
         entered = _entered(self, params, *given)
         return generate_lib.generate(self.lm, self.decoder_params(params), **{**options, **entered})
@@ -292,7 +293,7 @@ class VLM:
         Raises:
           InputError: as `apply`.
         """
-        self.check(input_ids, images, image_mask, aspect_ratio, image_number)
+        self.check(input_ids, images, image_mask, aspect_ratio, image_number, image_interval)
         spec = self.spec
         placeholder = jnp.asarray(input_ids) == spec.image_token
         # What stands for an image, or asks, may be a number that the decoder does not have.
@@ -367,7 +368,13 @@ class VLM:
         return placeholder & ~own
 
     def check(
-        self, input_ids: Any, images: Any, image_mask: Any = None, aspect_ratio: Any = None, image_number: Any = None
+        self,
+        input_ids: Any,
+        images: Any,
+        image_mask: Any = None,
+        aspect_ratio: Any = None,
+        image_number: Any = None,
+        image_interval: Any = None,
     ) -> None:
         """Raises InputError for ids, images and placeholders that do not fit each other, as far as they are known."""
         spec = self.spec
@@ -392,6 +399,13 @@ class VLM:
             if isinstance(spec.tower, TiledViTSpec):
                 tiles = images.shape[2] if images.ndim == 6 else 1
                 check_tiles(spec.tower, (len(images), count, tiles, *size), aspect_ratio)
+        if image_interval is not None:
+            wanted = [*input_ids.shape, 2]
+            if spec.bridge.cross is None or list(image_interval.shape) != wanted:
+                raise InputError(
+                    f"image_interval must be {wanted}, for a bridge with cross-attention, found "
+                    f"{list(image_interval.shape)}"
+                )
         if image_number is not None:
             if spec.bridge.cross is None or image_mask is not None:
                 raise InputError("image_number takes the place of image_mask for a bridge with cross-attention")
@@ -430,9 +444,9 @@ class VLM:
             runs = images.reshape(given[row], -1)
             if (np.diff(runs, axis=1) != 1).any():
                 raise InputError(f"the placeholders of an image must follow each other, found a gap in text {row}")
-            if not len(asks) or asks[-1] < images[0]:
+            if not len(asks) or asks[-1] < images[-1]:
                 raise InputError(
-                    f"text {row} must hold the router token ({spec.router_token}) behind its image, found none"
+                    f"text {row} must hold the router token ({spec.router_token}) behind its images, found none"
                 )
 
     def _tower_params(self, params: Params) -> Params:

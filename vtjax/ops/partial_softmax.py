@@ -55,15 +55,15 @@ def merge_all(parts: Part) -> Part:
 def normalised(weighted: Float[Array, "*B D"], top: Float[Array, "*B"], total: Float[Array, "*B"]) -> Part:
     """The part of a sum of values weighted by `exp(z - top)`, and the sum `total` of the weights, 0 where there were
     none."""
-    some = total > 0
+    some = total != 0  # nan passes
     safe = jnp.where(some, total, 1.0)
     o = jnp.where(some[..., None], weighted / safe[..., None], 0.0)
     return Part(o, jnp.where(some, top + jnp.log(safe), -jnp.inf))
 
 
 def finite(top: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """What may be subtracted from logits: the largest of them, or 0 where there are none."""
-    return jnp.where(jnp.isfinite(top), top, 0.0)
+    """What may be subtracted from logits: the largest of them, or 0 where there are none; nan stays."""
+    return jnp.where(top == -jnp.inf, 0.0, top)
 
 
 def statistics(x: Array) -> jnp.dtype:
@@ -97,7 +97,7 @@ def subtracted(
     lse: Float[Array, "B N H"], delta: Float[Array, "B N H"]
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N H"]]:
     """What a backward pass subtracts from z and from dP; rows that see nothing get exp(z - inf) = 0."""
-    some = jnp.isfinite(lse)
+    some = lse != -jnp.inf
     return jnp.where(some, lse, jnp.inf), jnp.where(some, delta, 0.0)
 
 

@@ -311,7 +311,7 @@ def _forward_kernel(order, counts, q, k, v, low, high, number, o, lse, *, tile, 
     rows = len(queries)
     start = jnp.zeros(queries.shape, jnp.float32), jnp.full((rows,), -jnp.inf, jnp.float32), jnp.zeros((rows,))
     acc, top, total = _over(order, counts, tile, step, start)
-    some = total > 0
+    some = total != 0
     safe = jnp.where(some, total, 1.0)
     o[...] = jnp.where(some[:, None], acc / safe[:, None], 0.0)
     lse[...] = jnp.where(some, (top + jnp.log2(safe)) / tiles.LOG2E, -jnp.inf)

@@ -248,7 +248,7 @@ def _forward_kernel(rows, keys, q, k, v, low, high, number, o, lse, top, total, 
 
     @pl.when(_last())
     def _() -> None:
-        some = total[...] > 0
+        some = total[...] != 0
         safe = jnp.where(some, total[...], 1.0)
         o[...] = jnp.where(some, acc[...] / safe, 0.0)
         natural = jnp.where(some, (top[...] + jnp.log2(safe)) / tiles.LOG2E, -jnp.inf)

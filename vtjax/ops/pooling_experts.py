@@ -60,11 +60,13 @@ def likeliest(logp: Float[Array, "B K"], open_: Bool[Array, "B K"]) -> Int[Array
     return jnp.where(open_, logp, -jnp.inf).argmax(-1).astype(jnp.int32)
 
 
-def gate(p: Float[Array, "B K"], choice: Int[Array, " B"], kind: str) -> Float[Array, " B"]:
+def gate(logp: Float[Array, "B K"], choice: Int[Array, " B"], kind: str) -> Float[Array, " B"]:
     """What pooled tokens are multiplied by: p of the choice ("prob"), p / stop_gradient(p), which is 1 and carries the
-    gradient of log p ("st", ours), or 1 ("off"). Float32."""
-    of = jnp.take_along_axis(p, choice[:, None], axis=1)[:, 0]
-    return {"prob": of, "st": of / jax.lax.stop_gradient(of), "off": jnp.ones_like(of)}[kind]
+    gradient of log p ("st", ours; of log p, as p underflows), or 1 ("off"). Float32."""
+    of = jnp.take_along_axis(logp, choice[:, None], axis=1)[:, 0]
+    if kind == "off":
+        return jnp.ones_like(of)
+    return jnp.exp(of - jax.lax.stop_gradient(of) if kind == "st" else of)
 
 
 def route_loss(

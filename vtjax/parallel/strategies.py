@@ -73,6 +73,9 @@ class Hardware:
     tile: int = 1024
 
 
+V5E = Hardware()
+
+
 class Sent(NamedTuple):
     """Bytes that a device sends in the forward and the backward pass, and collectives that wait for each other."""
 
@@ -109,7 +112,7 @@ def sent(case: Case, strategy: str) -> Sent:
     return found[strategy] if n > 1 else Sent(0, 0, 0)
 
 
-def seconds(case: Case, strategy: str, hardware: Hardware = Hardware()) -> float:
+def seconds(case: Case, strategy: str, hardware: Hardware = V5E) -> float:
     """Forward and backward pass of one layer: work, or the memory traffic of the keys, and what is sent. Rings send
     beside the work; the others in front of it and behind it."""
     n, moved = case.n, sent(case, strategy)
@@ -123,7 +126,7 @@ def seconds(case: Case, strategy: str, hardware: Hardware = Hardware()) -> float
     return (max(busy, over) if strategy.startswith("ring") else busy + over) + waits
 
 
-def choose(case: Case, hardware: Hardware = Hardware()) -> str:
+def choose(case: Case, hardware: Hardware = V5E) -> str:
     """The strategy that should take the least time; `ulysses` where the key heads divide.
 
     A ring must save a tenth of the time: that its hops hide behind work is the model's hope, and `gather_q` reads the

@@ -9,7 +9,7 @@ from typing import Any
 
 from vtjax.errors import InputError
 
-_READ: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "True"}
+_READ: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__}
 
 
 def write(name: str, settings: Any, without: Collection[str]) -> str:
@@ -22,7 +22,7 @@ def read(text: str, name: str, cls: type, without: Collection[str]) -> dict[str,
     """The values of the fields, as `write` wrote them.
 
     Raises:
-      InputError: another name, other fields, or no number where one belongs.
+      InputError: another name, other fields, or a value that is none of its field's kind.
     """
     method = name.partition(":")[0]
     kinds = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name not in without}
@@ -31,5 +31,5 @@ def read(text: str, name: str, cls: type, without: Collection[str]) -> dict[str,
         raise InputError(f"reduce must read as {method}.describe writes it, found {text!r}")
     try:
         return {field: _READ[kinds[field]](value) for field, value in given}
-    except ValueError:
+    except (ValueError, KeyError):
         raise InputError(f"reduce must hold numbers where {method}.describe writes them, found {text!r}") from None

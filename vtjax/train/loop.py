@@ -164,6 +164,11 @@ class _Run:
             self.progress.say(log.parameters(self.state.params))
         else:
             self.progress.say(f"resumed from {self.checkpoints.path(self.saved)} (step {self.saved} of {config.steps})")
+        if (over := program.mesh.shape["context"]) > 1 and not program.task.frames:
+            self.progress.say(
+                f"config.mesh.context={over} lays the frames of videos over devices, which this task has none of: "
+                "beside holding parameters, devices along that axis repeat each other's work"
+            )
 
     def loop(self) -> None:
         """Runs to the last step, which is evaluated and saved."""

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from vtjax.ops import partial_softmax
 from vtjax.ops.partial_softmax import Part
 from vtjax.parallel import strategies
-from vtjax.parallel.cross_attention import cross_attention
 from vtjax.parallel.strategies import STRATEGIES, Case, Hardware
+from vtjax.parallel.xattn import cross_attention
 
 MESH = Mesh(np.array(jax.devices()[:1]), ("cp",))
 

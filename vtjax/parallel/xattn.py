@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
@@ -52,20 +52,23 @@ def cross_attention(
     check_vma: bool = True,
     kernel: str = "auto",
     slow: bool = False,
+    hardware: strategies.Hardware = strategies.V5E,
 ) -> Float[Array, "B S_Q H D"] | tuple[Float[Array, "B S_Q H D"], Float[Array, "B S_Q H"]]:
     """Softmax attention of rows of text to visual tokens that lie over a mesh axis. Differentiable in q, k and v, also
     through the log-sum-exp; once (no gradient of the gradient).
 
     Args:
-      q, k, v: `[B, S_Q, H, D]`, `[B, S_K, K, D]` and the same: global arrays, float32, bfloat16 or float64; query heads
-        h H / K .. share a key head. Rows and visual tokens may come in any order, and need not divide by the devices.
+      q, k, v: `[B, S_Q, H, D]`, `[B, S_K, K, D]` and the same: global arrays, float32, bfloat16, float16 or float64;
+        query heads h H / K .. share a key head. Rows and visual tokens may come in any order, and need not divide by
+        the devices.
       mesh, axis: where the visual tokens lie. Batch and heads are split over the mesh's axes "data", "fsdp" and
         "tensor" where they divide.
       q_interval: int32 `[B, S_Q, 2]`, (lo, hi), inclusive: a row sees the keys whose id lies between; None = all that
         are no padding. lo > hi = none.
       kv_id: int32 `[B, S_K]`; 0 or less = padding; None = all are seen.
       scale: of the scores; None = D ** -0.5.
-      strategy: one of `STRATEGIES`, or "auto", the cheapest by `strategies.choose` (spec section 6.5), which is logged.
+      strategy: one of `STRATEGIES`, or "auto", the cheapest by `strategies.choose` (spec section 6.5), which the
+        logger "vtjax" tells at the level info.
       return_lse: the natural log-sum-exp of the scores, too, -inf where a row sees nothing, in the dtype of statistics.
       check_vma: of `jax.shard_map`.
       kernel: what a device runs: "chunked" (plain JAX), "tpu" or "gpu" (Pallas; chunks for dtypes they lack, such as
@@ -73,6 +76,7 @@ def cross_attention(
       slow: the first of several axes goes over a slow network, between slices of TPUs: queries enter a slice once, and
         parts are merged within slices before they leave them (spec section 6.6). With `strategy="gather_q"`, which
         "auto" then is.
+      hardware: for "auto", whose default is about a TPU v5e.
 
     Returns:
       In q's dtype. Rows that see nothing are 0 and have no gradients.
@@ -88,23 +92,25 @@ def cross_attention(
     strategy = "gather_q" if slow and strategy == "auto" else strategy
     (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
     n = devices(mesh, axes)
+    batch_axes, head_axes = _dividing(mesh, ("data", "fsdp"), axes, b), _dividing(mesh, ("tensor",), axes, kv_heads)
+    groups = devices(mesh, head_axes)
     if strategy == "auto":
-        case = strategies.Case(n, b, s_q, s_k, heads, kv_heads, d, q.dtype.itemsize)
-        strategy = strategies.choose(case)
-        logging.log_first_n(logging.INFO, "cross_attention: %s for %s", 8, strategy, case)
+        own = b // devices(mesh, batch_axes), s_q, s_k, heads // groups, kv_heads // groups
+        strategy = strategies.choose(strategies.Case(n, *own, d, q.dtype.itemsize), hardware)
+        _say(strategy, n, *own)
     plan = Plan(
         mesh=mesh,
         axis=axes,
         strategy=strategy,
         scale=d**-0.5 if scale is None else scale,
-        batch=_dividing(mesh, ("data", "fsdp"), axes, b),
-        heads=_dividing(mesh, ("tensor",), axes, kv_heads),
+        batch=batch_axes,
+        heads=head_axes,
         check_vma=check_vma,
         kernel=kernels.choose(kernel, mesh, q.dtype),
         slow=slow,
     )
-    if strategy == "ulysses" and kv_heads // devices(mesh, plan.heads) % n:
-        raise ValueError(f"strategy='ulysses' needs key heads that divide over {n} devices, found {kv_heads}")
+    if strategy == "ulysses" and kv_heads // groups % n:
+        raise ValueError(f"strategy='ulysses' needs key heads that divide over {n} devices, found {kv_heads // groups}")
     low, high = (jnp.ones((b, s_q), jnp.int32), jnp.full((b, s_q), EVERYTHING, jnp.int32))
     if q_interval is not None:
         low, high = q_interval[..., 0], q_interval[..., 1]
@@ -119,6 +125,13 @@ def cross_attention(
         o, lse = _attend(plan, q, _padded(k, kv_pad), _padded(v, kv_pad), low, high, number)
         o, lse = o[:, :s_q], lse[:, :s_q]
     return (o, lse) if return_lse else o
+
+
+@functools.lru_cache(maxsize=64)
+def _say(strategy: str, n: int, b: int, s_q: int, s_k: int, heads: int, kv_heads: int) -> None:
+    """What "auto" took, once per case."""
+    sizes = f"batch {b}, {s_q} rows, {s_k} keys, heads {heads}/{kv_heads}"
+    logging.getLogger("vtjax").info("cross_attention over %d devices: %s (%s)", n, strategy, sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +175,8 @@ def _check(
 ) -> None:
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, found {strategy!r}")
+    if not axes or len(set(axes)) != len(axes):
+        raise ValueError(f"axis must name one axis of the mesh, or several different ones, found {axes}")
     for name in axes:
         if name not in mesh.shape:
             raise ValueError(f"axis must be of the mesh, {', '.join(mesh.shape)}, found {name!r}")
@@ -212,7 +227,7 @@ def _attend_backward(plan: Plan, saved: Any, gradients: tuple[Array, Array]) -> 
     q, k, v, low, high, number, o, lse = saved
     do, dlse = gradients
     # Where a row sees nothing its lse is constant; autodiff may have made nan of it.
-    dlse = jnp.where(jnp.isfinite(lse), dlse, 0)
+    dlse = jnp.where(lse == -jnp.inf, 0, dlse)
     delta = (do.astype(lse.dtype) * o.astype(lse.dtype)).sum(-1) - dlse
     dq, dk, dv = _backward(plan, q, k, v, do, lse, delta, low, high, number)
     return dq, dk, dv, None, None, None
