@@ -97,6 +97,7 @@ def test_a_search_trains_adapters_and_learns_preferences_and_nothing_else(base: 
     assert [step for step in range(1, STEPS) if told[step] > told[step - 1]] == [7, 11, 15, 19, 23]
 
 
+@pytest.mark.slow
 def test_fine_tuning_does_without_what_the_search_prefers(base: Path, found: Path, tmp_path: Path, capsys: Any) -> None:
     skips = bandit.final(extra_of(found)["preference"], 1).tolist()
     run = [f"--config={CONFIG},steps=2,phase=finetune", *options(init_from=found), f"--workdir={tmp_path}/short"]
@@ -205,6 +206,7 @@ def test_a_ramp_and_the_greedy_choice() -> None:
     assert [int(slow._extra(slow.bandit.start(), step)["skip"].sum()) for step in (0, 1, 2, 4, 9)] == [1, 1, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_search_begins_with_what_another_one_learned_and_says_how_far_it_moved(
     base: Path, found: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -250,6 +252,7 @@ def test_a_search_without_an_update_is_warned_about() -> None:
         assemble.task(config(f"{CONFIG},steps=4", das__warmup=4))
 
 
+@pytest.mark.slow
 def test_arms_beside_it_are_the_plain_experiment(base: Path) -> None:
     task = assemble.task(config(f"{CONFIG},arm=lora", init_from=base))
     shapes = flatten(jax.eval_shape(task.init, jax.random.key(0))[0])
