@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from vtjax.account import flops, params
@@ -41,10 +42,14 @@ def test_formulas_equal_the_model(name: str) -> None:
     spec = SPECS[name]
     model = VLM(spec)
     tree = jax.eval_shape(model.init, jax.random.key(0))
-    ids, image = jax.ShapeDtypeStruct((1, 13), jnp.int32), jax.ShapeDtypeStruct((1, 10, 10, 3), jnp.float32)
+    # Formulas count an image with all its tiles.
+    tiles, ratio = ((1, TILED.tiles), np.ones((1, 1), np.int32)) if spec.tower is TILED else ((), None)
+    ids = jax.ShapeDtypeStruct((1, 13), jnp.int32)
+    image = jax.ShapeDtypeStruct((1, *tiles, 10, 10, 3), jnp.float32)
 
     def prefill(p, ids, image):
-        return model.lm.prefill(model.decoder_params(p), room=0, **model.enter(p, ids, image)[0])[0]
+        entered = model.enter(p, ids, image, aspect_ratio=ratio)[0]
+        return model.lm.prefill(model.decoder_params(p), room=0, **entered)[0]
 
     counts = flops.walk(prefill, tree, ids, image)
     assert counts.unknown == {} and counts.assumed == ()

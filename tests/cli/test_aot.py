@@ -33,6 +33,7 @@ SMALL = "--config=configs/vit.py:s16_i1k,batch_size=64"
 SHALLOW = ("--config.model.depth=2", "--config.optim.warmup=10", "--config.model.mlp=512", "--config.model.heads=2")
 
 
+@pytest.mark.slow
 def test_a_training_step_with_all_three_axes() -> None:
     """Nobody said JAX_PLATFORMS=cpu here, and nothing of libtpu's start-up reaches the user."""
     axes = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")

@@ -196,7 +196,8 @@ def test_thresholds_start_and_settle_alike_on_two_processes(tmp_path):
     assert (np.asarray(counts[0]) != np.asarray(counts[1])).mean() < 0.01  # near-ties
 
 
-@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
 def test_the_loss_of_a_process_ends_the_other_and_names_it(tmp_path, lost):
     workdir = tmp_path / "w"
     argv = ["run", TINY, ONE_BLOCK, f"--workdir={workdir}", "--config.log_every=1", "--config.checkpoint.every=5"]

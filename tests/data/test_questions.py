@@ -233,7 +233,7 @@ def test_marked_shapes_as_a_prepared_set(cache: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("name", "split", "options", "message"),
     [
-        ("easy_vq", "train", {}, "unknown data 'easy_vq', expected one of easy_vqa, marked_shapes, a TFDS set"),
+        ("easy_vq", "train", {}, "unknown data 'easy_vq', expected one of easy_vqa, marked_shapes, needle, a TFDS set"),
         ("marked_shapes", "train", {"m": 8}, "have no option 'm', expected n, size, seed"),
         (
             "marked_shapes",

@@ -141,7 +141,7 @@ def test_a_batch_for_ahead_of_time_compiles_is_what_the_task_takes():
     [
         (
             {"model__bridge__cross": "perceiver"},
-            "bridge.cross must be one of none, hyper, flamingo, mllama",
+            "bridge.cross must be one of none, hyper, fused, flamingo, mllama",
         ),
         ({"model__bridge__cross": "hyper", "model__bridge__layers": "(7,)"}, r"layers must be in 0\.\.1, found 7"),
         ({"model__bridge__cross": "flamingo"}, "CrossSpec.layers must name at least one layer, found none"),
