@@ -45,7 +45,8 @@ def parameters(spec=DENSE):
 
 @functools.cache
 def pictures(count=5, seed=1, spec=DENSE):
-    return jax.random.normal(jax.random.key(seed), (count, *spec.image_size, 3))
+    with jax.ensure_compile_time_eval():  # it may be asked for first while something is traced
+        return jax.random.normal(jax.random.key(seed), (count, *spec.image_size, 3))
 
 
 def knobs_of(variant, merge=MERGE, prune=PRUNE):
