@@ -7,10 +7,8 @@ stacks of layers, is replayed where it is.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +16,9 @@ import pytest
 from tests.conformance import __main__ as conformance
 from tests.conformance import das_stacks
 from tests.conformance.das_weights import meter_path
-from vtjax import paths
 from vtjax.models.fusion import Fusion
 
-ROOT = Path(__file__).resolve().parents[2]
+METHOD = "das"
 
 OUTPUTS = (
     r"(pa|router|repadapter|pladapter|llava)/.*(y_res|y_nores|y_nores_cached|route_fp16|gx|y|out|g/.*)"
@@ -34,35 +31,6 @@ OUTPUTS = (
 """What is compared and used for nothing else."""
 USED = r"trace/.*/(fired|gate_before|cand|loss|n_draws|gate_final)"
 """What is compared, and used for what comes after."""
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    with np.load(ROOT / "tests" / "oracle" / "das.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-@pytest.fixture(scope="module")
-def whole():
-    """The recorded file: along VTJAX_DATA, else where the workplace keeps it."""
-    found = paths.find("das.npz") or ROOT.parent / "shared" / "vectors" / "das.npz"
-    if not found.exists():
-        pytest.skip(f"needs the recorded arrays das.npz, which are neither on VTJAX_DATA nor at {found}")
-    with np.load(found) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-@pytest.fixture
-def replay(tmp_path, monkeypatch, capsys):
-    """`replay(arrays)` -> (exit code, the line of JSON)."""
-
-    def run(arrays):
-        np.savez(tmp_path / "arrays.npz", **arrays)
-        monkeypatch.setattr(sys, "argv", ["conformance", "das", str(tmp_path / "arrays.npz")])
-        code = conformance.main()
-        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
 
 
 def spoil(array):

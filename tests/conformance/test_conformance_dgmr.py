@@ -6,49 +6,13 @@ tests/oracle/dgmr.npz holds eight of the recorded file's cases, bit for bit; the
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from tests.conformance import __main__ as conformance
-from vtjax import paths
-
-ROOT = Path(__file__).resolve().parents[2]
+METHOD = "dgmr"
 
 JUNK = {"degen_allzero__idx_official"}  # the release's picks beyond rank 0, so all of them
 INPUTS = {"w_in", "b_in", "w_out", "b_out", "w12", "b12", "w3", "b3", "x", "ratio", "keep"}
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    with np.load(ROOT / "tests" / "oracle" / "dgmr.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-@pytest.fixture(scope="module")
-def whole():
-    """The recorded file: along VTJAX_DATA, else where the workplace keeps it."""
-    found = paths.find("dgmr.npz") or ROOT.parent / "shared" / "vectors" / "dgmr.npz"
-    if not found.exists():
-        pytest.skip(f"needs the recorded arrays dgmr.npz, which are neither on VTJAX_DATA nor at {found}")
-    with np.load(found) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-@pytest.fixture
-def replay(tmp_path, monkeypatch, capsys):
-    """`replay(arrays)` -> (exit code, the line of JSON)."""
-
-    def run(arrays):
-        np.savez(tmp_path / "arrays.npz", **arrays)
-        monkeypatch.setattr(sys, "argv", ["conformance", "dgmr", str(tmp_path / "arrays.npz")])
-        code = conformance.main()
-        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
 
 
 def compared(arrays):

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conformance import __main__ as conformance
-from vtjax import paths
 
-ROOT = Path(__file__).resolve().parents[2]
+METHOD = "ltmp"
 
 BLOCK = r"block/n13/(w/.*|x|size|mask|tau|num_heads)"
 MODEL = r"vit/(w/.*|images|labels|tau|reg_lambda|target|label_smoothing|patch_size|num_heads|depth|lr_merge|lr_prune)"
@@ -51,37 +48,6 @@ CASES = {
         ["vit/ltp/inference/counts", "vit_edge/all_pruned/ltp/loss"],
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def file():
-    """The recorded file: along VTJAX_DATA, else where the workplace keeps it."""
-    found = paths.find("ltmp.npz") or ROOT.parent / "shared" / "vectors" / "ltmp.npz"
-    if not found.exists():
-        pytest.skip(f"needs the recorded arrays ltmp.npz, which are neither on VTJAX_DATA nor at {found}")
-    return found
-
-
-@pytest.fixture(scope="module")
-def recorded(file):
-    with np.load(file) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-@pytest.fixture
-def replay(tmp_path, monkeypatch, capsys):
-    """`replay(arrays or path)` -> (exit code, the line of JSON)."""
-
-    def run(arrays):
-        path = arrays
-        if isinstance(arrays, dict):
-            path = tmp_path / "arrays.npz"
-            np.savez(path, **arrays)
-        monkeypatch.setattr(sys, "argv", ["conformance", "ltmp", str(path)])
-        code = conformance.main()
-        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
 
 
 def trimmed(recorded, case):

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from vtjax.ops import linear, partial_softmax
+from vtjax.ops import partial_softmax
 from vtjax.ops import partial_softmax_tiles as tiles
 from vtjax.ops.partial_softmax import Part
 
@@ -54,9 +54,6 @@ class Shape(NamedTuple):
 FORWARD = Shape(128, 64, 8, 3)
 DQ = Shape(128, 32, 8, 3)
 DKV = Shape(32, 128, 8, 3)
-
-WIDTHS = ((1,), (1,))
-PLAIN = ((1,), (0,))
 
 
 def forward(
@@ -279,12 +276,6 @@ def _call(
     return run
 
 
-def _dot(a: Array, b: Array, contract: Any) -> Array:
-    return lax.dot_general(
-        a, b, (contract, ((), ())), precision=linear.precision(a), preferred_element_type=jnp.float32
-    )
-
-
 def _over(order: Any, counts: Any, tile: int, step: Callable[..., Any], start: Any) -> Any:
     """`step(slice, masked, carry)` for every tile of the list."""
 
@@ -299,13 +290,13 @@ def _forward_kernel(order, counts, q, k, v, low, high, number, o, lse, *, tile, 
 
     def step(at: Any, masked: bool, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         acc, top, total = carry
-        z = _dot(queries, k[at, :], WIDTHS) * scale
+        z = tiles.dot(queries, k[at, :], tiles.WIDTHS) * scale
         if masked:
             z = jnp.where(tiles.seen(first[:, None], last[:, None], number[at][None]), z, -jnp.inf)
         new = jnp.maximum(top, z.max(1))
         base = jnp.where(new == -jnp.inf, 0.0, new)
         weight, kept = jnp.exp2(z - base[:, None]), jnp.exp2(top - base)
-        acc = acc * kept[:, None] + _dot(weight.astype(v.dtype), v[at, :], PLAIN)
+        acc = acc * kept[:, None] + tiles.dot(weight.astype(v.dtype), v[at, :], tiles.PLAIN)
         return acc, new, total * kept + weight.sum(1)
 
     rows = len(queries)
@@ -323,11 +314,11 @@ def _dq_kernel(order, counts, q, k, v, do, lse, delta, low, high, number, dq, *,
 
     def step(at: Any, masked: bool, acc: Array) -> Array:
         keys = k[at, :]
-        z = _dot(queries, keys, WIDTHS) * (scale * tiles.LOG2E)
+        z = tiles.dot(queries, keys, tiles.WIDTHS) * (scale * tiles.LOG2E)
         if masked:
             z = jnp.where(tiles.seen(first, last, number[at][None]), z, -jnp.inf)
-        ds = jnp.exp2(z - total) * (_dot(outer, v[at, :], WIDTHS) - change)
-        return acc + _dot(ds.astype(keys.dtype), keys, PLAIN)
+        ds = jnp.exp2(z - total) * (tiles.dot(outer, v[at, :], tiles.WIDTHS) - change)
+        return acc + tiles.dot(ds.astype(keys.dtype), keys, tiles.PLAIN)
 
     acc = _over(order, counts, tile, step, jnp.zeros(queries.shape, jnp.float32))
     dq[...] = (acc * scale).astype(dq.dtype)
@@ -338,14 +329,14 @@ def _dkv_kernel(order, counts, q, k, v, do, lse, delta, low, high, number, dk, d
 
     def step(at: Any, masked: bool, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         queries, outer = q[at, :], do[at, :]
-        z = _dot(keys, queries, WIDTHS) * (scale * tiles.LOG2E)
+        z = tiles.dot(keys, queries, tiles.WIDTHS) * (scale * tiles.LOG2E)
         if masked:
             z = jnp.where(tiles.seen(low[at][None], high[at][None], mine), z, -jnp.inf)
         p = jnp.exp2(z - lse[at][None])
-        ds = p * (_dot(values, outer, WIDTHS) - delta[at][None])
+        ds = p * (tiles.dot(values, outer, tiles.WIDTHS) - delta[at][None])
         acc_k, acc_v = carry
-        acc_v = acc_v + _dot(p.astype(outer.dtype), outer, PLAIN)
-        return acc_k + _dot(ds.astype(queries.dtype), queries, PLAIN), acc_v
+        acc_v = acc_v + tiles.dot(p.astype(outer.dtype), outer, tiles.PLAIN)
+        return acc_k + tiles.dot(ds.astype(queries.dtype), queries, tiles.PLAIN), acc_v
 
     start = jnp.zeros(keys.shape, jnp.float32)
     acc_k, acc_v = _over(order, counts, tile, step, (start, start))

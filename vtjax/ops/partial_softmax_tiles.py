@@ -17,16 +17,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import ManualAxisType
 from jaxtyping import Array, Bool, Float, Int
 
-from vtjax.ops import partial_softmax
+from vtjax.ops import linear, partial_softmax
 
 LOG2E = math.log2(math.e)
 """Kernels take powers of 2: exp(x) = exp2(x log2 e), and the factor goes into the one that scores have anyway."""
 
 NEVER = 2**31 - 1
+
+WIDTHS = ((1,), (1,))
+PLAIN = ((1,), (0,))
+"""What a product of two tiles sums over: the widths of both, or as matrices are multiplied."""
 
 
 class Rows(NamedTuple):
@@ -96,6 +101,11 @@ def whole(row: tuple[Array, ...], key: tuple[Array, ...]) -> Bool[Array, "*T"]:
 def seen(low: Array, high: Array, number: Array) -> Bool[Array, "*R"]:
     """Which of a tile's scores count: intervals on one axis, numbers on the other."""
     return (low <= number) & (number <= high)
+
+
+def dot(a: Float[Array, "M N"], b: Float[Array, "*B"], over: Any) -> Float[Array, "*C"]:
+    """The product of two tiles over `WIDTHS` or `PLAIN`, in float32."""
+    return lax.dot_general(a, b, (over, ((), ())), precision=linear.precision(a), preferred_element_type=jnp.float32)
 
 
 def stacked(x: Float[Array, "B N H *D"], kv_heads: int, tile: int, fill: float = 0) -> Float[Array, "B K R *D"]:

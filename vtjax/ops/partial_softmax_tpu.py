@@ -20,12 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from vtjax.ops import linear, partial_softmax
+from vtjax.ops import partial_softmax
 from vtjax.ops import partial_softmax_tiles as tiles
 from vtjax.ops.partial_softmax import Part
 
@@ -37,9 +36,6 @@ ROWS_BACK = 512
 """Rows of a tile of the backward kernels, which hold four tiles of scores in place of two."""
 KEYS = 512
 LANES = 128
-
-WIDTHS = ((1,), (1,))
-PLAIN = ((1,), (0,))
 
 
 def forward(
@@ -215,12 +211,6 @@ def _last() -> Any:
     return pl.program_id(3) == pl.num_programs(3) - 1
 
 
-def _dot(a: Array, b: Array, contract: Any) -> Array:
-    return lax.dot_general(
-        a, b, (contract, ((), ())), precision=linear.precision(a), preferred_element_type=jnp.float32
-    )
-
-
 def _column(row: Array) -> Array:
     """`[1, R]` -> `[R, 1]`."""
     return jnp.expand_dims(row[0], -1)
@@ -234,7 +224,7 @@ def _forward_kernel(rows, keys, q, k, v, low, high, number, o, lse, top, total, 
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
     def step(masked: bool) -> None:
-        z = _dot(q[...], k[...], WIDTHS) * scale
+        z = tiles.dot(q[...], k[...], tiles.WIDTHS) * scale
         if masked:
             z = jnp.where(tiles.seen(_column(low[...]), _column(high[...]), number[...]), z, -jnp.inf)
         new = jnp.maximum(top[...], z.max(1, keepdims=True))
@@ -242,7 +232,7 @@ def _forward_kernel(rows, keys, q, k, v, low, high, number, o, lse, top, total, 
         weight, kept = jnp.exp2(z - base), jnp.exp2(top[...] - base)
         top[...] = new
         total[...] = total[...] * kept + weight.sum(1, keepdims=True)
-        acc[...] = acc[...] * kept + _dot(weight.astype(v.dtype), v[...], PLAIN)
+        acc[...] = acc[...] * kept + tiles.dot(weight.astype(v.dtype), v[...], tiles.PLAIN)
 
     _at(rows, keys, pl.program_id(2), pl.program_id(3), step)
 
@@ -261,12 +251,12 @@ def _dq_kernel(rows, keys, q, k, v, do, lse, delta, low, high, number, dq, acc, 
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
     def step(masked: bool) -> None:
-        z = _dot(q[...], k[...], WIDTHS) * (scale * tiles.LOG2E)
+        z = tiles.dot(q[...], k[...], tiles.WIDTHS) * (scale * tiles.LOG2E)
         if masked:
             z = jnp.where(tiles.seen(_column(low[...]), _column(high[...]), number[...]), z, -jnp.inf)
         p = jnp.exp2(z - _column(lse[...]))
-        ds = p * (_dot(do[...], v[...], WIDTHS) - _column(delta[...]))
-        acc[...] += _dot(ds.astype(k.dtype), k[...], PLAIN)
+        ds = p * (tiles.dot(do[...], v[...], tiles.WIDTHS) - _column(delta[...]))
+        acc[...] += tiles.dot(ds.astype(k.dtype), k[...], tiles.PLAIN)
 
     _at(rows, keys, pl.program_id(2), pl.program_id(3), step)
 
@@ -284,13 +274,13 @@ def _dkv_kernel(rows, keys, q, k, v, do, lse, delta, low, high, number, dk, dv, 
         acc_v[...] = jnp.zeros(acc_v.shape, jnp.float32)
 
     def step(masked: bool) -> None:
-        z = _dot(k[...], q[...], WIDTHS) * (scale * tiles.LOG2E)
+        z = tiles.dot(k[...], q[...], tiles.WIDTHS) * (scale * tiles.LOG2E)
         if masked:
             z = jnp.where(tiles.seen(low[...], high[...], _column(number[...])), z, -jnp.inf)
         p = jnp.exp2(z - lse[...])
-        acc_v[...] += _dot(p.astype(do.dtype), do[...], PLAIN)
-        ds = p * (_dot(v[...], do[...], WIDTHS) - delta[...])
-        acc_k[...] += _dot(ds.astype(q.dtype), q[...], PLAIN)
+        acc_v[...] += tiles.dot(p.astype(do.dtype), do[...], tiles.PLAIN)
+        ds = p * (tiles.dot(v[...], do[...], tiles.WIDTHS) - delta[...])
+        acc_k[...] += tiles.dot(ds.astype(q.dtype), q[...], tiles.PLAIN)
 
     _at(rows, keys, pl.program_id(3), pl.program_id(2), step)
 

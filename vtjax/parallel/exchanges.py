@@ -9,7 +9,6 @@ Letters as in `cross_attention`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from jaxtyping import Array
 from vtjax.ops import partial_softmax as ops
 from vtjax.ops.partial_softmax import Part
 from vtjax.parallel import kernels
+from vtjax.parallel.mesh import axes_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
     @property
     def n(self) -> int:
         """Devices along the axis."""
-        return devices(self.mesh, self.axis)
+        return axes_size(self.mesh, self.axis)
 
     @property
     def rows(self) -> P:
@@ -69,10 +69,6 @@ class Plan:
     def keys(self) -> P:
         """Keys and values `[B, S_K, K, D]`."""
         return P(self.batch or None, None if self.strategy == "local" else self.axis, self.heads or None)
-
-
-def devices(mesh: Any, names: Any) -> int:
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def _local(plan: Plan, *given: Any) -> Part:
@@ -105,13 +101,13 @@ def _as_gathered(plan: Plan, x: Array) -> Array:
     """What every device has of all rows, `[B, S_Q]`, in the order in which `_gathered` brings them."""
     if not plan.slow:
         return x
-    inside, outside = (devices(plan.mesh, leg) for leg in plan.legs)
+    inside, outside = (axes_size(plan.mesh, leg) for leg in plan.legs)
     return x.reshape(len(x), outside, inside, -1).swapaxes(1, 2).reshape(x.shape)
 
 
 def _exchanged(plan: Plan, x: Array, leg: tuple[str, ...]) -> Array:
     """`[B, rows, ...]`, a part of every row, -> `[n, B, rows / n, ...]`, all parts of fewer rows."""
-    (b, rows), n = x.shape[:2], devices(plan.mesh, leg)
+    (b, rows), n = x.shape[:2], axes_size(plan.mesh, leg)
     parts = jnp.moveaxis(x.reshape(b, n, rows // n, *x.shape[2:]), 1, 0)
     return lax.all_to_all(parts, leg, split_axis=0, concat_axis=0, tiled=True)
 

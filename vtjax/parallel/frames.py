@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from vtjax.parallel import rules
-from vtjax.parallel.mesh import BATCH_AXES, FRAME_AXES
-from vtjax.parallel.rules import ambient, axes_size
+from vtjax.parallel.mesh import BATCH_AXES, FRAME_AXES, axes_size
+from vtjax.parallel.rules import ambient
 
 
 def join(x: Array) -> Array:

@@ -39,9 +39,11 @@ def local(kernel: str, mesh: Mesh | AbstractMesh) -> tuple[Callable[..., Any], C
     """`forward` and `backward`."""
     if kernel == "chunked":
         return partial_softmax.forward, partial_softmax.backward
-    module = _MODULES[kernel]
-    run = functools.partial(functools.partial, interpret=interpreted(kernel, mesh))
-    return run(module.forward), run(module.backward)
+    module, interpret = _MODULES[kernel], interpreted(kernel, mesh)
+    return (
+        functools.partial(module.forward, interpret=interpret),
+        functools.partial(module.backward, interpret=interpret),
+    )
 
 
 def _platform(mesh: Mesh | AbstractMesh) -> str:

@@ -79,9 +79,14 @@ def slice_of(device: jax.Device) -> int:
     return (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
 
 
+def axes_size(mesh: Any, axes: Sequence[str]) -> int:
+    """Devices along these axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts that the batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return axes_size(mesh, BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

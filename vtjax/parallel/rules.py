@@ -8,7 +8,6 @@ optimiser moments and averages (`opt/0/mu/block_00/attn/query/kernel`) are laid 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtjax.errors import InputError
-from vtjax.parallel.mesh import BATCH_AXES, FRAME_AXES
+from vtjax.parallel.mesh import BATCH_AXES, FRAME_AXES, axes_size
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +111,6 @@ def ambient(axes: Sequence[str]) -> Any:
     return mesh if all(types.get(axis) == AxisType.Auto for axis in axes) else None
 
 
-def axes_size(mesh: Any, axes: Sequence[str]) -> int:
-    """Devices along these axes."""
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
 def _axes(spec: P) -> list[str]:
     return [axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))]
 
@@ -141,7 +135,7 @@ def _present(entry: Any, mesh: Mesh | AbstractMesh) -> Any:
 def _dividing(size: int, entry: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The entry where its axes divide `size`; of several axes else the largest one that does; else None."""
     axes = entry if isinstance(entry, tuple) else (entry,)
-    if entry is None or size % math.prod(mesh.shape[axis] for axis in axes) == 0:
+    if entry is None or size % axes_size(mesh, axes) == 0:
         return entry
     fitting = [axis for axis in axes if size % mesh.shape[axis] == 0 and mesh.shape[axis] > 1]
     return max(fitting, key=lambda axis: mesh.shape[axis]) if len(axes) > 1 and fitting else None

@@ -31,7 +31,8 @@ from jaxtyping import Array, Float
 
 from vtjax.ops.cross_attention import SAVED, attend
 from vtjax.parallel import exchanges, kernels, strategies
-from vtjax.parallel.exchanges import Plan, devices
+from vtjax.parallel.exchanges import Plan
+from vtjax.parallel.mesh import axes_size
 from vtjax.parallel.strategies import STRATEGIES
 
 EVERYTHING = 2**31 - 1
@@ -91,11 +92,11 @@ def cross_attention(
         raise ValueError(f"slow=True needs several axes and strategy='gather_q', found {axes} and {strategy!r}")
     strategy = "gather_q" if slow and strategy == "auto" else strategy
     (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
-    n = devices(mesh, axes)
+    n = axes_size(mesh, axes)
     batch_axes, head_axes = _dividing(mesh, ("data", "fsdp"), axes, b), _dividing(mesh, ("tensor",), axes, kv_heads)
-    groups = devices(mesh, head_axes)
+    groups = axes_size(mesh, head_axes)
     if strategy == "auto":
-        own = b // devices(mesh, batch_axes), s_q, s_k, heads // groups, kv_heads // groups
+        own = b // axes_size(mesh, batch_axes), s_q, s_k, heads // groups, kv_heads // groups
         strategy = strategies.choose(strategies.Case(n, *own, d, q.dtype.itemsize), hardware)
         _say(strategy, n, *own)
     plan = Plan(
@@ -149,7 +150,7 @@ class Over:
         if self.mesh is None and not set(axes) <= set(mesh.axis_names):
             return attend(q, k, v, low=low, high=high, number=number)
         options = dict(self.options)
-        if q.shape[1] < devices(mesh, axes) and options.get("strategy") not in ("local", "gspmd"):
+        if q.shape[1] < axes_size(mesh, axes) and options.get("strategy") not in ("local", "gspmd"):
             options["strategy"] = "replicated_q"
         interval = jnp.stack([low, high], -1)
         found = cross_attention(
@@ -201,7 +202,7 @@ def _dividing(mesh: Any, names: tuple[str, ...], taken: tuple[str, ...], size: i
     """Those mesh axes, beside the ones taken, over which a dimension is split evenly."""
     found: list[str] = []
     for name in names:
-        if name in mesh.shape and name not in taken and size % (mesh.shape[name] * devices(mesh, found)) == 0:
+        if name in mesh.shape and name not in taken and size % (mesh.shape[name] * axes_size(mesh, found)) == 0:
             found.append(name)
     return tuple(found)
 
