@@ -2,138 +2,236 @@
 """DAS beside its controls: every arm starts from one model per seed, which has not seen these kinds of questions.
 
     python -m experiments.das.accuracy base        the models that are transferred
-    python -m experiments.das.accuracy search      the searches: the bandit's, and greedy ones, for m = 2
-    python -m experiments.das.accuracy arms        full fine-tuning, LoRA, adapters; 2 of 12 layers left out, chosen by
-                                                   the bandit, greedily and by chance
-    python -m experiments.das.accuracy depth       more and fewer layers left out, by the bandit and by chance
+    python -m experiments.das.accuracy search      the searches: the bandit's, and a greedy one
+    python -m experiments.das.accuracy arms        full fine-tuning, LoRA, adapters; 1, 2 and 4 of 12 layers left out,
+                                                   chosen by the bandit, greedily and by chance
+    python -m experiments.das.accuracy others      trained prompts, DGMR at equal work, weights in eight bits
+    python -m experiments.das.accuracy disturbed   searches with noisy answers or few of them, and what follows
+    python -m experiments.das.accuracy base search arms others disturbed    all of it, seed by seed
 
 `--seed=S` and `--only=TEXT` choose; what was recorded is not run again; runs lie in runs/das and resume. Every record
-in results/accuracy.jsonl holds which questions were answered rightly, so that differences are paired.
+in results/accuracy.jsonl holds which questions were answered rightly, so that differences are paired; that of a search
+its preferences after every update, and the validation loss without each layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import vtjax
+from experiments.das import main as experiment
+from experiments.das import others as ways
 from experiments.vlm import main as vlm
 from vtjax.account import flops, record
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
 from vtjax.methods import das
+from vtjax.ops import bandit
 from vtjax.parallel import mesh as mesh_lib
 from vtjax.train import checkpoint, loop
+from vtjax.train.executables import Executables
 from vtjax.train.state import flatten
 from vtjax.train.task import closing
 from vtjax.viz import tables
+from vtjax.weights import store
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "experiments" / "das" / "results" / "accuracy.jsonl"
 CONFIG = "configs/das.py"
-VARIANT = "shapes"
-SEEDS = (0, 1, 2)
+VARIANT = "easyvqa"
+SEEDS = (0, 1, 2, 3, 4)
 M = 2
+ONE_BATCH = f"bandit m={M} one batch"
+LAYER_BATCHES = 8  # validation batches by which a layer is judged alone
+PROMPTS = 16
+NARROW = 86
+"""Neurons of 128 that leave the decoder as much work as m = 2 does (`macs_per_prompt` of the records)."""
 
-Arm = tuple[str, str, dict[str, str]]
-"""Name, options of the variant and overrides; `after`: the search that chooses, in place of the base model alone."""
+FEW = ("red", "blue", "circle")  # answers, of eleven, of a biased validation split
+
+
+class Arm(NamedTuple):
+    """One run of a seed.
+
+    Attributes:
+      name: of its records.
+      options: of the variant.
+      leaves: overrides.
+      after: (kind, name) of the run that it starts from; else the base model.
+      way: what is special: "prompt", "dgmr", "int8", or an edit of the data.
+    """
+
+    name: str
+    options: str = ""
+    leaves: dict[str, str] = {}
+    after: tuple[str, str] = ("base", "base")
+    way: str = ""
 
 
 def base() -> Iterator[Arm]:
     """The models that are transferred."""
-    yield "base", "", {}
+    yield Arm("base")
 
 
 def search() -> Iterator[Arm]:
-    """What chooses: as released, with the release's one validation batch, and greedily."""
+    """What chooses: the bandit, also with the release's one validation batch, and greedily."""
     for m in (1, M, 4):
-        yield f"bandit m={m}", "", {"das.skips": str(m)}
-    yield f"bandit m={M} one batch", "", {"das.skips": str(M), "das.fixed_val_batch": "true"}
-    yield f"greedy m={M}", "", {"das.skips": str(M), "das.by": "greedy"}
+        yield Arm(f"bandit m={m}", leaves={"das.skips": str(m)})
+    yield Arm(ONE_BATCH, leaves={"das.skips": str(M), "das.fixed_val_batch": "true"})
+    yield Arm(f"greedy m={M}", leaves={"das.skips": str(M), "das.by": "greedy"})
 
 
 def arms() -> Iterator[Arm]:
-    """Two layers of twelve left out, and none."""
-    yield "full", "arm=full", {"optim.lr": "5e-4"}
-    yield "lora", "arm=lora", {"optim.lr": "3e-3"}
-    yield "adapters", "phase=finetune", {"das.skips": "0"}
-    for name in (f"bandit m={M}", f"bandit m={M} one batch", f"greedy m={M}"):
-        yield name, "phase=finetune", {"das.skips": str(M), "after": name}
-    yield f"random m={M}", "phase=finetune", {"das.skips": str(M), "das.remove": "random"}
+    """Nothing left out, and one, two and four layers of twelve."""
+    yield Arm("full", "arm=full", {"optim.lr": "1e-3"})
+    yield Arm("lora", "arm=lora")
+    yield Arm("adapters", "phase=finetune", {"das.skips": "0"})
+    for m in (M, 1, 4):
+        for name in (f"bandit m={m}", *((ONE_BATCH, f"greedy m={m}") if m == M else ())):
+            yield Arm(name, "phase=finetune", {"das.skips": str(m)}, ("search", name))
+        yield Arm(f"random m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": "random"})
 
 
-def depth() -> Iterator[Arm]:
-    """One and four layers of twelve."""
-    for m in (1, 4):
-        yield f"bandit m={m}", "phase=finetune", {"das.skips": str(m), "after": f"bandit m={m}"}
-        yield f"random m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": "random"}
+def others() -> Iterator[Arm]:
+    """What is trained or saved otherwise."""
+    yield Arm(f"prompt {PROMPTS}", "arm=lora", {"model.lora.rank": "0"}, way="prompt")
+    yield Arm("dgmr", "phase=finetune", {"das.skips": "0"}, way="dgmr")
+    yield Arm("int8", "phase=finetune", {"das.skips": "0"}, ("arms", "adapters"), way="int8")
 
 
-KINDS = {"base": base, "search": search, "arms": arms, "depth": depth}
+DISTURBED = ("noise 0.1", "noise 0.2", "few answers")
+
+
+def disturbed() -> Iterator[Arm]:
+    """Searches whose answers are wrong, or whose validation questions have few answers; then what they chose,
+    fine-tuned on clean data."""
+    for way in DISTURBED:
+        yield Arm(f"search, {way}", leaves={"das.skips": str(M)}, way=way)
+        yield Arm(way, "phase=finetune", {"das.skips": str(M)}, ("disturbed", f"search, {way}"))
+
+
+KINDS = {"base": base, "search": search, "arms": arms, "others": others, "disturbed": disturbed}
 
 
 def run_of(root: str, kind: str, name: str, seed: int) -> str:
-    """Where a run lies; `depth` is more of `arms`."""
-    kind = "arms" if kind == "depth" else kind
+    """Where a run lies."""
     return f"{root}/{kind}/{re.sub('[^a-z0-9=.]+', '_', name).strip('_')}_{seed}"
 
 
 def settings(root: str, kind: str, arm: Arm, seed: int, more: dict[str, str]) -> config_lib.Config:
     """The config of one run. `more`: further overrides, for runs at another size."""
-    name, options, overrides = arm
-    given = {**overrides, **more, "seed": str(seed)}
-    after = given.pop("after", "")
+    given = {**arm.leaves, **more, "seed": str(seed)}
     if kind != "base":
-        given["init_from"] = run_of(root, "search", after, seed) if after else run_of(root, "base", "base", seed)
-    variant = f"{VARIANT}_base" if kind == "base" else ",".join(filter(None, (VARIANT, options)))
-    if "arm=" in options:  # no leaf of the method
+        given["init_from"] = run_of(root, *arm.after, seed)
+    variant = f"{VARIANT}_base" if kind == "base" else ",".join(filter(None, (VARIANT, arm.options)))
+    if "arm=" in arm.options:  # no leaf of the method
         given = {leaf: value for leaf, value in given.items() if not leaf.startswith("das.")}
     config = config_lib.load_config(CONFIG, variant, given)
-    config_lib.override(config, "workdir", run_of(root, kind, name, seed))
+    config_lib.override(config, "workdir", run_of(root, kind, arm.name, seed))
     return config
 
 
-def one(root: str, kind: str, arm: Arm, seed: int, more: dict[str, str]) -> dict[str, Any]:
+def prepared(config: config_lib.Config, way: str) -> tuple[Any, Any, Any]:
+    """(task, data, model) of a run; the model None where it follows from what is trained."""
+    if way == "prompt":
+        task, model = ways.prompted(config, PROMPTS)
+        return task, vlm.data(config, task), model
+    if way == "dgmr":
+        m = vtjax.load(config.init_from)
+        path = Path(f"{config.init_from}_{NARROW}.safetensors")
+        store.save(path, *ways.narrower(m.spec, m.params, NARROW))
+        config_lib.override(config, "init_from", str(path))
+    if way in DISTURBED:
+        kind, _, share = way.partition(" ")
+        held = config.das.val_split
+        edit = ways.noisy(float(share), config.seed) if kind == "noise" else ways.biased(held, FEW)
+        task = assemble.task(config)
+        return task, experiment.data(config, task, edit=edit), None
+    return *assemble.assemble(config), None
+
+
+def one(root: str, kind: str, arm: Arm, seed: int, more: dict[str, str], executables: Executables) -> dict[str, Any]:
     """Trains one arm, or finds it done, and measures it."""
     config = settings(root, kind, arm, seed, more)
-    task, data = assemble.assemble(config)
-    result = loop.train(task, data, config, config.workdir)
-    found = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.optim.lr}
-    found |= {leaf.replace(".", "_"): value for leaf, value in arm[2].items()}
-    kept = ("params_sha256", "loss", "count", "seconds", "images_per_s")
-    found |= {k: v for k, v in result.items() if k in kept or k.startswith("top1")}
-    if kind == "search":
-        extra = checkpoint.load_extra(config.workdir)
-        m = config.das.skips
-        return {
-            **found,
-            "skips": sorted(np.argsort(extra["preference"], kind="stable")[-m:].tolist()),
-            "preference": extra["preference"].tolist(),
-            **{name: int(extra[name]) for name in ("updates", "poisoned", "flat")},
-        }
-    spec, params = checkpoint.load_params(config.workdir)
+    task, data, model = prepared(config, arm.way)
+    found: dict[str, Any] = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.optim.lr}
+    if arm.way == "int8":
+        spec, params = checkpoint.load_params(config.init_from)
+        params = ways.int8(params, task.trainable)
+    else:
+        watch = Watch(task.after_step)
+        task = task if task.after_step is None else dataclasses.replace(task, after_step=watch)
+        programs = executables.compiled["step"] + executables.shared["step"]
+        result = loop.train(task, data, config, config.workdir, executables)
+        kept = ("params", "params_sha256", "loss", "seconds", "images_per_s")
+        found |= {k: v for k, v in result.items() if k in kept or k.startswith("top1")}
+        spec, params = checkpoint.load_params(config.workdir)
+        if task.after_step is not None:
+            programs = executables.compiled["step"] + executables.shared["step"] - programs
+            return {**found, **searched(config, watch, data, params, programs)}
+    told = answers(config, model or das.vlm(spec, **vlm.options(config)), data, params)
     tokens = spec.placeholders + flops.QUESTION
     trained = [a.size for path, a in flatten(params).items() if task.trainable(path)]
-    right = answers(config, spec, data, params)
     return {
         **found,
         "skips": [i for i, block in enumerate(spec.decoder.blocks) if not block.attn and not block.ffn],
         "trained": int(sum(trained)),
-        "macs_per_prompt": flops.macs(spec) + das.adapter_cost(spec.decoder, tokens)[1],
-        "correct": "".join(map(str, right.astype(int))),
+        "macs_per_prompt": flops.macs(spec, tokens + (PROMPTS if arm.way == "prompt" else 0))
+        + das.adapter_cost(spec.decoder, tokens)[1],
+        "top1": float(told.mean()),
+        "count": len(told),
+        "correct": "".join(map(str, told.astype(int))),
     }
 
 
-def answers(config: Any, spec: Any, data: Any, params: Any) -> np.ndarray:
+class Watch:
+    """The preferences of a search after every update; not those of an earlier process that it goes on from."""
+
+    def __init__(self, after_step: Any):
+        self.after_step, self.history = after_step, list[list[float]]()
+
+    def __call__(self, state: Any, frozen: Any, draw: Any) -> Any:
+        state = self.after_step(state, frozen, draw)
+        if int(state.extra["updates"]) > len(self.history):
+            self.history.append(np.asarray(state.extra["preference"]).round(5).tolist())
+        return state
+
+
+def searched(config: Any, watch: Watch, data: Any, params: Any, programs: int) -> dict[str, Any]:
+    """What a search has found, what it cost in forward passes beside its training steps, and what each layer is worth
+    to the model that it trained: the validation loss without it alone, and with all."""
+    extra, made = checkpoint.load_extra(config.workdir), watch.after_step
+    m, arms, updates = config.das.skips, made.bandit.arms, int(extra["updates"])
+    greedy = made.greedy * sum(arms - place for place in range(m))
+    with jax.set_mesh(mesh_lib.make(config.mesh)):
+        # Batches that no update has seen.
+        batches = [data.draw("val", config.steps + number) for number in range(LAYER_BATCHES)]
+        masks = [bandit.mask(subset, arms) for subset in ((), *((arm,) for arm in range(arms)))]
+        lost = [np.mean([float(made.loss(params, batch, mask)) for batch in batches]) for mask in masks]
+    return {
+        "skips": sorted(bandit.final(extra["preference"], m).tolist()),
+        "preference": extra["preference"].tolist(),
+        "history": watch.history if len(watch.history) == updates else [],
+        **{name: int(extra[name]) for name in ("updates", "poisoned", "flat")},
+        "candidate_passes": updates * config.das.candidates * (made.bandit.candidates > 0) + greedy,
+        "programs": programs + made.loss._cache_size(),
+        "loss_with_all": float(lost[0]),
+        "loss_without": [float(loss) for loss in lost[1:]],
+    }
+
+
+def answers(config: Any, model: Any, data: Any, params: Any) -> np.ndarray:
     """Which test questions are answered rightly, by their number."""
-    model = das.vlm(spec, **vlm.options(config))
     run = jax.jit(lambda p, b: vlm.asked(model, p, b).right)
     params = jax.tree.map(jnp.asarray, params)
     told: dict[int, bool] = {}
@@ -155,7 +253,7 @@ def wanted(name: str, only: str) -> bool:
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=KINDS)
+    parser.add_argument("what", choices=KINDS, nargs="+")
     parser.add_argument("--seed", type=int, action="append", help="one of them; else all")
     parser.add_argument("--only", default="", help="arms whose name contains this; =NAME is that one")
     parser.add_argument("--out", type=Path, default=RECORDS)
@@ -164,15 +262,15 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     more = dict(pair.split("=", 1) for pair in options.leaf)
     rows = tables.read_jsonl(options.out) if options.out.exists() else []
-    known = {(r["kind"], r["name"], r["seed"]) for r in rows}
+    known, executables = {(r["kind"], r["name"], r["seed"]) for r in rows}, Executables()
     for seed in options.seed or SEEDS:
-        for arm in KINDS[options.what]():
-            if not wanted(arm[0], options.only) or (options.what, arm[0], seed) in known:
+        for kind, arm in [(what, arm) for what in options.what for arm in KINDS[what]()]:
+            if not wanted(arm.name, options.only) or (kind, arm.name, seed) in known:
                 continue
-            found = one(options.runs, options.what, arm, seed, more)
+            found = one(options.runs, kind, arm, seed, more, executables)
             options.out.parent.mkdir(exist_ok=True)
-            record.write(options.out, {"kind": options.what, "name": arm[0], "seed": seed, **found})
-            print(f"{arm[0]}, seed {seed}: {100 * found['top1']:.1f} %", file=sys.stderr)
+            record.write(options.out, {"kind": kind, "name": arm.name, "seed": seed, **found})
+            print(f"{kind}: {arm.name}, seed {seed}: {100 * found['top1']:.1f} %", file=sys.stderr)
     return 0
 
 

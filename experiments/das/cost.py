@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What leaving layers out saves in time, and what looking for them costs.
 
-    python -m experiments.das.cost             SmolLM2's decoder behind 64 visual tokens; nothing else may use the cores
-    python -m experiments.das.cost --tiny      a model of no meaning, to try the script
+    python -m experiments.das.cost latency     a whole prompt, image and text, of the model of configs/das.py:easyvqa
+    python -m experiments.das.cost search      SmolLM2's decoder behind 64 visual tokens, also while layers are sought
+    ... --tiny                                 a model of no meaning, to try the script
 
-Times do not depend on weights, which are random. A record has the median times of one batch and their ratios: the model
-without adapters, with adapters, with m layers left out while it runs (the search's program) and with m removed; the
-gradient in the adapters of the last three; and the forward pass of a candidate, from which follows the share that c
-candidates every `every` steps add. Appends to results/cost.jsonl.
+Nothing else may use the cores. Times do not depend on weights, which are random.
+
+A record of `latency` has the times of a batch of 32 with adapters in all layers and with m = 1, 2, 4 layers removed,
+which take turns, and what part of the work that is saved is time that is saved. One of `search` has, for one m, the
+median times and their ratios of the decoder without adapters, with adapters, with m layers left out while it runs (the
+search's program) and with m removed; the gradient in the adapters of the last three; and the forward pass of a
+candidate, from which follows the share that c candidates every `every` steps add. Appends to results/cost.jsonl.
 """
 
 from __future__ import annotations
@@ -21,10 +25,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.das import main as experiment
+from experiments.vlm import main as vlm
 from vtjax.account import flops, record, timing
+from vtjax.cli import config as config_lib
 from vtjax.methods import das
 from vtjax.models.adapters import STYLES
 from vtjax.models.lm import LM
+from vtjax.models.vlm import VLM
 from vtjax.ops import bandit
 from vtjax.spec import LMSpec
 
@@ -32,6 +40,7 @@ RECORDS = Path(__file__).resolve().parent / "results" / "cost.jsonl"
 SMOLLM2 = {"depth": 30, "width": 576, "heads": 9, "kv_heads": 3, "mlp": 1536, "vocab": 49152, "context": 2048}
 TINY = {"depth": 4, "width": 32, "heads": 2, "mlp": 64, "vocab": 64}
 TOKENS, BATCH = 128, 4
+REMOVED, ROWS = (1, 2, 4), 32
 CANDIDATES, EVERY = 3, 10
 
 
@@ -99,15 +108,56 @@ def one(shape: dict[str, Any], m: int, rounds: int, seed: int = 0) -> dict[str, 
     }
 
 
+def latency(config: Any, removed: tuple[int, ...], rows: int, rounds: int, seed: int = 0) -> dict[str, Any]:
+    """Times whole prompts, one image and `flops.QUESTION` tokens of text a row, to the logits of the last one."""
+    base, _ = vlm.composed(config)
+    whole, searched = das.install(
+        base, jax.jit(VLM(base).init)(jax.random.key(seed)), experiment.style_of(config), jax.random.key(1)
+    )
+    order, rng = np.random.default_rng(seed).permutation(base.decoder.depth), np.random.default_rng(seed)
+    length = base.placeholders + flops.QUESTION
+    ids = rng.integers(1, base.decoder.vocab, (rows, length)).astype(np.int32)
+    ids[ids == base.image_token] = 0
+    ids[:, : base.placeholders] = base.image_token
+    images = rng.normal(size=(rows, *base.image_size, 3)).astype(np.float32)
+
+    def prompt(spec: Any, params: Any) -> Callable[[], Any]:
+        model, slot = das.vlm(spec), np.full((rows, 1), length - 1)
+        run = jax.jit(lambda p: model.apply(p, ids, images, slots=slot)[0])
+        return lambda: run(params)
+
+    made = {m: das.remove(whole, searched, sorted(order[:m].tolist())) for m in (0, *removed)}
+    found = timing.compare({str(m): timing.timer(prompt(*each)) for m, each in made.items()}, rounds=rounds, calls=5)
+    work = {m: flops.macs(spec, length) + das.adapter_cost(spec.decoder, length)[1] for m, (spec, _) in made.items()}
+    cuts = {
+        str(m): {"work": 1 - work[m] / work[0], "time": 1 - found.timings[str(m)].median / found.timings["0"].median}
+        for m in removed
+    }
+    for m, cut in cuts.items():
+        # Ratios within a round: what else the machine did meets both.
+        low, high = found.ratio_range(m, "0")
+        cut |= {"time_p10": 1 - high, "time_p90": 1 - low, "realised": cut["time"] / cut["work"]}
+    return {
+        **{"kind": "latency", "layers": base.decoder.depth, "order": order.tolist(), "batch": rows, "tokens": length},
+        **{"seed": seed, "macs": {str(m): count for m, count in work.items()}, "cut": cuts, "timing": found.summary()},
+    }
+
+
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("latency", "search"), nargs="+")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--skips", default="2,4,8", help="m, one after the other")
+    parser.add_argument("--skips", default="2,4,8", help="m of a search, one after the other")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
-    for m in (1,) if options.tiny else map(int, options.skips.split(",")):
+    if "latency" in options.what:
+        config = config_lib.load_config("configs/das.py", "tiny" if options.tiny else "easyvqa")
+        sizes = ((1, 2), 2) if options.tiny else (REMOVED, ROWS)
+        made = record.write(options.out, latency(config, *sizes, options.rounds))
+        print(f"cut of work and time by layers removed: {made['cut']}", file=sys.stderr)
+    for m in () if "search" not in options.what else (1,) if options.tiny else map(int, options.skips.split(",")):
         made = record.write(options.out, one(TINY if options.tiny else SMOLLM2, m, options.rounds))
         print(f"m = {m}: {made['mac_ratio']:.2f} times less work, {made['time_ratio']} times as fast", file=sys.stderr)
     return 0

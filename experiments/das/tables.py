@@ -23,8 +23,13 @@ Records = list[dict[str, Any]]
 
 def build(results: Path = HERE / "results") -> dict[str, str]:
     """Markdown by table name; a table whose records do not exist says so."""
-    makers = (("planted", "search", planted), ("null", "search", null), ("toy", "search", toy))
-    return tables.from_records(results, (*makers, ("arms", "accuracy", arms), ("cost", "cost", cost)))
+    makers = (
+        *(("planted", "search", planted), ("null", "search", null), ("toy", "search", toy)),
+        *(("base", "accuracy", base), ("arms", "accuracy", arms), ("versus", "accuracy", versus)),
+        *(("searches", "accuracy", searches), ("disturbed", "accuracy", disturbed)),
+        *(("latency", "cost", latency), ("cost", "cost", cost)),
+    )
+    return tables.from_records(results, makers)
 
 
 def planted(records: Records) -> str:
@@ -74,27 +79,141 @@ def toy(records: Records) -> str:
     )
 
 
-def arms(records: Records) -> str:
-    """Every arm: accuracy, work, what is trained, and paired differences from adapters without skipping."""
-    used = [r for r in records if r["kind"] in ("arms", "depth")]
+def base(records: Records) -> str:
+    """The models that every arm starts from."""
+    used = by_arm(records, "base").get("base", [])
     if not used:
         return ""
-    found = {**by_arm(records, "arms"), **by_arm(records, "depth")}
-    plain, rows = found.get("adapters", []), []
+    kinds = sorted(name for name in used[0] if name.startswith("top1@"))
+    rows = [
+        (r["seed"], f"{r['params']:,}", f"{r['steps']:,}", *(f"{100 * r[name]:.1f} %" for name in ("top1", *kinds)))
+        for r in used
+    ]
+    header = ("seed", "parameters", "steps", "all", *(name.removeprefix("top1@") for name in kinds))
+    return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+def runs_of(records: Records, *kinds: str) -> dict[str, Records]:
+    """Records by arm, of several kinds."""
+    return {name: found for kind in kinds for name, found in by_arm(records, kind).items()}
+
+
+def arms(records: Records) -> str:
+    """Every arm: accuracy, work, what is trained, and the paired difference from adapters without skipping."""
+    found = runs_of(records, "arms", "others")
+    if not (plain := found.get("adapters", [])):
+        return ""
+    rows = []
     for name, runs in found.items():
-        work = f"{mean(runs, 'macs_per_prompt') / mean(plain, 'macs_per_prompt'):.3f}" if plain else ""
-        skips = "; ".join(", ".join(map(str, r["skips"])) for r in runs) if runs[0]["skips"] else "none"
+        tops = [100 * r["top1"] for r in runs]
+        work = mean(runs, "macs_per_prompt") / mean(plain, "macs_per_prompt")
+        skips = "; ".join(", ".join(str(layer + 1) for layer in r["skips"]) for r in runs) if runs[0]["skips"] else ""
         rows.append(
-            (name, f"{100 * mean(runs, 'top1'):.1f}", beside(runs, plain) if plain and name != "adapters" else "", work,
-             f"{mean(runs, 'trained'):.0f}", skips, len(runs))
-        )  # fmt: skip
-    header = ("arm", "accuracy, %", "minus adapters", "work over adapters'", "trained", "layers left out", "seeds")
+            (
+                name,
+                len(runs),
+                f"{sum(tops) / len(tops):.1f} [{min(tops):.1f}, {max(tops):.1f}]",
+                "" if name == "adapters" else beside(runs, plain),
+                f"{100 * (work - 1):+.1f} %",
+                f"{mean(runs, 'trained'):,.0f}",
+                skips,
+            )
+        )
+    header = ("arm", "seeds", "accuracy, %", "minus adapters", "work", "trained", "layers left out, from 1")
+    used = [r for runs in found.values() for r in runs]
+    return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+def versus(records: Records) -> str:
+    """The bandit's choice minus the other ways to choose as many layers."""
+    found = by_arm(records, "arms")
+    rows = []
+    for m in (1, 2, 4):
+        own = found.get(f"bandit m={m}", [])
+        for name in (f"random m={m}", f"greedy m={m}", f"bandit m={m} one batch"):
+            if own and name in found:
+                rows.append((m, name, beside(own, found[name])))
+    if not rows:
+        return ""
+    return tables.markdown(("m", "the bandit's choice minus", "points"), rows)
+
+
+def searches(records: Records) -> str:
+    """What a search costs beside one fine-tuning of the same seed."""
+    found, tuned = by_arm(records, "search"), by_arm(records, "arms").get("adapters", [])
+    if not found or not tuned:
+        return ""
+    seconds = {r["seed"]: r["seconds"] for r in tuned}
+    rows = []
+    for name, runs in found.items():
+        both = [r["seconds"] / seconds[r["seed"]] for r in runs if r["seed"] in seconds]
+        rows.append(
+            (
+                name,
+                len(runs),
+                f"{mean(runs, 'steps'):.0f}",
+                f"{mean(runs, 'updates'):.0f}",
+                f"{mean(runs, 'candidate_passes'):.0f}",
+                f"{sum(both) / len(both):.2f}" if both else "",
+                " or ".join(sorted({str(r["programs"]) for r in runs})),
+                sum(r["poisoned"] + r["flat"] for r in runs),
+            )
+        )
+    header = ("search", "seeds", "training steps", "updates", "forward passes of candidates")
+    header += ("seconds over one fine-tuning's", "programs", "updates dropped")  # type: ignore[assignment]
+    used = [r for runs in found.values() for r in runs]
+    return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+def disturbed(records: Records) -> str:
+    """Searches with noisy or few answers: how much of the clean choice is left, and what fine-tuning makes of it."""
+    found, clean = by_arm(records, "disturbed"), by_arm(records, "arms").get("bandit m=2", [])
+    there, rows = {r["seed"]: r for r in clean}, []
+    for name, runs in found.items():
+        if name.startswith("search"):
+            continue
+        pairs = [(set(r["skips"]), set(there[r["seed"]]["skips"])) for r in runs if r["seed"] in there]
+        rows.append(
+            (
+                name,
+                len(runs),
+                " ".join(f"{len(own & other)}/{len(other)}" for own, other in pairs),
+                f"{100 * mean(runs, 'top1'):.1f}",
+                beside(runs, clean),
+            )
+        )
+    if not rows:
+        return ""
+    header = ("search", "seeds", "layers of the clean choice, by seed", "accuracy, %", "minus clean choice")
+    used = [r for runs in found.values() for r in runs]
+    return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+def latency(records: Records) -> str:
+    """Time saved beside work saved; the latest record."""
+    used = [r for r in records if r["kind"] == "latency"][-1:]
+    rows = [
+        (
+            f"{m} of {r['layers']}",
+            r["batch"],
+            f"{100 * cut['work']:.1f} %",
+            f"{100 * cut['time']:.1f} % [{100 * cut['time_p10']:.1f}, {100 * cut['time_p90']:.1f}]",
+            f"**{cut['realised']:.2f}**",
+        )
+        for r in used
+        for m, cut in r["cut"].items()
+    ]
+    if not rows:
+        return ""
+    header = ("layers left out", "batch", "work saved", "time saved (10th and 90th percentile)", "time over work")
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
 
 def cost(records: Records) -> str:
     """Time saved over work saved, and the search's share; the latest record of every case."""
-    latest = {(r["layers"], r["m"]): r for r in records}
+    latest = {(r["layers"], r["m"]): r for r in records if r["kind"] == "cost"}
+    if not latest:
+        return ""
     rows = [
         (
             f"{m} of {layers}",

@@ -18,7 +18,7 @@ so all lengths follow from the data alone; the stream, its stretches and the bat
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -317,7 +317,9 @@ def open_split(config: Any, split: str) -> Questions:
     wanted = leaves.get(config["name"], ())
     if missing := [name for name in wanted if name not in config]:
         raise InputError(f"config.data.name={config['name']!r} needs config.data.{missing[0]}, found no such leaf")
-    own: dict[str, Any] = {name: config[name] for name in wanted}
+    # Leaves of the other sets stand in the config, too: they count as read (`cli.config.check_read`).
+    known: dict[str, Any] = {name: config[name] for names in leaves.values() for name in names if name in config}
+    own = {name: known[name] for name in wanted}
     elsewhere = {"path": config["path"]} if config["path"] else {}
     options = {**own, **elsewhere}
     return questions.open_questions(config["name"], split, **options)
@@ -360,6 +362,7 @@ def from_config(
     preprocess: Preprocess | None = None,
     rows: Sequence[int] | None = None,
     frame_order: Sequence[int] | None = None,
+    edit: Callable[[Questions, str], Questions] | None = None,
 ) -> tuple[QuestionData, Tokenizer]:
     """Data that `config.data` describes, and the tokenizer.
 
@@ -369,6 +372,7 @@ def from_config(
       tokenizer: None = one of the words of the training split, questions and answers.
       template: how it writes.
       preprocess: what the model's spec says; None = the whole image, mean and std 0.5.
+      edit: `(questions, split) -> questions`, what is asked in place of those of a split, such as noisy answers.
 
     Raises:
       InputError: as `questions.open_questions` and `QuestionData`; augmentation or workers, which are not
@@ -390,6 +394,9 @@ def from_config(
     if config["types"]:
         train = None if train is None else train.of_types(config["types"])
         evaluation = evaluation.of_types(config["types"])
+    if edit is not None:
+        train = None if train is None else edit(train, config["train_split"])
+        evaluation = edit(evaluation, config["eval_split"])
     names = ("crop", "interpolation", "squash", "mean", "std")
     form = {} if preprocess is None else {name: getattr(preprocess, name) for name in names}
     data = QuestionData(
