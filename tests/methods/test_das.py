@@ -197,12 +197,25 @@ def test_greedy_takes_the_next_cheapest_one_beside_those_that_are_gone():
 CROSSING = dataclasses.replace(BASE, image_token=5, bridge=BridgeSpec("none", cross=CrossSpec.flamingo((0,), 16, 2, 6)))
 
 
+def test_layers_that_read_images_or_pool_them_are_no_arms():
+    pooling = CROSSING.edit(decoder=TEXT.edit(blocks={1: {"reduce": "dpn:stage=0"}}))
+    assert das.arms(BASE) == (0, 1, 2) and das.arms(CROSSING) == (1, 2) and das.arms(pooling) == (2,)
+    spec, _ = das.install(pooling, None, SMALL["llama"], None)
+    own = das.attached(spec.decoder)
+    assert [layer for layer, site, _ in own if site == "instead"] == [2]
+    assert [layer for layer, site, _ in own if site == "attn_in"] == [0, 1, 2]
+    with pytest.raises(InputError, match=r"skips must be among the layers that may be left out, \(2,\), found 1"):
+        das.remove(spec, None, [1])
+    short, _ = das.remove(spec, None, [2])
+    assert das.arms(short) == (2,) and short.decoder.blocks[1].reduce == "dpn:stage=0"
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         (das.remove(SPEC, None, [1])[0], "needs all layers whole and without reducers, found attn=False"),
-        (CROSSING, "found one with cross-attention in some"),
-        (BASE.edit(decoder=TEXT.edit(blocks={0: {"reduce": "dpn:stage=0"}})), "reduce='dpn:stage=0' at layer 0"),
+        (SPEC.edit(decoder=SPEC.decoder.edit(blocks={0: {"reduce": "dpn:stage=0"}})), "reduce='dpn:stage=0' at layer 0"),
+        (BASE.edit(bridge=BridgeSpec("none", cross=CrossSpec.flamingo((0, 1, 2), 16, 2, 6)), image_token=5), "none"),
     ],
 )
 def test_models_that_cannot_be_searched_are_refused(spec, message):

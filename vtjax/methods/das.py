@@ -35,9 +35,34 @@ PREFIX = f"^decoder/{METHOD}/"
 """Regex of the parameters of adapters in a multimodal model; what ends in `norm_in/scale` is a frozen copy."""
 
 
-def install(spec: Any, params: Any, style: Style, key: jax.Array | None, parent: str = "") -> tuple[Any, Any]:
-    """The model with fresh adapters for a search: inside of every layer, and instead of it. Others that were there are
-    dropped.
+def arms(spec: Any) -> tuple[int, ...]:
+    """The layers that a search may leave out: of a model with adapters those of its search; of a ViT or decoder all; of
+    a multimodal model the decoder's whole layers after which nothing is pooled, and in which the text does not read
+    visual tokens (ours: neither is defined by the paper, whose models have neither)."""
+    if isinstance(spec, VLMSpec):
+        if is_installed(spec.decoder):
+            return arms(spec.decoder)
+        reading = () if spec.bridge.cross is None else spec.bridge.cross.layers
+        return tuple(
+            index
+            for index, block in enumerate(spec.decoder.blocks)
+            if block.attn and block.ffn and block.reduce is None and index not in reading
+        )
+    made = [step for step in spec.lineage if step.operation == f"{METHOD}.install"]
+    told = json.loads(made[-1].arguments).get("arms") if made else None
+    return tuple(range(spec.depth)) if told is None else tuple(told)
+
+
+def install(
+    spec: Any,
+    params: Any,
+    style: Style,
+    key: jax.Array | None,
+    parent: str = "",
+    among: tuple[int, ...] | None = None,
+) -> tuple[Any, Any]:
+    """The model with fresh adapters for a search: inside of every layer, and instead of every arm. Others that were
+    there are dropped.
 
     Args:
       spec: of a ViT, a decoder, or a multimodal model, whose decoder gets them; nothing is removed from it.
@@ -45,22 +70,28 @@ def install(spec: Any, params: Any, style: Style, key: jax.Array | None, parent:
       style: see `models.adapters.STYLES`.
       key: of their fresh weights; None where there are no parameters.
       parent: the model's `params_sha256`, for the lineage.
+      among: the arms, ascending; None = `arms(spec)`.
 
     Raises:
-      InputError: a model with removed layers, token reducers, or cross-attention in its decoder.
+      InputError: no arms; an arm that is not whole, or after which a reducer acts.
     """
     if isinstance(spec, VLMSpec):
-        if spec.bridge.cross is not None:
-            raise InputError("DAS leaves out whole layers of a decoder, found one with cross-attention in some")
-        inner, own = install(spec.decoder, None if params is None else params["decoder"], style, key, parent)
+        # A search anew may have lost nothing, so it has the arms of the one before.
+        among = arms(spec) if among is None else among
+        inner, own = install(spec.decoder, None if params is None else params["decoder"], style, key, parent, among)
         return spec.edit(decoder=inner), None if params is None else {**params, "decoder": own}
-    for index, block in enumerate(spec.blocks):
+    among = arms(spec) if among is None else among
+    if not among:
+        raise InputError("a search needs layers that may be left out, found none")
+    for index in among:
+        block = spec.blocks[index]
         if not (block.attn and block.ffn) or block.reduce is not None:
             raise InputError(
                 f"a search needs all layers whole and without reducers, found attn={block.attn}, ffn={block.ffn}, "
                 f"reduce={block.reduce!r} at layer {index}"
             )
-    arguments = json.dumps({"style": dataclasses.asdict(style)})
+    told = {} if len(among) == spec.depth else {"arms": list(among)}
+    arguments = json.dumps({"style": dataclasses.asdict(style), **told})
     after = spec.edit(lineage=(*spec.lineage, Lineage(parent, f"{METHOD}.install", arguments)))
     if params is None:
         return after, None
@@ -73,7 +104,7 @@ def added(spec: ModelSpec, params: Mapping[str, Any], key: jax.Array) -> dict[st
     if METHOD in params:
         return dict(params)
     style, search = installed(spec)
-    own = init_attached(spec, style, key, search)
+    own = init_attached(spec, style, key, search, arms(spec))
     for name, block in own.items():
         if style.normed and "skip" in block and name in params:
             block["skip"]["norm_in"] = params[name]["norm1"]  # frozen with the rest of the layer
@@ -105,7 +136,7 @@ def attached(spec: ModelSpec) -> tuple[tuple[int, str, Adapter], ...]:
     if not is_installed(spec):
         return ()
     style, search = installed(spec)
-    return attach(spec, style, getattr(spec, "eps", 1e-6), search)
+    return attach(spec, style, getattr(spec, "eps", 1e-6), search, arms(spec))
 
 
 def vlm(spec: VLMSpec, **options: Any) -> VLM:
@@ -134,15 +165,18 @@ def remove(spec: Any, params: Any, skips: Any, parent: str = "") -> tuple[Any, A
       parent: the model's `params_sha256`, for the lineage.
 
     Raises:
-      InputError: no such list; a module that is gone already.
+      InputError: no such list; a module that is gone already, or that is no arm.
     """
     if isinstance(spec, VLMSpec):
+        _check_arms(spec, skip_list(skips, spec.decoder.depth))
         inner, own = remove(spec.decoder, None if params is None else params["decoder"], skips, parent)
         return spec.edit(decoder=inner), None if params is None else {**params, "decoder": own}
     gone = skip_list(skips, spec.arms if isinstance(spec, FusionSpec) else spec.depth)
     for index in gone:
         if not spec.blocks[index].attn and not spec.blocks[index].ffn:
             raise InputError(f"skips must name modules that are there, found {index}, which is gone")
+    if not isinstance(spec, FusionSpec):
+        _check_arms(spec, gone)
     step = Lineage(parent, "das.remove", json.dumps({"skips": gone}))
     if isinstance(spec, FusionSpec):
         after: Any = spec.skipping(gone)
@@ -162,6 +196,13 @@ def remove(spec: Any, params: Any, skips: Any, parent: str = "") -> tuple[Any, A
     if METHOD in params:
         params[METHOD] = {name: own for name, own in params[METHOD].items() if own}
     return after, params
+
+
+def _check_arms(spec: Any, gone: tuple[int, ...]) -> None:
+    possible = arms(spec)
+    for index in gone:
+        if index not in possible and (spec.blocks[index].attn or spec.blocks[index].ffn):
+            raise InputError(f"skips must be among the layers that may be left out, {possible}, found {index}")
 
 
 def groups(streams: int, head: float) -> dict[str, dict[str, Any]]:

@@ -339,12 +339,20 @@ def reducer(text: str, spec: VLMSpec) -> Dpn:
 
 
 def reducers(spec: VLMSpec) -> tuple[tuple[int, Dpn], ...]:
-    """`(layer, reducer)` of every stage, as `VLM` takes them."""
-    return tuple(
+    """`(layer, reducer)` of every stage, as `VLM` takes them.
+
+    Raises:
+      InputError: a stage with fewer than `AFTER` layers behind it that are there.
+    """
+    made = tuple(
         (layer, reducer(block.reduce, spec))
         for layer, block in enumerate(spec.decoder.blocks)
         if block.reduce is not None and block.reduce.startswith(f"{NAME}:")
     )
+    left = sum(block.attn or block.ffn for block in spec.decoder.blocks[made[-1][0] + 1 :]) if made else AFTER
+    if left < AFTER:
+        raise InputError(f"dpn needs at least {AFTER} layers after its last stage, found {left} that were not removed")
+    return made
 
 
 def _check(made: Dpn) -> None:

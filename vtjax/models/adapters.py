@@ -10,7 +10,7 @@ Letters: B batch, N tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -195,7 +195,7 @@ STYLES = {
 
 
 def attach(
-    spec: ModelSpec, style: Style, eps: float = 1e-6, search: bool = False
+    spec: ModelSpec, style: Style, eps: float = 1e-6, search: bool = False, arms: Collection[int] | None = None
 ) -> tuple[tuple[int, str, Adapter], ...]:
     """The `adapters` of a ViT or LM: of every kept block in its sites, of every removed one in its place.
 
@@ -203,27 +203,32 @@ def attach(
       spec: of the model, with what is skipped for good removed (`attn=False, ffn=False`).
       eps: of the norm that skip adapters read, where they do: the model's own.
       search: kept blocks have a skip adapter, too, which acts where the knob `skipped [L]` says so.
+      arms: the layers that have skip adapters; None = all. What is empty and none of them stays empty.
     """
     found: list[tuple[int, str, Adapter]] = []
     stand_in = Attached(style.skip, "skip", eps=eps if style.normed else None)
     for index, block in enumerate(spec.blocks):
+        arm = arms is None or index in arms
         if not block.attn and not block.ffn:
-            found.append((index, "skip", stand_in))
+            if arm:
+                found.append((index, "skip", stand_in))
             continue
         for site in style.sites:
             if block.attn if site.startswith("attn") else block.ffn:
                 adds = site.endswith("_in") and style.inner.form != "residual"
                 found.append((index, site, Attached(style.inner, site, adds)))
-        if search:
+        if search and arm:
             found.append((index, "instead", stand_in))
     return tuple(found)
 
 
-def init_attached(spec: Any, style: Style, key: Array, search: bool = False) -> dict[str, Any]:
+def init_attached(
+    spec: Any, style: Style, key: Array, search: bool = False, arms: Collection[int] | None = None
+) -> dict[str, Any]:
     """Fresh parameters for `attach`, by block: what goes into `params["das"]`. A `norm_in` is all ones: copy the
     block's `norm1` into it."""
     params: dict[str, Any] = {}
-    for index, _, adapter in attach(spec, style, search=search):
+    for index, _, adapter in attach(spec, style, search=search, arms=arms):
         assert isinstance(adapter, Attached)
         site_key = jax.random.fold_in(jax.random.fold_in(key, index), (*style.sites, "skip").index(adapter.name))
         p = init(adapter.spec, site_key, spec.width)

@@ -63,6 +63,8 @@ def check_slots(
         if not acts.get(site, block.attn):
             state = f"attn={block.attn}, ffn={block.ffn}"
             raise InputError(f"{site!r} at layer {layer} would not act: the block has {state}")
+        if site == "instead" and (layer, "reducer") in slots:
+            raise InputError(f"layer {layer} must not be skipped for some batches and reduce for all, found both")
 
 
 def check_reducers(spec: ModelSpec, reducers: Sequence[tuple[int, Reducer]]) -> None:

@@ -53,8 +53,8 @@ class VLM:
       attention: of the decoder, see `LM`.
       reducers, adapters: of the decoder, see `LM`.
       tower_reducers, tower_adapters: of the tower, see `ViT`; a tiled one has neither. Where each visual token has its
-        placeholder, the grid is restored (`ops.token_reduction.unmerge`): a merged patch copies its holder, and the
-        placeholder of a pruned one is dead.
+        placeholder, or a reducer of the decoder works on the grid, the grid is restored
+        (`ops.token_reduction.unmerge`): a merged patch copies its holder; a pruned one is dead, as is its placeholder.
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
       attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
       frames: how images go through the tower; where they lie on devices of their own, sharding is injected here.
@@ -192,20 +192,21 @@ class VLM:
 
         Returns:
           logits: float32, of the wanted slots, or of every slot of the text; padding's mean nothing.
-          aux: as of `LM.apply`, and `visual [B, I * T, E]`, what the tower and the projector made of the images, of as
-            many tiles as are given (and of `frames`' filling).
+          aux: as of `LM.apply`, and with images `visual [B, I * T, E]`, what the tower and the projector made of them,
+            of as many tiles as are given (and of `frames`' filling); and `tower`, of a tower with reducers, one dict
+            per layer with its `decisions`, whose samples are the images as `frames.join` orders them.
 
         Raises:
           InputError: what `LM.apply` refuses; images of another size; placeholders that do not fit the images (where
             the values are known, which they are not inside `jit`).
         """
-        entered, visual = self.enter(
+        entered, seen = self.enter(
             params, input_ids, images, image_mask, attention_mask, positions, aspect_ratio, segments, image_number,
             image_interval,
         )  # fmt: skip
         text = {"attention_mask": attention_mask, "positions": positions, "segments": segments, **entered}
         y, aux = self.lm.apply(self.decoder_params(params), knobs=knobs, want=want, slots=slots, **text)
-        return y, aux if visual is None else {**aux, "visual": visual}
+        return y, {**aux, **seen}
 
     def generate(
         self,
@@ -246,17 +247,17 @@ class VLM:
 
     def look(
         self, params: Params, images: Images, aspect_ratio: Ratio | None = None
-    ) -> tuple[Float[Array, "B M E"], Int[Array, "B I T"]]:
+    ) -> tuple[Float[Array, "B M E"], Int[Array, "B I T"], list[dict[str, Any]]]:
         """What tower and projector make of the images (and aspect ratios) as `apply` takes them: visual tokens, image
-        by image, M = I * T, and 1 where they live (0 where the tower dropped them, or an image lacks the tile). I is
-        what `frames` fills up to; of tiles those count that are given."""
+        by image, M = I * T, 1 where they live (0 where the tower dropped them, or an image lacks the tile), and what
+        the tower's layers tell. I is what `frames` fills up to; of tiles those count that are given."""
         spec = self.spec
         many = images[:, None] if images.ndim == 4 else images
         flat = self.frames.join(jnp.asarray(many))
         ratio = () if aspect_ratio is None else (self.frames.join(jnp.asarray(aspect_ratio)),)
         _, aux = self.tower.apply(self._tower_params(params["tower"]), flat, *ratio)
         x, alive = aux["features"], aux["tokens"].alive
-        if self.tower_reducers and spec.bridge.cross is None:
+        if self.tower_reducers and (spec.bridge.cross is None or self._on_grid):
             whole, known = token_reduction.unmerge(aux["tokens"].replace(x=x), spec.tower.grid, spec.tower.prefix)
             x, live = whole.reshape(len(x), -1, x.shape[-1]), known.reshape(len(x), -1).astype(jnp.int32)
         else:
@@ -272,7 +273,7 @@ class VLM:
         if spec.bridge.projector != "none":
             x = call_module(self._projector, jax.tree.map(jnp.asarray, params["bridge"]["projector"]), x)
         x, live = (self.frames.split(a, len(many)) for a in (x, live))
-        return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live
+        return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live, aux["blocks"]
 
     def enter(
         self,
@@ -286,9 +287,9 @@ class VLM:
         segments: Ids | None = None,
         image_number: Numbers | None = None,
         image_interval: Intervals | None = None,
-    ) -> tuple[dict[str, Any], Float[Array, "B M E"] | None]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `LM.apply` takes of text and images (`embeddings`, `memory`, `lattice`; and `attention_mask` or
-        `segments` anew where the tower pruned patches), and the visual tokens.
+        `segments` anew where the tower pruned patches), and what `apply` tells of the images.
 
         Raises:
           InputError: as `apply`.
@@ -312,8 +313,9 @@ class VLM:
             halved = jnp.zeros((len(x), 2), jnp.int32)
             known["lattice"] = Lattice(place if cross is None else jnp.full_like(place, -1), asks, halved)
         if images is None:
-            return known, None
-        visual, live = self.look(params, images, aspect_ratio)
+            return known, {}
+        visual, live, layers = self.look(params, images, aspect_ratio)
+        seen = {"visual": visual, **({"tower": layers} if self.tower_reducers else {})}
         count = 1 if images.ndim == 4 else images.shape[1]
         if cross is None:
             filling = live.shape[1] - count
@@ -328,7 +330,7 @@ class VLM:
                 else:
                     mask = 1 if attention_mask is None else jnp.asarray(attention_mask)
                     known["attention_mask"] = there.astype(jnp.int32) * mask
-            return known, visual
+            return known, {**seen, "visual": visual}
         if segments is not None:
             placeholder = self._shared(placeholder, segments)
         if image_number is None:
@@ -355,7 +357,7 @@ class VLM:
             low=low,
             high=high,
         )
-        return {**known, "memory": memory}, visual
+        return {**known, "memory": memory}, seen
 
     @staticmethod
     def _shared(placeholder: Array, segments: Any) -> Array:
@@ -464,6 +466,11 @@ class VLM:
         """`[B, N, ...]` without the tokens of each tile that are not patches."""
         by_tile = a.reshape(len(a), tiles, -1, *a.shape[2:])[:, :, self.spec.tower.prefix :]
         return by_tile.reshape(len(a), -1, *a.shape[2:])
+
+    @property
+    def _on_grid(self) -> bool:
+        """Some reducer of the decoder pools the patches of an image where they lie."""
+        return any(hasattr(reducer, "grid") for _, reducer in self.reducers)
 
     @property
     def _projector(self) -> Projector:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chain of `configs/all_five.py:tiny`: every step builds on the one before, is saved, loaded, and generates."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+import vtjax
+from experiments.all_five import main as five
+from experiments.vlm import main as vlm
+from vtjax import methods, weights
+from vtjax.cli import assemble
+from vtjax.cli import config as config_lib
+from vtjax.errors import InputError
+from vtjax.methods import das, dpn, ltmp
+from vtjax.train import loop
+
+CONFIG = "configs/all_five.py"
+
+
+def config_of(add, workdir, init_from="", **leaves):
+    given = {"init_from": str(init_from), **{name: str(value) for name, value in leaves.items()}}
+    config = config_lib.load_config(CONFIG, f"tiny,add={add}", given)
+    config_lib.override(config, "workdir", str(workdir))
+    return config
+
+
+def trained(config):
+    task, data = assemble.assemble(config)
+    return task, loop.train(task, data, config, config.workdir)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Spec and parameters with all methods, of the steps' own surgeries; nothing is trained."""
+    spec, params = base_of(tmp_path_factory.mktemp("five"))
+    for add in ("dgmr", "ltmp", "dpn", "search"):
+        spec, params = added(add, spec, params)
+    return spec, params
+
+
+def base_of(folder):
+    config = config_of("base", folder / "base")
+    spec, init = vlm.source(config)
+    return spec, jax.jit(lambda key: init(key)[0])(jax.random.key(0))
+
+
+def added(add, spec, params):
+    config = config_of(add, "", "unread")
+    after, convert = five.ADD[add](config, spec, lambda key: (params, {}, {}))
+    key = jax.random.key(1)
+    return after, five.completed(after, convert(params, key), key)
+
+
+def prompts(spec):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(2, 3, *spec.image_size, 3)).astype(np.float32)
+    text = rng.integers(1, spec.image_token, (2, 6))
+    parts = [np.full((2, 3), spec.image_token), text, np.full((2, 1), spec.router_token)]
+    return np.concatenate(parts, axis=1).astype(np.int32), images
+
+
+def says_what_it_reads(m):
+    """Generation over the cache is greedy decoding of what the model says to the whole text."""
+    ids, images = prompts(m.spec)
+    new, _ = m.generate(m.params, ids, images, new_tokens=3)
+    text = np.concatenate([ids, np.asarray(new)], axis=1)
+    logits = np.asarray(jax.jit(m.apply)(m.params, text, images)[0])
+    np.testing.assert_array_equal(logits[:, len(ids[0]) - 1 : -1].argmax(-1), new)
+
+
+def test_all_of_them_at_once_build_skip_remove_are_saved_and_generate(whole, tmp_path):
+    spec, params = whole
+    assert five.present(spec) == ["dgmr", "ltmp", "dpn", "das"]
+    gone = das.arms(spec)[-1]
+    short, kept = das.remove(spec, params, [gone])
+    weights.save(tmp_path / "model.safetensors", short, kept)
+    m = vtjax.load(tmp_path / "model.safetensors")
+    assert m.spec == short and not m.spec.decoder.blocks[gone].attn and f"block_{gone:02d}" not in m.params["decoder"]
+    says_what_it_reads(m)
+    ids, images = prompts(spec)
+    skip = np.arange(spec.decoder.depth) == gone
+    masked = jax.jit(lambda p: methods.build(spec).apply(p, ids, images, knobs={"skipped": skip})[0])(params)
+    assert_allclose(jax.jit(m.apply)(m.params, ids, images)[0], masked, atol=1e-5)
+
+
+def test_what_the_tower_dropped_is_not_pooled_and_the_rest_lies_on_its_grid(whole):
+    """A pruned patch is read by nobody, pooled or not; a merged one is pooled where it was."""
+    spec, params = whole
+    assert ltmp.reducers(spec.tower)
+    pruning = {"merge_threshold": np.ones(2, np.float32), "prune_threshold": np.full(2, 0.06, np.float32)}
+    params = {**params, "tower": {**params["tower"], "ltmp": pruning}}
+    ids, images = prompts(spec)
+    model, skip = methods.build(spec), np.zeros(spec.decoder.depth, bool)
+    run = jax.jit(lambda p: model.enter(p, ids, images)[0]["memory"].number)
+    live = np.asarray(run(params)) > 0
+    assert 0 < live.mean() < 1
+    run = jax.jit(lambda p, choice: model.apply(p, ids, images, knobs={"skipped": skip, **choice})[1])
+    aux = run(params, dpn.given(spec, jnp.full((2, 1), 2)))
+    windows = live.reshape(2, 3, 2, 2, 2, 2).any((3, 5))
+    assert dpn.decisions(aux, spec)["visual"][:, 0].tolist() == windows.sum((1, 2, 3)).tolist()
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Workdir and result of every step."""
+    root, before, found = tmp_path_factory.mktemp("five"), "", {}
+    for add in five.STEPS:
+        _, result = trained(config_of(add, root / add, before))
+        before = root / add
+        found[add] = before, result
+    return found
+
+
+@pytest.mark.slow
+def test_every_step_keeps_what_the_others_added(chain):
+    assert [chain[add][1]["methods"] for add in five.STEPS] == [
+        [], ["dgmr"], ["dgmr", "ltmp"], ["dgmr", "ltmp", "dpn"], *[["dgmr", "ltmp", "dpn", "das"]] * 2,
+    ]  # fmt: skip
+    dense, pruned, reduced = (chain[add][1] for add in ("base", "dgmr", "ltmp"))
+    assert pruned["tower_macs"] < dense["tower_macs"] and reduced["tower_macs"] < pruned["tower_macs"]
+    assert_allclose(reduced["tower_macs"] / pruned["tower_macs"], 0.8, atol=0.1)
+    spec = json.loads((chain["das"][0] / "spec.json").read_text())
+    assert sum(not block["attn"] for block in spec["decoder"]["blocks"]) == 1
+    assert chain["das"][1]["decoder_macs"] < chain["search"][1]["decoder_macs"] + 1
+
+
+@pytest.mark.slow
+def test_the_last_run_of_the_chain_is_loaded_and_generates_what_it_reads(chain):
+    m = vtjax.load(chain["das"][0])
+    assert five.present(m.spec) == ["dgmr", "ltmp", "dpn", "das"]
+    says_what_it_reads(m)
+
+
+@pytest.mark.slow
+def test_eight_devices_say_what_one_says(chain, tmp_path):
+    """The last step's model, frames over eight devices: the same loss and answers."""
+    alone = chain["das"][1]
+    code = (
+        "import sys, json; from vtjax.cli import assemble, config as c\n"
+        "from vtjax.train import loop\n"
+        f"config = c.load_config({CONFIG!r}, 'tiny,add=das', "
+        f"{{'init_from': {str(chain['search'][0])!r}, 'mesh.context': '8', 'mesh.data': '1'}})\n"
+        f"c.override(config, 'workdir', {str(tmp_path / 'run')!r})\n"
+        "task, data = assemble.assemble(config)\n"
+        "print(json.dumps(loop.train(task, data, config, config.workdir), default=float))"
+    )
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "XLA_FLAGS": flags}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in ("loss", "decoder_macs", "tower_macs"):
+        assert_allclose(found[name], alone[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("add", "leaves", "message"),
+    [
+        ("dgmr", {}, "config.init_from must be the workdir of the step before, found ''"),
+        ("das", {"after": "dpn"}, "config.init_from must be the workdir of a search"),
+        ("search", {"after": "dpn", "das.skips": 3}, "dpn needs at least 2 layers after its last stage"),
+        ("dpn", {"after": "dpn"}, "reduces already"),
+        ("dpn", {"after": "base", "data.pack": 3}, "config.data.pack must be 1"),
+        ("base", {"model.bridge.cross": "none"}, "must be a form of cross-attention"),
+    ],
+)
+def test_a_chain_in_another_order_is_refused(whole, tmp_path, add, leaves, message):
+    given = dict(leaves)
+    if after := given.pop("after", ""):
+        spec, params = base_of(tmp_path)
+        for step in five.STEPS[1 : five.STEPS.index(after) + 1]:
+            spec, params = added(step, spec, params)
+        weights.save(tmp_path / "before.safetensors", spec, params)
+        after = tmp_path / "before.safetensors"
+    config = config_of(add, tmp_path / "run", after, **given)
+    with pytest.raises(InputError, match=message):
+        assemble.assemble(config)
