@@ -4,8 +4,9 @@ of fusion encoders fusion_tiny, meter_vqa2, meter_flickr30k, vilt_nlvr2.
 
 Options: `steps` and `batch_size`, where 0 keeps the recipe's own value; `phase`: search or finetune, and of fusion
 encoders full (trained whole, without adapters); `arm`: das, or what it is compared with from the same start and with
-the same steps, full (everything trained) or lora. Adapters without a search are `phase=finetune` with `--config.das.skips=0`; layers chosen by chance, with
-`--config.das.remove=random`; by the greedy baseline, a search with `--config.das.by=greedy`.
+the same steps, full (everything trained) or lora. Adapters without a search are
+`phase=finetune` with `--config.das.skips=0`; layers chosen by chance, with `--config.das.remove=random`; by the greedy
+baseline, a search with `--config.das.by=greedy`.
 The model that is transferred is trained first and named by `--config.init_from`; fine-tuning names the search. Each
 variant's docstring gives command, hardware, time, and the figure to expect with its source.
 """
@@ -107,14 +108,15 @@ def tiny(steps: int, batch_size: int) -> ConfigDict:
 
 
 def easyvqa_base(steps: int, batch_size: int) -> ConfigDict:
-    """The model that `easyvqa` transfers: twelve decoder layers over 64 visual tokens, trained on easy-VQA's yes-or-no
-    questions ("is there a blue shape?", "is no circle present?") about seven eighths of the training images.
+    """The model that `easyvqa` transfers: twelve decoder layers over 16 visual tokens (64 patches, pooled), trained on
+    easy-VQA's questions for a colour or a shape and whether something is there, about seven eighths of the images.
 
     Command: `vtjax run --config=configs/das.py:easyvqa_base --workdir=runs/das/base_0`. Hardware: one CPU core.
     """
     config = vlm.easyvqa(steps or 1200, batch_size or 16)
-    config.data.update(types=("exists", "absent"), train_split="train[:3500]", eval_split="test[:200]", pack=8)
+    config.data.update(types=("color", "shape", "exists"), train_split="train[:3500]", eval_split="test[:300]", pack=8)
     config.model.tower.update(width=64, depth=1, mlp=128)
+    config.model.bridge.pool = (2, 2)
     config.model.decoder.update(depth=12, width=64, mlp=128)
     config.optim.update(lr=1e-3, warmup=100)
     config.log_every, config.eval_every, config.checkpoint.every = 50, 0, 400
@@ -122,18 +124,19 @@ def easyvqa_base(steps: int, batch_size: int) -> ConfigDict:
 
 
 def easyvqa(steps: int, batch_size: int) -> ConfigDict:
-    """Transfer to the questions that want a name, of a colour or a shape, which that model has never given; m = 2 of 12
-    layers take more than the paper's 11.97 % of the work off (its abstract, METER on VQA 2.0).
+    """Transfer to questions with a negation ("is no circle present?", "is there not a blue shape?"), which that model
+    has never seen; m = 2 of 12 layers take more than the paper's 11.97 % of the work off (its abstract, METER on VQA
+    2.0).
 
     Commands: `vtjax run --config=configs/das.py:easyvqa --config.init_from=runs/das/base_0
     --workdir=runs/das/search_0`, then `vtjax run --config=configs/das.py:easyvqa,phase=finetune
     --config.init_from=runs/das/search_0 --workdir=DIR`. Hardware: one CPU core.
     """
-    config = easyvqa_base(steps or 200, batch_size or 16)
-    config.data.update(types=("color", "shape"), eval_split="test[:700]")
+    config = easyvqa_base(steps or 150, batch_size or 24)
+    config.data.update(types=("absent",), eval_split="test[:600]", pack=3)
     config.optim.update(lr=3e-3, warmup=config.steps // 10)
     # A third of the search as warm-up, as METER has with 3 epochs of 1 (spec section 2.7).
-    leaves = {"val_split": "train[3500:]", "warmup": config.steps // 3, "every": 4}
+    leaves = {"val_split": "train[3500:]", "warmup": config.steps // 3, "every": 2}
     return transfer(config, width=16, skip_width=32, **leaves)
 
 
@@ -263,8 +266,8 @@ def meter_vqa2(steps: int, batch_size: int) -> ConfigDict:
     --config.data.name=PREPARED --config.model.tokenizer=FOLDER --workdir=gs://BUCKET/search`, with a set of questions
     in array_record form and a folder of RoBERTa's tokenizer; then with `phase=finetune,steps=12850` (ten epochs) and
     `--config.das.preferences=gs://BUCKET/search`. Hardware: TPU. Not run: neither the data nor METER's weights are
-    here, and nothing converts them yet. Expected, from memory of the paper's table and confirmed by no source here: 74.80
-    (test-dev) with -11.16 G FLOPs, against 74.70 of adapters alone. Its abstract says -11.97 % of the FLOPs.
+    here, and nothing converts them yet. Expected, from memory of the paper's table and confirmed by no source here:
+    74.80 (test-dev) with -11.16 G FLOPs, against 74.70 of adapters alone. Its abstract says -11.97 % of the FLOPs.
     """
     model = {"family": "meter", "image_size": 384, "everywhere": False, "classes": 3129, "remat": "full"}
     config = fusion(1, batch_size or 512, "answers", 50.0, **{**model, "tokenizer": "roberta-base"})
@@ -279,9 +282,9 @@ def meter_flickr30k(steps: int, batch_size: int) -> ConfigDict:
     has the best of 16 scores, not the recall among all that papers give.
 
     Commands, hardware: as `meter_vqa2`, with a prepared set whose questions are captions; fine-tuning takes ten epochs,
-    `phase=finetune,steps=2930`. Not run: the data and METER's weights are not here. Expected, from memory of the paper's
-    table and confirmed by no source here: recall at 1 of 80.12 (images) and 91.80 (texts), against 80.38 and 91.90 of
-    adapters alone.
+    `phase=finetune,steps=2930`. Not run: the data and METER's weights are not here. Expected, from memory of the
+    paper's table and confirmed by no source here: recall at 1 of 80.12 (images) and 91.80 (texts), against 80.38 and
+    91.90 of adapters alone.
     """
     config = meter_vqa2(1, batch_size)
     config.data.update(name="flickr30k", form="captions")
@@ -294,9 +297,9 @@ def vilt_nlvr2(steps: int, batch_size: int) -> ConfigDict:
     them one of warm-up (spec sections 2.7 and 4). Images are squares; the release keeps their aspect.
 
     Commands, hardware: as `meter_vqa2`, with a folder of BERT's tokenizer; fine-tuning takes ten epochs,
-    `phase=finetune,steps=6740`. Not run: the data and ViLT's weights are not here, and a prepared set of questions gives
-    pairs of images that are made of it, not NLVR2's. Expected, from memory of the paper's table and confirmed by no
-    source here: 74.89 %, against 75.51 % of adapters alone.
+    `phase=finetune,steps=6740`. Not run: the data and ViLT's weights are not here, and a prepared set of questions
+    gives pairs of images that are made of it, not NLVR2's. Expected, from memory of the paper's table and confirmed by
+    no source here: 74.89 %, against 75.51 % of adapters alone.
     """
     model = {"family": "vilt", "image_size": 384, "classes": 2, "remat": "full", "tokenizer": "bert-base-uncased"}
     config = fusion(1, batch_size or 128, "pairs", 10.0, **model)

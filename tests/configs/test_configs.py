@@ -96,6 +96,10 @@ def test_published_recipes_have_their_published_sizes():
 
 def abstract_batch(config: config_lib.Config, task) -> dict[str, jax.ShapeDtypeStruct]:
     rows, spec = config.batch_size, task.spec
+    if "form" in config.data:
+        config_lib.override(config, "data.length", 12)
+        found = assemble.experiment(config.experiment).batch_shapes(config, task, True)
+        return {name: jax.ShapeDtypeStruct(*array) for name, array in found.items()}
     if "pack" in config.data:
         config_lib.override(config, "data.limit", config.data.limit or 64 + spec.placeholders)
         found = assemble.experiment(config.experiment).batch_shapes(config, task, True)
@@ -108,7 +112,12 @@ def abstract_batch(config: config_lib.Config, task) -> dict[str, jax.ShapeDtypeS
 
 # The other published multimodal models differ from llava15_7b in their specs, which tests/experiments builds; smollm2
 # would decode its weights; and so with DPN in them.
-CHOSEN = {"vlm": ("tiny", "easyvqa", "llava15_7b"), "dpn": ("tiny",), "lvxattn": ("tiny",), "das": ("tiny",)}
+CHOSEN = {
+    "vlm": ("tiny", "easyvqa", "llava15_7b"),
+    "dpn": ("tiny",),
+    "lvxattn": ("tiny",),
+    "das": ("tiny", "fusion_tiny"),
+}
 STEPPED = [(name, variant) for name, variant in VARIANTS if name not in CHOSEN or variant in CHOSEN[name]]
 
 

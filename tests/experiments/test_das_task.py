@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import vtjax as package
-from experiments.das import main as experiment
+from experiments.das import phases
 from experiments.das import search as scripts
 from vtjax.cli import assemble, main
 from vtjax.cli import config as config_lib
@@ -176,7 +176,7 @@ def test_validation_batches_are_fresh_and_disjoint_or_always_the_same(base: Path
         asked.append((split, index))
 
     for fixed in (False, True):
-        made = experiment.Search(
+        made = phases.Search(
             bandit.Bandit(4, 1, every=2, warmup=0, search=10),
             0,
             10,
@@ -193,7 +193,7 @@ def test_validation_batches_are_fresh_and_disjoint_or_always_the_same(base: Path
 
 def test_a_ramp_and_the_greedy_choice() -> None:
     price = np.array([0.4, 0.1, 0.3, 0.2])
-    made = experiment.Search(
+    made = phases.Search(
         bandit.Bandit(4, 2, candidates=0, search=4), 0, 4, lambda p, b, skip: np.float32(price[skip].sum()), greedy=1
     )
     state = dataclasses.make_dataclass("State", ["step", "params", "extra"])(0, None, made.start(None))
@@ -214,9 +214,9 @@ def test_a_search_begins_with_what_another_one_learned_and_says_how_far_it_moved
     extra = task.init(jax.random.key(0))[2]
     np.testing.assert_array_equal(extra["preference"], extra_of(found)["preference"])
     assert int(extra["updates"]) == 0
-    made = experiment.Search(bandit.Bandit(4, 1, search=10), 0, 10, lambda p, b, skip: np.float32(skip[0] + 1))
+    made = phases.Search(bandit.Bandit(4, 1, search=10), 0, 10, lambda p, b, skip: np.float32(skip[0] + 1))
     before, after = np.array([3, 2, 1, 0], np.float32), np.array([0, 2, 1, 3], np.float32)
-    told = experiment.report(made, None, after, before, lambda split, index: None)
+    told = phases.report(made, None, after, before, lambda split, index: None)
     assert (told["skips_before"], told["skips"], told["loss_before"], told["loss"]) == ([0], [3], 2.0, 1.0)
     assert told["rank_correlation"] == pytest.approx(-0.8) and "skips [3]" in capsys.readouterr().err
 
@@ -228,6 +228,9 @@ def test_a_search_begins_with_what_another_one_learned_and_says_how_far_it_moved
         ("search", {"das__by": "chance"}, "config.das.by must be one of bandit, greedy, found 'chance'"),
         ("search", {"das__style": "meter"}, "config.das.style must be one of vilt, lavin, llama, llava, found 'meter'"),
         ("search", {"das__skips": 5}, r"config.das: skips must be in 0..4 \(the arms\), found 5"),
+        ("search", {"das__skips": -1}, r"config.das: skips must be in 0..4 \(the arms\), found -1"),
+        ("search", {"das__warmup": 30}, "config.das.warmup must be below config.steps=30, or no update is ever due"),
+        ("search", {"das__every": -1}, "config.das: every must be 1 step or more, found -1"),
         ("search", {"das__every": 0}, "config.das: every must be 1 step or more, found 0"),
         ("search", {"das__candidates": 1}, "config.das: one candidate is its own baseline"),
         ("search", {"das__candidates": 5}, "config.das: 5 candidates need as many subsets, found 4 of 1 of 4 arms"),
@@ -245,11 +248,6 @@ def test_what_cannot_be_built_is_one_line(name: str, overrides: dict[str, Any], 
     with pytest.raises(InputError, match=says) as caught:
         assemble.task(config(f"{CONFIG},phase={name}", **overrides))
     assert "\n" not in str(caught.value)
-
-
-def test_a_search_without_an_update_is_warned_about() -> None:
-    with pytest.warns(UserWarning, match="no update is ever due"):
-        assemble.task(config(f"{CONFIG},steps=4", das__warmup=4))
 
 
 @pytest.mark.slow

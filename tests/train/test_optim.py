@@ -50,6 +50,11 @@ def test_cosine_schedule_with_warm_up() -> None:
         assert float(rate(step)) == pytest.approx(expected, rel=1e-6), step
 
 
+def test_linear_schedule_with_warm_up() -> None:
+    rate = optim.schedule(settings(lr=0.4, warmup=2, end_lr=0.0, schedule="linear"), 10)
+    assert [float(rate(s)) for s in (0, 1, 2, 6, 10)] == pytest.approx([0.0, 0.2, 0.4, 0.2, 0.0])
+
+
 def test_constant_schedule_with_warm_up() -> None:
     rate = optim.schedule(settings(lr=0.4, warmup=2, schedule="constant"), 10)
     assert [float(rate(s)) for s in (0, 1, 2, 9)] == pytest.approx([0.0, 0.2, 0.4, 0.4])
@@ -58,7 +63,7 @@ def test_constant_schedule_with_warm_up() -> None:
 @pytest.mark.parametrize(
     ("leaves", "message"),
     [
-        ({"schedule": "linear"}, "config.optim.schedule must be one of cosine, constant, found 'linear'"),
+        ({"schedule": "step"}, "config.optim.schedule must be one of cosine, linear, constant, found 'step'"),
         ({"warmup": 10}, "config.optim.warmup must be in 0..9 (config.steps=10), found 10"),
         ({"warmup": -1}, "config.optim.warmup must be in 0..9 (config.steps=10), found -1"),
         ({"name": "lion"}, "config.optim.name must be one of adamw, sgd, adafactor, found 'lion'"),

@@ -13,7 +13,7 @@ TEXT = 40
 
 
 def layers(spec: FusionSpec, text: int | None = None) -> list[Row]:
-    """Rows of all layers, in the order of execution, for one text and one image.
+    """Rows of all layers, in the order of execution, for one text and its images.
 
     A row holds the parameters below its path. Adapters are `das/block_00/self`, ...: of kept modules those inside, of
     removed ones what stands in; in a model with all modules, what would stand in is not computed and has parameters.
@@ -29,25 +29,30 @@ def layers(spec: FusionSpec, text: int | None = None) -> list[Row]:
         raise InputError(f"tokens must be those of the text, 1..{spec.positions}, found {n}")
     d, m, rows = spec.width, spec.image.tokens, []
     rows.append(Row("embed/text", "embed", (spec.vocab + spec.positions + 3) * d, 0))
+    passes: list[Row] = []  # once per image
     if spec.streams == 1:
-        rows += [row._replace(name="embed/image") for row in flops.layers(spec.image) if row.kind == "embed"]
-        rows.append(Row("embed/marks", "embed", 2 * d, 0))
+        passes += [row._replace(name="embed/image") for row in flops.layers(spec.image) if row.kind == "embed"]
+        passes.append(Row("embed/marks", "embed", (1 + spec.images) * d, 0))
         for index in range(spec.depth):
-            rows += module(spec, index, n + m, 0)
-        rows.append(Row("norm", "norm", 2 * d, 0))
+            passes += module(spec, index, n + m, 0)
+        passes.append(Row("norm", "norm", 2 * d, 0))
     else:
         for index in range(2 * spec.fusion, spec.depth):
             rows += module(spec, index, n, 0)
-        rows += [row._replace(name=f"tower/{row.name}") for row in flops.layers(spec.image)]
+        passes += [row._replace(name=f"tower/{row.name}") for row in flops.layers(spec.image)]
         e = spec.image.width
-        rows.append(Row("embed/marks", "embed", 3 * d + (d + 1) * d + (e + 1) * d, (n * d + m * e) * d))
+        own = (1 + spec.images) * d + d + (d + 1) * d + (e + 1) * d
+        passes.append(Row("embed/marks", "embed", own, (n * d + m * e) * d))
         for layer in range(spec.fusion):
-            rows += module(spec, layer, n, m) + module(spec, spec.fusion + layer, m, n)
-    rows += [Row(f"pool/{name}", "pool", (d + 1) * d, d * d) for name in ("text", "image")[: spec.streams]]
+            passes += module(spec, layer, n, m) + module(spec, spec.fusion + layer, m, n)
+    passes += [Row(f"pool/{name}", "pool", (d + 1) * d, d * d) for name in ("text", "image")[: spec.streams]]
+    rows += [row._replace(macs=spec.images * row.macs) for row in passes]
     if spec.classes:
-        pooled, hidden = spec.streams * d, 2 * d
+        pooled, hidden = spec.pooled, 2 * d
         params = (pooled + 1) * hidden + 2 * hidden + (hidden + 1) * spec.classes
         rows.append(Row("head", "head", params, pooled * hidden + hidden * spec.classes))
+    if spec.ranks:
+        rows.append(Row("head", "head", 3 * (spec.pooled + 1), 3 * spec.pooled))
     return rows
 
 

@@ -88,7 +88,7 @@ def check_effect(config: Config) -> None:
 
     choosers: dict[str, tuple[str, Mapping[str, tuple[str, ...]], tuple[str, ...]]] = {
         "optim.name": ("optim", optim.USED_BY, optim.OPTIMISERS),
-        "optim.schedule": ("optim", {"end_lr": ("cosine",)}, optim.SCHEDULES),
+        "optim.schedule": ("optim", {"end_lr": ("cosine", "linear")}, optim.SCHEDULES),
         "data.augment": ("data", augment.USED_BY, augment.GEOMETRIES),
     }
     leaves, given = dict(config_lib.flatten(config)), config_lib.overridden(config)

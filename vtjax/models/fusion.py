@@ -6,9 +6,10 @@ nothing but its stand-in; what is not taken gets gradients of exactly 0. A modul
 (`FusionSpec.skipping`) is not built and has no parameters. Both give the same numbers.
 
 The reference's towers are `ViT`s, its fusion layers and text encoder are written here. Not here: sampling of patches
-and images of several sizes in one batch (ViLT), dropout in ViLT's blocks, and heads of other tasks than classification.
+and images of several sizes in one batch (ViLT), and dropout in ViLT's blocks.
 
-Letters: B batch, N tokens of the text, M of the image, D width, E the tower's width, K classes, n arms.
+Letters: B batch, N tokens of the text, M of the image, I images of a text, C texts of an image, D width, E the tower's
+width, K classes, n arms.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vtjax.errors import InputError
 from vtjax.models import adapters as adapters_lib
 from vtjax.models import segments
 from vtjax.models.adapters import Attached
-from vtjax.models.fusion_layers import SITES, FusionHead, Marks, Pooler, PostLayer, TextEmbed
+from vtjax.models.fusion_layers import SITES, FusionHead, Marks, Pooler, PostLayer, RankHead, TextEmbed
 from vtjax.models.layers import Adapter, Block, Embed, Norm, identity
 from vtjax.models.lm import check_ids, check_mask
 from vtjax.models.segments import block_name, call_module
@@ -53,13 +54,17 @@ class Fusion:
       spec: what to build.
       dtype: compute dtype; parameters stay float32, norms and softmax are computed in float32.
       constrain: applied to activations `[B, N, D]`; sharding is injected here.
+      remat: "full" keeps only what enters each module for the backward pass, and of the tower; see `models.segments`.
     """
 
     spec: FusionSpec
     dtype: Any = jnp.float32
     constrain: Callable[[Array], Array] = identity
+    remat: str = "none"
 
     def __post_init__(self) -> None:
+        if self.remat not in ("none", "full"):
+            raise InputError(f"remat of a fusion encoder must be none or full, found {self.remat!r}")
         if not isinstance(self.spec, FusionSpec):
             raise InputError(f"a Fusion is built from a FusionSpec, found {type(self.spec).__name__}")
 
@@ -75,7 +80,7 @@ class Fusion:
         else:
             params["tower"] = self.tower.init(next(keys))
         features = jnp.zeros((1, 1, spec.image.width), self.dtype)
-        params["embed"]["marks"] = Marks(spec, self.dtype).init(next(keys), x, features)["params"]
+        params["embed"]["marks"] = Marks(spec, 0, self.dtype).init(next(keys), x, features)["params"]
         if spec.streams == 2:
             params["embed"]["marks"]["first"] = params["embed"]["text"]["tokens"][0]
         params |= self._init_modules(next(keys))
@@ -84,9 +89,8 @@ class Fusion:
         params["pool"] = {
             name: self._pool.init(jax.random.fold_in(pool_key, i), x[:, 0])["params"] for i, name in enumerate(pools)
         }
-        if spec.classes:
-            pooled = jnp.zeros((1, len(pools) * spec.width), self.dtype)
-            params["head"] = self._head.init(next(keys), pooled)["params"]
+        if spec.classes or spec.ranks:
+            params["head"] = self._head.init(next(keys), jnp.zeros((1, spec.pooled), self.dtype))["params"]
         return params | {METHOD: self.init_adapters(next(keys))}
 
     def _init_modules(self, key: Array) -> Params:
@@ -157,37 +161,89 @@ class Fusion:
         Args:
           params: as from `init`, jax or numpy arrays.
           input_ids: token ids; the first token is the text's summary.
-          images: float32, already normalised, of the spec's size.
+          images: float32, already normalised, of the spec's size; `[B, I, H, W, C]` where a text has several.
           attention_mask: 1 for tokens, 0 for padding at the end; None = no padding.
           skip: `[n]`, which arms are skipped, for a spec where none is gone; None = none more than the spec says.
           key: for dropout in post-norm layers, equal for masked and removed modules; None = none.
 
         Returns:
-          Float32 logits, or the pooled vector where there is no head; aux as of `fuse`.
+          Float32 logits; of a model that ranks the score (K = 1); or the pooled vector where there is no head. aux as
+          of `fuse`, of the last of several images but for `pooled`, which is all of theirs; of a model that ranks also
+          `match` `[B, 2]`, logits of whether text and image belong together (1).
 
         Raises:
           InputError: ids, masks, images or a `skip` that do not fit.
         """
-        check_ids(input_ids, self.spec.vocab)
-        if input_ids.shape[1] > self.spec.positions:
-            raise InputError(f"texts must have {self.spec.positions} tokens or fewer, found {input_ids.shape[1]}")
         if len(images) != len(input_ids):
             raise InputError(f"every text must have an image, found {len(input_ids)} texts and {len(images)} images")
-        if attention_mask is not None:
-            check_mask(attention_mask)
-        ViT(self.spec.image).check_images(images)
-        params, input_ids, images = jax.tree.map(jnp.asarray, (params, input_ids, images))
-        text = call_module(TextEmbed(self.spec, self.dtype), params["embed"]["text"], input_ids)
-        if self.spec.streams == 1:
-            patches = call_module(Embed(self.spec.image, self.dtype), params["embed"]["image"], images)
+        params, text, patches = self._embedded(params, input_ids, images, attention_mask, skip, key)
+        return self._read(params, text, patches, attention_mask, skip, key)
+
+    def rank(
+        self,
+        params: Params,
+        input_ids: Int[Array | np.ndarray, "B C N"],
+        images: Float[Array | np.ndarray, "B H W D"],
+        attention_mask: Int[Array | np.ndarray, "B C N"] | None = None,
+        *,
+        skip: Skip | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B C"], Float[Array, "B C 2"]]:
+        """Scores of several texts for each image, and whether they belong together, as `match` of `apply`; each image
+        passes through the tower once. Arguments and errors as `apply` has them.
+
+        Raises:
+          InputError: a model that does not rank.
+        """
+        if not self.spec.ranks:
+            raise InputError("texts are ranked by a model whose spec has ranks=True, found one without")
+        rows, texts, length = input_ids.shape
+        flat = None if attention_mask is None else attention_mask.reshape(-1, length)
+        params, text, patches = self._embedded(params, input_ids.reshape(-1, length), images, flat, skip, key)
+        score, aux = self._read(params, text, jnp.repeat(patches, texts, axis=0), flat, skip, key)
+        return score.reshape(rows, texts), aux["match"].reshape(rows, texts, 2)
+
+    def _embedded(
+        self, params: Params, ids: Any, images: Any, mask: Any, skip: Any, key: Array | None
+    ) -> tuple[Params, Array, Array]:
+        """The parameters, the text `[B, N, D]` and the image tokens `[B, I, M, E]`, as they are before their types."""
+        spec = self.spec
+        check_ids(ids, spec.vocab)
+        if ids.shape[1] > spec.positions:
+            raise InputError(f"texts must have {spec.positions} tokens or fewer, found {ids.shape[1]}")
+        if mask is not None:
+            check_mask(mask)
+        if spec.images > 1 and images.shape[1:2] != (spec.images,):
+            raise InputError(f"images must be [B, {spec.images}, H, W, C], found {list(images.shape)}")
+        pictures = images.reshape(-1, *images.shape[2:]) if spec.images > 1 else images
+        ViT(spec.image).check_images(pictures)
+        params, ids, pictures = jax.tree.map(jnp.asarray, (params, ids, pictures))
+        text = call_module(TextEmbed(spec, self.dtype), params["embed"]["text"], ids)
+        if spec.streams == 1:
+            patches = call_module(Embed(spec.image, self.dtype), params["embed"]["image"], pictures)
         else:
-            text = self.encode_text(params, text, attention_mask, skip=skip, key=key)
-            patches = self.tower.apply(params["tower"], images)[1]["features"].astype(self.dtype)
-        text, patches = call_module(Marks(self.spec, self.dtype), params["embed"]["marks"], text, patches)
-        aux = self.fuse(params, text, patches, attention_mask, skip=skip, key=key)
-        if not self.spec.classes:
+            text = self.encode_text(params, text, mask, skip=skip, key=key)
+            patches = self.tower.apply(params["tower"], pictures)[1]["features"].astype(self.dtype)
+        return params, text, patches.reshape(-1, spec.images, *patches.shape[1:])
+
+    def _read(
+        self, params: Params, text: Array, patches: Array, mask: Any, skip: Any, key: Array | None
+    ) -> tuple[Array, dict[str, Any]]:
+        """What the head says of the text and its images, each of which is fused with it."""
+        spec, pooled, aux = self.spec, [], {}
+        for number in range(spec.images):
+            inner = key if key is None or not number else jax.random.fold_in(key, spec.depth + number)
+            marks = Marks(spec, number, self.dtype)
+            x, y = call_module(marks, params["embed"]["marks"], text, patches[:, number])
+            aux = self.fuse(params, x, y, mask, skip=skip, key=inner)
+            pooled.append(aux["pooled"])
+        aux["pooled"] = jnp.concatenate(pooled, axis=-1)
+        if not (spec.classes or spec.ranks):
             return aux["pooled"].astype(jnp.float32), aux
-        return call_module(self._head, params["head"], aux["pooled"]), aux
+        found = call_module(self._head, params["head"], aux["pooled"])
+        if spec.ranks:
+            found, aux["match"] = found
+        return found, aux
 
     def encode_text(
         self,
@@ -284,13 +340,16 @@ class Fusion:
                     return tokens.x
                 return call_module(module, p, x, y, alive, other_alive, own, inner_key)
 
-            if index in spec.skips:
-                x = skipped(x, y)
-            elif skip is None or index >= spec.arms:
-                x = kept(x, y)
-            else:
-                x = jax.lax.cond(skip[index], skipped, kept, x, y)
-            return self.constrain(x)
+            def either(x: Array, y: Array | None) -> Array:
+                if index in spec.skips:
+                    return skipped(x, y)
+                if skip is None or index >= spec.arms:
+                    return kept(x, y)
+                found: Array = jax.lax.cond(skip[index], skipped, kept, x, y)
+                return found
+
+            found: Array = (either if self.remat == "none" else jax.checkpoint(either))(x, y)
+            return self.constrain(found)
 
         return run
 
@@ -304,7 +363,7 @@ class Fusion:
     @property
     def tower(self) -> ViT:
         """The image tower of two streams."""
-        return ViT(self.spec.image, dtype=self.dtype, constrain=self.constrain)
+        return ViT(self.spec.image, dtype=self.dtype, constrain=self.constrain, remat=self.remat)
 
     @property
     def _norm(self) -> Norm:
@@ -315,5 +374,7 @@ class Fusion:
         return Pooler(self.dtype)
 
     @property
-    def _head(self) -> FusionHead:
+    def _head(self) -> FusionHead | RankHead:
+        if self.spec.ranks:
+            return RankHead(self.dtype)
         return FusionHead(2 * self.spec.width, self.spec.classes, self.dtype)

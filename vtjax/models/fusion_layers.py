@@ -149,10 +149,15 @@ class TextEmbed(nn.Module):
 
 
 class Marks(nn.Module):
-    """What is known of a token's stream: `type [2, D]`, added to text and image; and with two streams `text`, `image`,
-    their projections, and `first [D]`, the trained vector that takes the place of the text's first token."""
+    """What is known of a token's stream: `type [1 + I, D]`, added to text and image; and with two streams `text`,
+    `image`, their projections, and `first [D]`, the trained vector that takes the place of the text's first token.
+
+    Attributes:
+      number: of the image, from 0.
+    """
 
     spec: FusionSpec
+    number: int = 0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -166,8 +171,8 @@ class Marks(nn.Module):
             text, image = (
                 Dense(spec.width, True, self.dtype, name=n)(a) for n, a in (("text", text), ("image", image))
             )
-        kinds = self.param("type", small, (2, spec.width)).astype(text.dtype)
-        return text + kinds[0], image + kinds[1]
+        kinds = self.param("type", small, (1 + spec.images, spec.width)).astype(text.dtype)
+        return text + kinds[0], image + kinds[1 + self.number]
 
 
 class Pooler(nn.Module):
@@ -194,3 +199,14 @@ class FusionHead(nn.Module):
         return Dense(self.classes, True, self.dtype, name="down")(nn.gelu(hidden, approximate=False)).astype(
             jnp.float32
         )
+
+
+class RankHead(nn.Module):
+    """A score to rank pairs of text and image by, and logits of whether they belong together, float32."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"]) -> tuple[Float[Array, "B 1"], Float[Array, "B 2"]]:
+        rank, match = (Dense(size, True, self.dtype, name=name)(x) for name, size in (("rank", 1), ("match", 2)))
+        return rank.astype(jnp.float32), match.astype(jnp.float32)

@@ -12,6 +12,7 @@ from vtjax.spec import fields
 from vtjax.spec.adapter import AdapterSpec, skip_list
 from vtjax.spec.base import Lineage, ModelSpec, check_blocks
 from vtjax.spec.vit import BlockSpec, ViTSpec
+from vtjax.spec.vlm import TextSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,10 @@ class FusionSpec(ModelSpec):
       encoder_skip: the same for layers of the text encoder.
       dropout: rate in post-norm layers while training, on attention weights and on what each sublayer adds.
       classes: outputs of the head; 0 = no head.
+      images: that go with one text. Each is fused with it in a pass of its own, and the head reads all pooled vectors.
+      ranks: in place of classes a head that gives texts and images a score to rank pairs by (`head/rank`), and says
+        whether they belong together (`head/match`).
+      text: how texts become ids; None = the model is given ids.
       lineage: surgery history, oldest first.
     """
 
@@ -61,6 +66,9 @@ class FusionSpec(ModelSpec):
     encoder_skip: AdapterSpec | None = None
     dropout: float = 0.1
     classes: int = 0
+    images: int = 1
+    ranks: bool = False
+    text: TextSpec | None = None
     lineage: tuple[Lineage, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,6 +108,13 @@ class FusionSpec(ModelSpec):
             raise InputError(f"FusionSpec.dropout must be in [0, 1), found {self.dropout}")
         if self.classes < 0:
             raise InputError(f"FusionSpec.classes must be 0 or more, found {self.classes}")
+        if self.images < 1:
+            raise InputError(f"FusionSpec.images must be 1 or more, found {self.images}")
+        if self.ranks and (self.classes or self.images > 1):
+            raise InputError(
+                f"FusionSpec.ranks is of one image and without classes, found images={self.images}, "
+                f"classes={self.classes}"
+            )
         for name in ("inner", "skip", "encoder_skip"):
             adapter = getattr(self, name)
             if adapter is not None and adapter.form != "bottleneck":
@@ -121,6 +136,21 @@ class FusionSpec(ModelSpec):
     def stand_in(self, index: int) -> AdapterSpec | None:
         """What stands in for module `index` where it is skipped."""
         return self.encoder_skip if self.streams == 2 and index >= 2 * self.fusion else self.skip
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of an image, in pixels."""
+        return self.image.image_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image, M."""
+        return self.image.tokens
+
+    @property
+    def pooled(self) -> int:
+        """Width of what the head reads."""
+        return self.images * self.streams * self.width
 
     @property
     def skips(self) -> tuple[int, ...]:
@@ -145,12 +175,13 @@ class FusionSpec(ModelSpec):
         return self.edit(inner=None, skip=None, encoder_skip=None)
 
     @classmethod
-    def meter(cls, image_size: int = 384, *, everywhere: bool = False, classes: int = 3129) -> FusionSpec:
+    def meter(cls, image_size: int = 384, *, everywhere: bool = False, classes: int = 3129, **rest: Any) -> FusionSpec:
         """METER with CLIP-ViT-B/16 and RoBERTa-base, six fusion layers, DAS's adapters (DAS spec, sections 3 and 4).
 
         Args:
           image_size: 384, or 288 for NLVR2.
           everywhere: layers of the text encoder are arms, too ("DAS-Global").
+          rest: other fields by name.
         """
         tower = ViTSpec.uniform(
             depth=12,
@@ -179,13 +210,14 @@ class FusionSpec(ModelSpec):
             "skip": adapter.edit(width=288),
             "encoder_skip": adapter.edit(width=192) if everywhere else None,
             "classes": classes,
+            **rest,
         }
         return _checked(values)
 
     @classmethod
-    def vilt(cls, image_size: int | tuple[int, int] = 384, *, classes: int = 3129) -> FusionSpec:
+    def vilt(cls, image_size: int | tuple[int, int] = 384, *, classes: int = 3129, **rest: Any) -> FusionSpec:
         """ViLT-B/32 with DAS's adapters (DAS spec, sections 3 and 4). Images are brought to one size; the release
-        keeps their aspect, pads, and samples patches."""
+        keeps their aspect, pads, and samples patches. Other fields by name."""
         image = ViTSpec.uniform(depth=1, width=768, heads=12, image_size=image_size, patch=32, pooling="none")
         adapter = AdapterSpec("bottleneck", 96, norm="in")
         values: dict[str, Any] = {
@@ -197,17 +229,33 @@ class FusionSpec(ModelSpec):
             "inner": adapter,
             "skip": adapter.edit(width=192),
             "classes": classes,
+            **rest,
         }
         return _checked(values)
 
     @classmethod
-    def small(cls, streams: int, *, depth: int = 4, width: int = 32, heads: int = 2, **rest: Any) -> FusionSpec:
+    def small(
+        cls,
+        streams: int,
+        *,
+        depth: int = 4,
+        width: int = 32,
+        heads: int = 2,
+        image_size: int | tuple[int, int] = 32,
+        patch: int = 8,
+        **rest: Any,
+    ) -> FusionSpec:
         """A model for one CPU: `depth` blocks, or `depth` fusion layers over as many layers of a text encoder and of a
         tower. Other fields by name."""
         if heads <= 0 or width % heads:
             raise InputError(f"width must be a multiple of heads, found width={width}, heads={heads}")
         image = ViTSpec.uniform(
-            depth=depth if streams == 2 else 1, width=width, heads=heads, image_size=32, patch=8, pooling="none"
+            depth=depth if streams == 2 else 1,
+            width=width,
+            heads=heads,
+            image_size=image_size,
+            patch=patch,
+            pooling="none",
         )
         block = {"heads": heads, "head_dim": width // heads, "mlp": 4 * width}
         inner = AdapterSpec("bottleneck", max(width // 8, 1), norm="in")

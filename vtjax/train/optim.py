@@ -18,7 +18,7 @@ from vtjax.train.state import flatten
 
 DEFAULT_GROUP = "default"
 OPTIMISERS = ("adamw", "sgd", "adafactor")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "linear", "constant")
 USED_BY = {"b1": ("adamw",), "b2": ("adamw",), "momentum": ("sgd",)}  # setting -> the optimisers that look at it
 
 
@@ -64,9 +64,9 @@ def numbers(config: Any) -> dict[str, float]:
 def schedule(config: Any, steps: int, traced: Mapping[str, Any] | None = None) -> optax.Schedule:
     """Learning rate as a function of the step 0 .. steps - 1.
 
-    Linear from 0 over `warmup` steps to `lr`; then "cosine" to `end_lr` at `steps`, or "constant". With the optional
-    leaf `warmup_reaches_lr` the last step of the warm-up has `lr` already, as in `numpy.linspace(0, lr, warmup)` (DINO,
-    DGMR); else the first one after it. `traced`: see `make`.
+    Linear from 0 over `warmup` steps to `lr`; then "cosine" or "linear" to `end_lr` at `steps`, or "constant". With the
+    optional leaf `warmup_reaches_lr` the last step of the warm-up has `lr` already, as in `numpy.linspace(0, lr,
+    warmup)` (DINO, DGMR); else the first one after it. `traced`: see `make`.
 
     Raises:
       InputError: an unknown schedule, or a warm-up that does not end before `steps`.
@@ -79,6 +79,8 @@ def schedule(config: Any, steps: int, traced: Mapping[str, Any] | None = None) -
     rise = config.warmup - 1 if config.get("warmup_reaches_lr", False) else config.warmup
     if config.schedule == "constant":
         after: optax.Schedule = optax.constant_schedule(lr)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(lr, end_lr, steps - config.warmup)
     else:
         alpha = end_lr / lr if config.lr and config.end_lr else 0.0
         after = optax.cosine_decay_schedule(lr, steps - config.warmup, alpha)

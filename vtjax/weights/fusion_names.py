@@ -27,7 +27,7 @@ def shapes(spec: FusionSpec, image: dict[str, Shape]) -> dict[str, Shape]:
 
     out |= {"embed/text/tokens": (spec.vocab, d), "embed/text/pos": (spec.positions, d), "embed/text/type": (d,)}
     norm("embed/text/norm", d)
-    out["embed/marks/type"] = (2, d)
+    out["embed/marks/type"] = (1 + spec.images, d)
     if spec.streams == 1:
         out |= {name.replace("embed/", "embed/image/", 1): shape for name, shape in image.items()}
     else:
@@ -50,9 +50,12 @@ def shapes(spec: FusionSpec, image: dict[str, Shape]) -> dict[str, Shape]:
     for name in ("text", "image")[: spec.streams]:
         dense(f"pool/{name}/dense", d, d)
     if spec.classes:
-        dense("head/up", spec.streams * d, 2 * d)
+        dense("head/up", spec.pooled, 2 * d)
         norm("head/norm", 2 * d)
         dense("head/down", 2 * d, spec.classes)
+    if spec.ranks:
+        dense("head/rank", spec.pooled, 1)
+        dense("head/match", spec.pooled, 2)
     return out
 
 

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DAS's two phases, whatever model is searched: what happens between steps, and the tasks (spec section 2).
+
+A phase needs four functions of a model, `Model`; of which the decoder's are in `main`, those of fusion encoders in
+`fusion`. The method is `vtjax.methods.das`, the bandit `vtjax.ops.bandit`. A step's micro-batches (`config.accumulate`)
+share what it skips.
+Letters: b rows, n arms, L layers (modules), of which the arms are all or some, m skipped ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
+
+from vtjax import paths
+from vtjax.errors import InputError, check_choice
+from vtjax.methods import das
+from vtjax.models.adapters import STYLES, Style
+from vtjax.ops import bandit
+from vtjax.ops.bandit import Bandit, State
+from vtjax.spec import Spec, skip_list
+from vtjax.train import checkpoint, optim
+from vtjax.train.task import Batch, Data, Task
+
+BY = ("bandit", "greedy")
+_RANDOM = 2  # its stream of random numbers; the bandit's are 0 and 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a phase knows of a model and its data. All are traced; `skip` `[L]` is None where modules are gone for good.
+
+    Attributes:
+      loss: `(params, batch, skip, key) -> (scalar, metrics)`, a mean over rows; key None = no dropout.
+      sums: `(params, batch, skip) -> sums`, see `Task.evaluate`.
+      decisions: `(params, batch, skip) -> rows`, see `Task.decisions`; with `macs` `[b]`.
+    """
+
+    loss: Callable[[Any, Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+    sums: Callable[[Any, Any, Any], dict[str, jax.Array]]
+    decisions: Callable[[Any, Any, Any], dict[str, jax.Array]]
+
+
+def search(
+    config: ConfigDict,
+    spec: Spec,
+    init: Callable[[jax.Array], Any],
+    model: Model,
+    layers: tuple[int, ...],
+    depth: int,
+    summary: dict[str, Any],
+) -> Task:
+    """The task of a search.
+
+    Args:
+      init: `key -> parameters`, those of all adapters included.
+      layers: the module that each arm is.
+      depth: L.
+
+    Raises:
+      InputError: settings that no search can have, or preferences of another one that do not fit.
+    """
+    settings, group_of = config.das, optim.group_of(config.optim)
+    before = preferences(settings.preferences, len(layers)) if settings.preferences else None
+
+    @jax.jit
+    def validation(params: Any, batch: Any, skip: Any) -> jax.Array:
+        return model.loss(params, batch, skip, None)[0]
+
+    after_step = Search(
+        bandit_of(config, len(layers)), config.seed, config.steps, validation, settings.ramp, settings.fixed_val_batch,
+        settings.greedy_batches if settings.by == "greedy" else 0, layers, depth,
+    )  # fmt: skip
+
+    def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
+        value, told = model.loss(params, batch, extra["skip"], key)
+        r = extra["preference"]
+        told |= {"updates": extra["updates"], "preference_most": r.max(), "preference_least": r.min()}
+        return value, {name: jnp.float32(value) for name, value in told.items()}
+
+    def preferred(extra: Any) -> jax.Array:
+        return most_preferred(extra["preference"], settings.skips, layers, depth)
+
+    def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
+        return model.sums(params, batch, preferred(extra))
+
+    def decisions(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
+        skip = preferred(extra)
+        return _skipped(model.decisions(params, batch, skip), skip)
+
+    def finish(params: Any, frozen: Any, extra: Any, knobs: Any, draw: Callable[[str, int], Any]) -> Any:
+        report(after_step, params, np.asarray(jax.device_get(extra["preference"])), before, draw)
+        return params
+
+    return Task(
+        spec=spec,
+        init=lambda key: (init(key), {}, after_step.start(before)),
+        loss=loss,
+        evaluate=evaluate,
+        trainable=trained(group_of),
+        after_step=after_step,
+        finish=finish,
+        decisions=decisions,
+        summary=summary,
+    )
+
+
+def finetune(
+    config: ConfigDict,
+    spec: Spec,
+    init: Callable[[jax.Array], Any],
+    model: Model,
+    gone: tuple[int, ...],
+    depth: int,
+    summary: dict[str, Any],
+) -> Task:
+    """The task of fine-tuning without some modules, or of any training in which nothing is searched."""
+
+    def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
+        return model.loss(params, batch, None, key)
+
+    def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
+        return model.sums(params, batch, None)
+
+    def decisions(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
+        return _skipped(model.decisions(params, batch, None), jnp.asarray(bandit.mask(gone, depth)))
+
+    return Task(
+        spec=spec,
+        init=lambda key: (init(key), {}, {}),
+        loss=loss,
+        evaluate=evaluate,
+        trainable=trained(optim.group_of(config.optim)),
+        decisions=decisions,
+        summary=summary,
+    )
+
+
+def _skipped(made: dict[str, jax.Array], skip: jax.Array) -> dict[str, jax.Array]:
+    """With what every row skipped, `[b, L]`."""
+    return {**made, "skipped": jnp.broadcast_to(skip, (len(made["macs"]), len(skip)))}
+
+
+class WithValidation:
+    """`data`, whose batches "val" are those of a split of `held`.
+
+    Args:
+      batch_size: rows of a batch.
+      leaf: the config's leaf that names the split, and what it names.
+
+    Raises:
+      InputError: a split that has fewer rows than a batch: candidates would be compared on padding.
+    """
+
+    def __init__(self, data: Data, held: Data, split: str, batch_size: int, leaf: str):
+        self.classes, self.train_examples, self.eval_examples = data.classes, data.train_examples, data.eval_examples
+        self.train, self.eval, self._data, self._held, self._split = data.train, data.eval, data, held, split
+        rows = held.train_examples if split == "train" else held.eval_examples
+        if rows < batch_size:
+            raise InputError(f"{leaf} must have a batch of rows, config.batch_size={batch_size}, found {rows}")
+
+    def draw(self, split: str, index: int) -> Batch:
+        """As `Data.draw`."""
+        return self._held.draw(self._split, index) if split == "val" else self._data.draw(split, index)
+
+
+def with_validation(config: ConfigDict, found: Data, open_held: Callable[[ConfigDict], Data]) -> Data:
+    """The data of a phase: in a search with validation batches of `config.das.val_split`.
+
+    Args:
+      open_held: opens the data of a config whose evaluation split is that one.
+
+    Raises:
+      InputError: as `WithValidation`.
+    """
+    if config.das.phase != "search":
+        return found
+    if not config.das.val_split:
+        leaf = f"config.data.train_split={config.data.train_split!r}"
+        return WithValidation(found, found, "train", config.batch_size, leaf)
+    held = ConfigDict(config.to_dict())
+    held.data.update(train_split="", eval_split=config.das.val_split)
+    leaf = f"config.das.val_split={config.das.val_split!r}"
+    return WithValidation(found, open_held(held), "eval", config.batch_size, leaf)
+
+
+def check(config: ConfigDict, phases: tuple[str, ...]) -> None:
+    """Raises InputError for settings that no run can have."""
+    # All of them, also those of the other phase.
+    settings = {name: config.das[name] for name in config.das}
+    known = {"phase": phases, "by": BY, "style": STYLES, "policy": bandit.POLICIES}
+    for name, choices in known.items():
+        if name in settings:
+            check_choice(f"config.das.{name}", settings[name], choices)
+    for name, least in (("width", 0), ("skip_width", 0), ("ramp", 0), ("warmup", 0), ("greedy_batches", 1)):
+        if settings[name] < least:
+            raise InputError(f"config.das.{name} must be {least} or more, found {settings[name]}")
+    if (where := settings["preferences"]) and not paths.is_workdir(where):
+        raise InputError(f"config.das.preferences must be the workdir of a search, found {where!r}")
+
+
+def style_of(config: ConfigDict) -> Style:
+    """The adapters of a decoder's config."""
+    found, settings = STYLES[config.das.style], config.das
+    inner, skip = (
+        spec.edit(width=width) if width else spec
+        for spec, width in ((found.inner, settings.width), (found.skip, settings.skip_width))
+    )
+    return dataclasses.replace(found, inner=inner, skip=skip)
+
+
+def bandit_of(config: ConfigDict, arms: int) -> Bandit:
+    """The bandit of a config; progress is counted in steps, and the search ends with the run.
+
+    Raises:
+      InputError: settings that no search can have, or by which it would never learn.
+    """
+    names = ("skips", "candidates", "every", "rate", "warmup", "policy")
+    settings = {name: config.das[name] for name in names}
+    if config.das.by == "greedy":
+        settings["candidates"] = 0  # preferences stay: all subsets are equally likely
+    if settings["candidates"] and settings["skips"] and settings["warmup"] >= config.steps:
+        raise InputError(
+            f"config.das.warmup must be below config.steps={config.steps}, or no update is ever due "
+            f"(config.das.candidates=0 wants none), found {settings['warmup']}"
+        )
+    try:
+        return Bandit(arms=arms, search=config.steps, **settings)
+    except ValueError as error:
+        raise InputError(f"config.das: {error}") from None
+
+
+def chosen(config: ConfigDict, arms: int) -> tuple[int, ...]:
+    """The arms that fine-tuning does without: those of `config.das.remove`.
+
+    Raises:
+      InputError: a list that is none, or no preferences.
+    """
+    wanted, m = config.das.remove, config.das.skips
+    if wanted not in ("search", "random"):
+        return skip_list(wanted, arms)
+    if not 0 <= m <= arms:
+        raise InputError(f"config.das.skips must be in 0..{arms} (the arms), found {m}")
+    if wanted == "random":
+        preference = np.random.default_rng([config.seed, _RANDOM]).normal(size=arms)
+    elif m:
+        preference = preferences(config.das.preferences or config.init_from, arms)
+    else:
+        return ()
+    return tuple(sorted(bandit.final(preference, m).tolist()))
+
+
+def preferences(workdir: str, arms: int) -> Float[np.ndarray, " n"]:
+    """What a search has learned.
+
+    Raises:
+      InputError: no run of a search, or one of another depth.
+    """
+    if not paths.is_workdir(workdir):
+        raise InputError(
+            f"layers are chosen by a search: config.init_from or config.das.preferences must be its workdir, found "
+            f"{workdir!r} (config.das.remove='random' and '[1, 2]' need none)"
+        )
+    extra = checkpoint.load_extra(workdir)
+    if "preference" not in extra:
+        raise InputError(f"{workdir} must be the workdir of a search, found a run without preferences")
+    if (found := np.asarray(extra["preference"])).shape != (arms,):
+        raise InputError(f"the preferences in {workdir} must be those of {arms} layers, found {found.size}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What happens between two steps of a search (`Task.after_step`): the step is counted, the preferences are updated
+    where that is due, and the next step's layers are drawn. All of it follows from the state and the seed.
+
+    Attributes:
+      bandit: its settings.
+      seed, steps: of the run.
+      loss: compiled, `(params, batch, skip) -> scalar`.
+      ramp: training steps after half of which m is reached (LLaVA); 0 = m at once.
+      fixed: all updates see the same validation batch, as in the release; else each has a fresh one.
+      greedy: batches by which layers are chosen greedily after the last step; 0 = the bandit has chosen.
+      layers: the layer that each arm is; () = arm i is layer i.
+      depth: L; 0 = as many as there are arms.
+    """
+
+    bandit: Bandit
+    seed: int
+    steps: int
+    loss: Callable[[Any, Any, Bool[np.ndarray, " L"]], Float[jax.Array, ""]]
+    ramp: int = 0
+    fixed: bool = False
+    greedy: int = 0
+    layers: tuple[int, ...] = ()
+    depth: int = 0
+
+    def start(self, preference: Float[np.ndarray, " n"] | None) -> dict[str, np.ndarray]:
+        """`TrainState.extra` before the first step."""
+        state = self.bandit.start()
+        if preference is not None:
+            state = state._replace(preference=np.asarray(preference, np.float32))
+        return self._extra(state, 0)
+
+    def __call__(self, state: Any, frozen: Any, draw: Callable[[str, int], Any]) -> Any:
+        done = int(state.step)
+        told = jax.device_get(state.extra)
+        known, due = bandit.tick(self.bandit, State(*(told[name] for name in State._fields)), done - 1)
+        if due:
+            subsets = bandit.candidates(self.bandit, known, self.seed, self._count(done))
+            batch = draw("val", 0 if self.fixed else int(known.updates))
+            losses = [self.loss(state.params, batch, self.mask(subset)) for subset in subsets]
+            known = bandit.update(self.bandit, known, subsets, np.asarray(jax.device_get(losses), np.float64))
+        if self.greedy and done == self.steps:
+            known = known._replace(preference=self._greedy(state.params, draw))
+        return dataclasses.replace(state, extra=self._extra(known, done))
+
+    def mask(self, arms: Any) -> Bool[np.ndarray, " L"]:
+        """True at the layers of some arms."""
+        named = np.asarray(arms, np.int64)
+        return bandit.mask(np.asarray(self.layers)[named] if self.layers else named, self.depth or self.bandit.arms)
+
+    def _greedy(self, params: Any, draw: Callable[[str, int], Any]) -> Float[np.ndarray, " n"]:
+        """Preferences in the order in which layers are taken out greedily, the first one's the largest."""
+        batches = [draw("val", index) for index in range(self.greedy)]
+
+        def loss(skip: Bool[np.ndarray, " n"]) -> float:
+            layers = self.mask(np.flatnonzero(skip))
+            return float(np.mean(jax.device_get([self.loss(params, batch, layers) for batch in batches])))
+
+        order = das.greedy(loss, self.bandit.arms, self.bandit.skips)
+        preference = np.zeros(self.bandit.arms, np.float32)
+        preference[list(order)] = np.arange(len(order), 0, -1)
+        return preference
+
+    def _extra(self, state: State, step: int) -> dict[str, np.ndarray]:
+        subset = bandit.step_subset(self.bandit, state, self.seed, step, self._count(step + 1))
+        return {**state._asdict(), "skip": self.mask(subset)}
+
+    def _count(self, call: int) -> int:
+        """m of the `call`-th training step, from 1."""
+        return bandit.ramped(self.bandit.skips, call, self.ramp)
+
+
+def most_preferred(
+    preference: Float[jax.Array, " n"], m: int, layers: tuple[int, ...] = (), depth: int = 0
+) -> Bool[jax.Array, " L"]:
+    """True at the layers of `bandit.final`; `layers` and `depth` as of `Search`."""
+    order = jnp.argsort(preference, stable=True)[len(preference) - m :]
+    here = jnp.asarray(layers, order.dtype)[order] if layers else order
+    return jnp.zeros(depth or len(preference), bool).at[here].set(True)
+
+
+def trained(group_of: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """The groups of a config; copies of frozen norms stay frozen."""
+    return lambda path: None if path.endswith("/norm_in/scale") else group_of(path)
+
+
+def report(
+    search: Search,
+    params: Any,
+    after: Float[np.ndarray, " n"],
+    before: Float[np.ndarray, " n"] | None,
+    draw: Callable[[str, int], Any],
+) -> dict[str, Any]:
+    """Says which layers a search leaves out; and where it began from the preferences of another one, how far the data
+    have moved them: the rank correlation of both, and the validation losses without the layers of either."""
+    m = search.bandit.skips
+
+    def named(preference: Float[np.ndarray, " n"]) -> list[int]:
+        return np.flatnonzero(search.mask(bandit.final(preference, m))).tolist()
+
+    found: dict[str, Any] = {"skips": named(after)}
+    if before is not None:
+        ranks = [np.argsort(np.argsort(r, kind="stable")).astype(np.float64) for r in (before, after)]
+        batch = draw("val", search.steps)
+        losses = [float(search.loss(params, batch, search.mask(bandit.final(r, m)))) for r in (before, after)]
+        found |= {"skips_before": named(before)}
+        found |= {"rank_correlation": float(np.asarray(np.corrcoef(np.stack(ranks)))[0, 1])}
+        found |= {"loss_before": losses[0], "loss": losses[1]}
+    if jax.process_index() == 0:
+        print("  ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    return found
