@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments.das import deployed, fusion, phases
-from experiments.das.phases import Search, bandit_of, chosen, most_preferred, style_of
+from experiments.das.phases import style_of
 from experiments.vlm import main as vlm
 from vtjax.account import bench, flops
 from vtjax.errors import InputError
@@ -26,8 +26,6 @@ from vtjax.methods import das
 from vtjax.spec import VLMSpec
 from vtjax.train import checkpoint
 from vtjax.train.task import Data, Task
-
-__all__ = ["Search", "bandit_of", "build", "chosen", "data", "most_preferred", "style_of"]
 
 PHASES = ("search", "finetune")
 
@@ -96,7 +94,7 @@ def to_finetune(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert]:
         return base, lambda params, key: params
     whole, convert = _with_adapters(config, base)
     arms = das.arms(whole)
-    gone = tuple(arms[arm] for arm in chosen(config, len(arms)))
+    gone = tuple(arms[arm] for arm in phases.chosen(config, len(arms)))
     parent = whole.decoder.lineage[-1].parent
     spec, _ = das.remove(whole, None, gone, parent)
     return spec, lambda params, key: das.remove(whole, convert(params, key), gone)[1]

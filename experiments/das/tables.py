@@ -27,7 +27,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         *(("planted", "search", planted), ("null", "search", null), ("toy", "search", toy)),
         *(("base", "accuracy", base), ("arms", "accuracy", arms), ("versus", "accuracy", versus)),
         *(("searches", "accuracy", searches), ("disturbed", "accuracy", disturbed)),
-        *(("latency", "cost", latency), ("cost", "cost", cost)),
+        *(("latency", "cost", latency), ("cost", "cost", cost), ("counts", "counts", counts)),
     )
     return tables.from_records(results, makers)
 
@@ -233,6 +233,16 @@ def cost(records: Records) -> str:
     )
     header += ("gradient, masked", "time that candidates add")
     return tables.markdown(header, rows) + "\n\n" + circumstances(list(latest.values()))
+
+
+def counts(records: Records) -> str:
+    """Parameters and MACs of published models, beside what they were compared with."""
+    used = [r for r in records if r["kind"] == "counts"]
+    if not used:
+        return ""
+    rows = [(r["model"], r["what"], r["unit"], f"{r['ours']:.3f}", f"{r['theirs']:g}", r["whose"]) for r in used]
+    header = ("model", "", "unit", "counted here", "compared with", "of")
+    return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
 
 if __name__ == "__main__":
