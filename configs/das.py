@@ -224,7 +224,8 @@ def fusion_data(**leaves: Any) -> ConfigDict:
 
 def fusion_tiny(steps: int, batch_size: int) -> ConfigDict:
     """A METER of one fusion layer over one layer each of a text encoder and a tower, on a few procedural questions, for
-    tests; `--config.model.streams=1 --config.model.depth=3` makes a ViLT of it, `--config.data.form=pairs` (captions) another task.
+    tests. `--config.model.streams=1 --config.model.depth=3` makes a ViLT of it, `--config.data.form=pairs` (captions)
+    another task.
 
     Commands: `vtjax run --config=configs/das.py:fusion_tiny,phase=full --workdir=runs/fusion`, a search,
     `vtjax run --config=configs/das.py:fusion_tiny --config.init_from=runs/fusion --workdir=runs/fusion_search`, then
