@@ -80,8 +80,8 @@ def tiny(steps: int, batch_size: int, add: str) -> ConfigDict:
 def video(steps: int, batch_size: int, add: str) -> ConfigDict:
     """The needle in a video of 8 frames of 8 x 8 patches; twelve decoder layers, of which five read the frames.
 
-    Commands: `vtjax run --config=configs/all_five.py:video --workdir=runs/all_five/base`, then with `add=dgmr` and
-    `--config.init_from=runs/all_five/base`, `add=ltmp`, `add=dpn`, `add=search`, and `add=das`, each from the one
+    Commands: `vtjax run --config=configs/all_five.py:video --workdir=runs/all_five/base_0`, then with `add=dgmr` and
+    `--config.init_from=runs/all_five/base_0`, `add=ltmp`, `add=dpn`, `add=search`, and `add=das`, each from the one
     before; `python -m experiments.all_five.steps` does it. Hardware: one CPU core. Not run yet.
     """
     first = add == "base"

@@ -18,14 +18,7 @@ def build(spec: Spec, **options: Any) -> Any:
       InputError: a reducer of no method here.
     """
     if isinstance(spec, VLMSpec):
-        tower_reducers = () if isinstance(spec.tower, TiledViTSpec) else build(spec.tower).reducers
-        named = {block.reduce.partition(":")[0] for block in spec.decoder.blocks if block.reduce is not None}
-        if named - {"dpn"}:
-            raise InputError(f"the decoder's blocks reduce by {', '.join(sorted(named))}, expected one of: dpn")
-        from vtjax.methods import das, dpn
-
-        slots = {"reducers": dpn.reducers(spec), "adapters": das.attached(spec.decoder)}
-        return models.build(spec, **slots, tower_reducers=tower_reducers, **options)
+        return models.build(spec, **slots(spec), **options)
     names = {block.reduce.partition(":")[0] for block in spec.blocks if block.reduce is not None}
     if not names:
         if isinstance(spec, ViTSpec | LMSpec):
@@ -38,3 +31,21 @@ def build(spec: Spec, **options: Any) -> Any:
     from vtjax.methods import ltmp
 
     return ltmp.vit(spec, **options)
+
+
+def slots(spec: VLMSpec) -> dict[str, Any]:
+    """What the methods put into the slots of a multimodal model, as options of `VLM`.
+
+    Raises:
+      InputError: a reducer of no method here.
+    """
+    from vtjax.methods import das, dpn
+
+    named = {block.reduce.partition(":")[0] for block in spec.decoder.blocks if block.reduce is not None}
+    if named - {"dpn"}:
+        raise InputError(f"the decoder's blocks reduce by {', '.join(sorted(named))}, expected one of: dpn")
+    return {
+        "reducers": dpn.reducers(spec),
+        "adapters": das.attached(spec.decoder),
+        "tower_reducers": () if isinstance(spec.tower, TiledViTSpec) else build(spec.tower).reducers,
+    }

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from vtjax.errors import InputError
+from vtjax.methods import slots
 from vtjax.models.adapters import Style, attach, init_attached
 from vtjax.models.fusion import METHOD
 from vtjax.models.layers import Adapter
@@ -140,8 +141,9 @@ def attached(spec: ModelSpec) -> tuple[tuple[int, str, Adapter], ...]:
 
 
 def vlm(spec: VLMSpec, **options: Any) -> VLM:
-    """The model of a multimodal spec, with what adapters its decoder has; `options` as of `VLM`."""
-    return VLM(spec, adapters=attached(spec.decoder), **options)
+    """The model of a multimodal spec, with the adapters of its decoder and whatever else it names; `options` as of
+    `VLM`."""
+    return VLM(spec, **{**slots(spec), **options})
 
 
 def adapter_cost(spec: ModelSpec, tokens: int) -> tuple[int, int]:

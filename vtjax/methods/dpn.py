@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vtjax.errors import InputError, check_choice
+from vtjax.methods import slots
 from vtjax.models.vlm import VLM
 from vtjax.ops import pooling_experts as ops
 from vtjax.ops.pooling_experts import WINDOWS
@@ -316,7 +317,7 @@ def vlm(spec: VLMSpec, **options: Any) -> VLM:
     fields = {f.name for f in dataclasses.fields(Dpn)}
     changed = {name: options.pop(name) for name in tuple(options) if name in fields}
     made = tuple((layer, dataclasses.replace(found, **changed)) for layer, found in reducers(spec))
-    return VLM(spec, reducers=made, **options)
+    return VLM(spec, **{**slots(spec), "reducers": made, **options})
 
 
 _OF_SPEC = ("grid",)
