@@ -214,7 +214,10 @@ def test_layers_that_read_images_or_pool_them_are_no_arms():
     ("spec", "message"),
     [
         (das.remove(SPEC, None, [1])[0], "needs all layers whole and without reducers, found attn=False"),
-        (SPEC.edit(decoder=SPEC.decoder.edit(blocks={0: {"reduce": "dpn:stage=0"}})), "reduce='dpn:stage=0' at layer 0"),
+        (
+            SPEC.edit(decoder=SPEC.decoder.edit(blocks={0: {"reduce": "dpn:stage=0"}})),
+            "reduce='dpn:stage=0' at layer 0",
+        ),
         (BASE.edit(bridge=BridgeSpec("none", cross=CrossSpec.flamingo((0, 1, 2), 16, 2, 6)), image_token=5), "none"),
     ],
 )
@@ -239,10 +242,47 @@ def test_lists_that_are_none_are_one_line(skips, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_router_does_not_decode_without_the_prompts_weights():
+def routed():
+    """A model with routers and without its middle layer, and random parameters whose routers decide clearly."""
+    random = np.random.default_rng(4)
     spec = das.install(BASE, None, SMALL["lavin"], jax.random.key(0))[0]
-    spec, _ = das.remove(spec, None, [1])
-    model = das.vlm(spec)
     shapes = jax.eval_shape(functools.partial(abstract, style="lavin"), jax.random.key(0))
+    params = jax.tree.map(lambda a: 0.3 * random.normal(size=a.shape).astype(np.float32), shapes)
+    for name, block in params["decoder"]["das"].items():
+        block["skip"]["norm_in"] = params["decoder"][name]["norm1"]
+        for own in block.values():
+            own["route"] = jax.tree.map(lambda a: 40 * a, own["route"])
+    spec, params = das.remove(spec, params, [1])
+    return das.vlm(spec), jax.tree.map(jnp.asarray, params)
+
+
+@pytest.mark.slow
+def test_a_router_writes_by_what_it_decided_at_the_prompt():
+    """As if every text were read again from its first token on, on whichever side it is padded."""
+    model, params = routed()
+    prompts = [PROMPT[0], PROMPT[1][:-1]]
+    left, right = (np.array([PROMPT[0], row]) for row in (np.r_[0, prompts[1]], np.r_[prompts[1], 0]))
+    masks = [np.array([[1] * 7, row]) for row in ([0] + [1] * 6, [1] * 6 + [0])]
+    written = [model.generate(params, ids, IMAGES, mask, new_tokens=NEW)[0] for ids, mask in zip((left, right), masks)]
+    read = jax.jit(lambda p, ids, image: model.apply(p, ids, image)[0][:, -1])
+    for row, text in enumerate(prompts):
+        for place in range(NEW):
+            token = int(read(params, text[None], IMAGES[row : row + 1]).argmax())
+            assert [int(tokens[row, place]) for tokens in written] == [token, token]
+            text = np.append(text, token)
+    # The routers have their say.
+    _, cache = model.lm.prefill(params["decoder"], PROMPT[:, -2:], room=1)
+    route = cache.routes["attn_in_route"]
+    assert route.shape == (3, 2, 2) and np.abs(route[0] - 0.5).max() > 0.1
+
+
+def test_a_router_does_not_decode_without_the_prompts_weights():
+    model, params = routed()
+
+    def forgetful(params):
+        _, cache = model.lm.prefill(params, PROMPT[:, -2:], room=1)
+        assert set(cache.routes) == {"attn_in_route", "skip_route"}
+        return model.lm.step(params, jnp.zeros(2, jnp.int32), dataclasses.replace(cache, routes={}))
+
     with pytest.raises(InputError, match="decoding needs attn_in_route"):
-        jax.eval_shape(lambda p: model.generate(p, PROMPT, IMAGES, new_tokens=2), shapes)
+        jax.eval_shape(forgetful, params["decoder"])

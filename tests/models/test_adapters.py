@@ -14,6 +14,7 @@ from vtjax.errors import InputError
 from vtjax.methods import das
 from vtjax.models import LM, ViT, adapters
 from vtjax.models.adapters import STYLES, Attached, Style
+from vtjax.ops.tokens import Tokens
 from vtjax.spec import AdapterSpec, LMSpec, ViTSpec
 
 VIT = ViTSpec.uniform(depth=1, width=16, heads=2, image_size=8, patch=4, classes=3)
@@ -124,8 +125,8 @@ def test_routers_go_on_in_decoding_as_in_the_whole_text(lavin):
     def texts(params):
         whole, _ = model.apply(params, IDS)
         _, aux = model.apply(params, IDS[:, :3], want=("tokens",))
-        entering = [model.embed(params, IDS[:, :3]), *(block["tokens"].x for block in aux["blocks"][:-1])]
-        knobs = adapters.routes(spec, style, params, [x[:, 0] for x in entering])
+        entering = [Tokens(model.embed(params, IDS[:, :3])), *(block["tokens"] for block in aux["blocks"][:-1])]
+        knobs = adapters.routes(spec, model.adapters, params, entering)
         return whole, knobs, *model.prefill(params, IDS[:, :3], room=2)
 
     whole, knobs, logits, start = texts(params)

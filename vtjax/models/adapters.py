@@ -16,13 +16,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vtjax.errors import InputError
 from vtjax.models.layers import ADAPTER_SITES, Adapter, Knobs
 from vtjax.models.segments import block_name
 from vtjax.ops import adapters as ops
 from vtjax.ops import norms
+from vtjax.ops.tokens import Tokens
 from vtjax.spec.adapter import AdapterSpec
 from vtjax.spec.base import ModelSpec
 
@@ -138,7 +139,8 @@ class Attached:
     Attributes:
       spec: what it is.
       name: its parameters are the block's knob of this name; its router's weights, where they are known from the
-        prompt, the knob `<name>_route` `[B, 2]`, and the key of its dropout the knob `adapter_key`.
+        prompt, the knob `<name>_route` `[B, 2]`, else those of the token in the slot `adapter_first` `[B]` (0 where
+        there is no such knob); and the key of its dropout the knob `adapter_key`.
       adds: a bottleneck or router before a sublayer hands on x + u(x) (the slots `attn_in` and `mlp_in` replace their
         input); the residual form does so by itself.
       eps: it reads RMSNorm(x) with the scale `norm_in` of its own parameters, a frozen copy of the removed block's
@@ -160,6 +162,8 @@ class Attached:
             )
         if self.eps is not None:
             x = norms.rms_norm(x, p["norm_in"]["scale"], self.eps)
+        if self.spec.form == "router" and route is None and (first := knobs.get("adapter_first")) is not None:
+            route = ops.route(at(x, first), p, self.spec.temperature)
         y = apply(self.spec, p, x, route, knobs.get("adapter_key"))
         return x + y if self.adds else y
 
@@ -238,21 +242,34 @@ def init_attached(
     return params
 
 
-def routes(spec: Any, style: Style, params: Any, firsts: Sequence[Float[Array, "B D"]]) -> dict[str, Array]:
+def at(x: Float[Array, "B N D"], slot: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """The token in one slot of each row."""
+    return jnp.take_along_axis(x, slot[:, None, None], axis=1)[:, 0]
+
+
+def routes(
+    spec: Any,
+    attached: Sequence[tuple[int, str, Adapter]],
+    params: Any,
+    entering: Sequence[Tokens],
+) -> dict[str, Array]:
     """What a decoder's routers keep of a prompt, as knobs `<site>_route [L, B, 2]` for `LM.step`: later tokens do not
-    see the one that decides.
+    see the one that decides. Empty where there are no routers.
 
     Args:
-      firsts: the first token of every prompt as it enters each block.
+      attached: the model's adapters.
+      entering: the prompts as they enter each block.
     """
     found: dict[str, list[Array]] = {}
-    for index, site, adapter in attach(spec, style, spec.eps):
-        assert isinstance(adapter, Attached)
-        if adapter.spec.form != "router":
+    for index, site, adapter in attached:
+        if not isinstance(adapter, Attached) or adapter.spec.form != "router":
             continue
+        tokens = entering[index]
+        first = tokens.first()
+        read = tokens.x[:, 0] if first is None else at(tokens.x, first)
         p = params["das"][block_name(index)][site]
         norm = p["norm_in"] if site == "skip" else params[block_name(index)]["norm1" if site == "attn_in" else "norm2"]
-        read = norms.rms_norm(firsts[index], norm["scale"], spec.eps)
+        read = norms.rms_norm(read, norm["scale"], spec.eps)
         empty = [jnp.zeros((len(read), 2))] * spec.depth
         found.setdefault(f"{site}_route", empty.copy())[index] = ops.route(read, p, adapter.spec.temperature)
     return {name: jnp.stack(rows) for name, rows in found.items()}

@@ -56,6 +56,7 @@ class Cache:
       stretches: one per run of layers between reducers.
       cross: keys and values of the visual tokens, where a block has cross-attention.
       memory: which of them new tokens see, `[B, 1]`, one per stretch: a reducer may leave fewer; () = there are none.
+      routes: what routers decided by the prompt, as knobs of `LM.step`; see `adapters.routes`.
     """
 
     keys: dict[str, Array]
@@ -63,6 +64,7 @@ class Cache:
     stretches: tuple[Stretch, ...]
     cross: dict[str, Past]
     memory: tuple[Memory, ...] = ()
+    routes: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def layer(self, name: str, stretch: Stretch) -> LayerCache:
         """What block `name` gets to see, for a stretch that has grown."""
@@ -70,7 +72,7 @@ class Cache:
 
 
 jax.tree_util.register_dataclass(Stretch, data_fields=["alive", "slot", "position"], meta_fields=[])
-jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "stretches", "cross", "memory"], meta_fields=[])
+jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "stretches", "cross", "memory", "routes"], meta_fields=[])
 
 
 def start(entered: Sequence[Tokens], layers: Mapping[str, Mapping[str, Any]], room: int) -> Cache:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vtjax.errors import InputError
 from vtjax.models import cross_attention
 from vtjax.models.cross_attention import CrossBlock, HyperAttention, Past
-from vtjax.models.layers import Adapter, Dense, Knobs, Mlp, Norm, Reducer, SkipAdapter, at_site
+from vtjax.models.layers import Adapter, Dense, Knobs, Mlp, Norm, Reducer, SkipAdapter, at_site, with_first
 from vtjax.ops import cross_attention as cross_op
 from vtjax.ops import decoder_attention, rope
 from vtjax.ops.tokens import Tokens
@@ -144,6 +144,7 @@ class DecoderBlock(nn.Module):
         if tokens.size is not None:
             raise InputError("decoder blocks take tokens without size (a merged token counts as one), found sizes")
         family, spec, knobs, adapters = self.family, self.spec, knobs or {}, dict(self.adapters)
+        knobs = with_first(knobs, tokens) if adapters else knobs
         aux: dict[str, Any] = {}
         x, memory, cross = tokens.x, tokens.memory, self.cross
         norms = {name: Norm("rmsnorm", family.eps, name=name) for name in ("norm1", "norm2")}

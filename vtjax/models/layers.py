@@ -42,6 +42,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def with_first(knobs: Knobs, tokens: Tokens) -> Knobs:
+    """Knobs for adapters, of which some read the first token of a text: where that is, as `adapter_first` `[B]`."""
+    first = tokens.first()
+    return knobs if first is None else {**knobs, "adapter_first": first}
+
+
 def identity(x: Array) -> Array:
     """What models do to activations where nothing is injected."""
     return x

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vtjax.errors import InputError, check_choice
+from vtjax.models import adapters as adapters_lib
 from vtjax.models import cache as cache_lib
 from vtjax.models import segments
 from vtjax.models.cache import Cache
@@ -201,14 +202,16 @@ class LM:
         last = tokens.x[:, -1]
         if tokens.alive is not None:
             last = jnp.take_along_axis(tokens.x, cache_lib.last_live(tokens)[:, None, None], axis=1)[:, 0]
-        return self.logits(params, last), cache_lib.start(stretches, layers, room)
+        cache, entering = cache_lib.start(stretches, layers, room), [entered, *(aux["tokens"] for aux in blocks[:-1])]
+        routes = adapters_lib.routes(self.spec, self.adapters, params, entering)
+        return self.logits(params, last), dataclasses.replace(cache, routes=routes)
 
     def step(
         self, params: Params, token: Int[Array, " B"], cache: Cache, *, knobs: Knobs | None = None
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Adds one token to every text: its logits, float32, and the cache with it. No reducer acts."""
         params = jax.tree.map(jnp.asarray, params)
-        knobs = segments.method_knobs(params) | dict(knobs or {})
+        knobs = segments.method_knobs(params) | cache.routes | dict(knobs or {})
         segments.check_knobs(knobs, self.spec.depth)
         x = self.constrain(self.embed(params, token[:, None]))
         keys, values, number = dict(cache.keys), dict(cache.values), 0

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from vtjax.errors import InputError
 from vtjax.models.decoder import DecoderBlock
-from vtjax.models.layers import ADAPTER_SITES, Adapter, Block, DropPath, Knobs, Reducer
+from vtjax.models.layers import ADAPTER_SITES, Adapter, Block, DropPath, Knobs, Reducer, with_first
 from vtjax.ops.cross_attention import SAVED
 from vtjax.ops.tokens import Tokens
 from vtjax.spec import ModelSpec, is_backbone
@@ -198,7 +198,7 @@ def run(
                 )
             tokens = jax.lax.cond(
                 k["skipped"],
-                lambda t: t.replace(x=t.x + instead(t.x, k)),
+                lambda t: t.replace(x=t.x + instead(t.x, with_first(k, t))),
                 lambda t: call_module(block, p, t, k, (), *drop)[0],
                 tokens,
             )

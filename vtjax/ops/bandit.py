@@ -109,7 +109,7 @@ class State(NamedTuple):
       since: training steps since the last update; epochs do not reset it.
       updates: how many were due so far: the number of the next one.
       poisoned: of these, how many were dropped because a loss was NaN.
-      flat: of these, how many moved nothing because all rewards were equal.
+      flat: of these, how many moved nothing because all rewards were equal, or too small for float32 preferences.
     """
 
     preference: Float32[np.ndarray, " n"]
@@ -233,7 +233,8 @@ def update(
     Args:
       subsets: of `candidates`.
       losses: of each, on one batch. A NaN drops the update (counted in `poisoned`); where all rewards are equal, 0
-        included, nothing moves (counted in `flat`, with a warning).
+        included, or what would be added is lost in float32 (from r = 0: with losses above about 103), nothing moves
+        (counted in `flat`, with a warning).
 
     Raises:
       ValueError: other than c losses, fewer than two, or a subset with an arm that does not exist or stands twice.
@@ -259,7 +260,13 @@ def update(
     advantage[skipped.all(0)] = 0.0
     logp, logq = log_weights(state.preference), log_weights(-state.preference)
     moved = state.preference + bandit.rate * np.exp(logp + logq) * advantage
-    return after._replace(preference=np.where(advantage == 0.0, state.preference, moved).astype(np.float32))
+    preference = np.where(advantage == 0.0, state.preference, moved).astype(np.float32)
+    if (preference == state.preference).all():
+        warnings.warn(
+            "an update is too small to change any preference, so all stay; are the losses too large?", stacklevel=2
+        )
+        after = after._replace(flat=np.asarray(state.flat + 1, np.int32))
+    return after._replace(preference=preference)
 
 
 def final(preference: Float[np.ndarray, " n"], m: int) -> Int[np.ndarray, " m"]:

@@ -65,6 +65,10 @@ class Tokens:
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **fields)
 
+    def first(self) -> Int[Array, " B"] | None:
+        """The first live slot of every row; None = slot 0 of all."""
+        return None if self.alive is None else jnp.argmax(self.alive > 0.5, axis=1)
+
     def weights(self) -> Float[Array, "B N"] | None:
         """float32 weight of each slot in a mean over original tokens: size where alive; None = all 1."""
         if self.size is None and self.alive is None:
