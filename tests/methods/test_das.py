@@ -263,7 +263,8 @@ def test_a_router_writes_by_what_it_decided_at_the_prompt():
     prompts = [PROMPT[0], PROMPT[1][:-1]]
     left, right = (np.array([PROMPT[0], row]) for row in (np.r_[0, prompts[1]], np.r_[prompts[1], 0]))
     masks = [np.array([[1] * 7, row]) for row in ([0] + [1] * 6, [1] * 6 + [0])]
-    written = [model.generate(params, ids, IMAGES, mask, new_tokens=NEW)[0] for ids, mask in zip((left, right), masks)]
+    padded = zip((left, right), masks, strict=True)
+    written = [model.generate(params, ids, IMAGES, mask, new_tokens=NEW)[0] for ids, mask in padded]
     read = jax.jit(lambda p, ids, image: model.apply(p, ids, image)[0][:, -1])
     for row, text in enumerate(prompts):
         for place in range(NEW):

@@ -72,7 +72,9 @@ class Cache:
 
 
 jax.tree_util.register_dataclass(Stretch, data_fields=["alive", "slot", "position"], meta_fields=[])
-jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "stretches", "cross", "memory", "routes"], meta_fields=[])
+jax.tree_util.register_dataclass(
+    Cache, data_fields=["keys", "values", "stretches", "cross", "memory", "routes"], meta_fields=[]
+)
 
 
 def start(entered: Sequence[Tokens], layers: Mapping[str, Mapping[str, Any]], room: int) -> Cache:
