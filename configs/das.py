@@ -87,10 +87,11 @@ def other(config: ConfigDict, arm: str) -> None:
         return
     config.experiment = "vlm"
     del config.das
+    bridge = {name: group for name, group in config.optim.groups.to_dict().items() if name == "bridge"}
     config.optim.groups = {}
     if arm == "lora":
         config.model.lora.rank = 8
-        config.optim.groups = {"lora": common.group("/lora_"), "unchanged": common.group("", frozen=True)}
+        config.optim.groups = {**bridge, "lora": common.group("/lora_"), "unchanged": common.group("", frozen=True)}
 
 
 def tiny(steps: int, batch_size: int) -> ConfigDict:
@@ -113,12 +114,12 @@ def easyvqa_base(steps: int, batch_size: int) -> ConfigDict:
 
     Command: `vtjax run --config=configs/das.py:easyvqa_base --workdir=runs/das/base_0`. Hardware: one CPU core.
     """
-    config = vlm.easyvqa(steps or 600, batch_size or 32)
+    config = vlm.easyvqa(steps or 400, batch_size or 32)
     config.data.update(types=("shape",), train_split="train[:3500]", eval_split="test", pack=2)
     config.model.tower.update(width=64, depth=1, mlp=128)
     config.model.bridge.pool = (2, 2)
     config.model.decoder.update(depth=12, width=64, mlp=128)
-    config.optim.update(lr=1e-3, warmup=60)
+    config.optim.update(lr=1e-3, warmup=40)
     config.log_every, config.eval_every, config.checkpoint.every = 50, 0, 400
     return config
 
@@ -131,12 +132,14 @@ def easyvqa(steps: int, batch_size: int) -> ConfigDict:
     --workdir=runs/das/search_0`, then `vtjax run --config=configs/das.py:easyvqa,phase=finetune
     --config.init_from=runs/das/search_0 --workdir=DIR`. Hardware: one CPU core.
     """
-    config = easyvqa_base(steps or 150, batch_size or 32)
+    config = easyvqa_base(steps or 200, batch_size or 32)
     config.data.types = ("color",)
-    config.optim.update(lr=3e-3, warmup=config.steps // 10)
+    config.optim.update(lr=1e-2, warmup=config.steps // 10)
     # A third of the search as warm-up, as METER has with 3 epochs of 1 (spec section 2.7).
     leaves = {"val_split": "train[3500:]", "warmup": config.steps // 3, "every": 2}
-    return transfer(config, width=16, skip_width=32, **leaves)
+    transfer(config, width=16, skip_width=32, **leaves)
+    config.optim.groups.bridge = common.group("^bridge/")  # as LaVIN and LLaVA have it
+    return config
 
 
 SCIENCEQA = 12_726  # training examples

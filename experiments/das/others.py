@@ -58,8 +58,10 @@ class Prompted:
 
 
 def prompted(config: ConfigDict, count: int) -> tuple[Task, Prompted]:
-    """Prompt tuning of the model of `config.init_from`: P = `count` embeddings are trained, and nothing else."""
-    config.optim.groups = {PROMPT: common.group(f"^{PROMPT}/"), "unchanged": common.group("", frozen=True)}
+    """Prompt tuning of the model of `config.init_from`: P = `count` embeddings are trained, and the
+    bridge where the config has a group of it."""
+    kept = {name: group for name, group in config.optim.groups.to_dict().items() if name == "bridge"}
+    config.optim.groups = {**kept, PROMPT: common.group(f"^{PROMPT}/"), "unchanged": common.group("", frozen=True)}
     spec, base_init = vlm.source(config)
     model, types = Prompted(VLM(spec, **vlm.options(config))), vlm.types_of(config)
     shape = (count, spec.decoder.width)
