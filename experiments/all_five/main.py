@@ -57,7 +57,7 @@ def build(config: ConfigDict) -> Task:
     if base.bridge.cross is None:
         raise InputError("config.model.bridge.cross must be a form of cross-attention (LV-XAttn), found 'none'")
     begun = checkpoint.begun(config.workdir) is not None
-    spec, convert = (base, lambda params, key: params) if begun else ADD[config.add](config, base, base_init)
+    spec, convert = (_unchanged if begun or has(base, config.add) else ADD[config.add])(config, base, base_init)
     model = methods.build(spec, **lvxattn.options(config))
     types, balance, group_of = vlm.types_of(config), vlm.answer_weights(config), optim.group_of(config.optim)
     searching = config.add == "search"
@@ -169,22 +169,30 @@ def check(config: ConfigDict) -> None:
     for name in ("dgmr", "ltmp", "dpn"):
         _ = {leaf: config[name][leaf] for leaf in config[name]}
     phases.check(config, ("search", "finetune"))
-    if (config.add == "base") == bool(config.init_from):
-        wanted = "empty for the base model" if config.add == "base" else "the workdir of the step before"
-        raise InputError(f"config.init_from must be {wanted}, found {config.init_from!r} for add={config.add!r}")
+    if config.add != "base" and not config.init_from:
+        raise InputError(f"config.init_from must be the workdir of the step before {config.add!r}, found ''")
     if config.add != "base" and config.data.pack != 1:
         raise InputError(f"config.data.pack must be 1, as experts are chosen by the question, found {config.data.pack}")
 
 
-def present(spec: VLMSpec) -> list[str]:
-    """The methods that a spec names, but for LV-XAttn, which is a matter of the mesh."""
-    found = {
+def has(spec: VLMSpec, add: str) -> bool:
+    """Whether a model has what a step adds; it is then trained on, or evaluated."""
+    if add in ("search", "das"):
+        return das.is_installed(spec.decoder) and (add == "das") == any(
+            not spec.blocks[arm].attn and not spec.blocks[arm].ffn for arm in das.arms(spec)
+        )
+    return {
+        "base": True,
         "dgmr": any(step.operation.startswith("dgmr.") for step in spec.tower.lineage),
         "ltmp": spec.tower != spec.tower.unreduced(),
         "dpn": bool(dpn.reducers(spec)),
-        "das": das.is_installed(spec.decoder),
-    }
-    return [name for name, there in found.items() if there]
+    }[add]
+
+
+def present(spec: VLMSpec) -> list[str]:
+    """The methods that a spec names, but for LV-XAttn, which is a matter of the mesh."""
+    there = [name for name in ("dgmr", "ltmp", "dpn") if has(spec, name)]
+    return [*there, "das"] if das.is_installed(spec.decoder) else there
 
 
 def _unchanged(config: ConfigDict, base: VLMSpec, init: Any) -> tuple[VLMSpec, Convert]:
@@ -259,7 +267,6 @@ def _with_das(config: ConfigDict, base: VLMSpec, init: Any) -> tuple[VLMSpec, Co
 
 
 ADD = {
-    "base": _unchanged,
     "dgmr": _with_dgmr,
     "ltmp": _with_ltmp,
     "dpn": _with_dpn,

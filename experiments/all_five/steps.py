@@ -2,6 +2,7 @@
 """The chain of `configs/all_five.py:video`, and what each step changes.
 
     python -m experiments.all_five.steps train     the six runs, one after the other, in runs/all_five; resumes
+    python -m experiments.all_five.steps control   the dense model, trained on for as many steps
     python -m experiments.all_five.steps moved     bytes between eight devices, and what a device holds (compiled only)
     python -m experiments.all_five.steps time      nothing else may use the cores
 
@@ -9,12 +10,13 @@ Records go to results/steps.jsonl. `train` writes one per run: accuracy on the t
 tokens, parameters, and which questions were answered rightly. `moved` compiles the forward pass for eight devices that
 hold one frame each, once as LV-XAttn's cost model would have it and once with keys and values that go round
 (`ring_kv`). `time` lets all models take turns on one batch: the compiled program, in which dead tokens of LTMP and DPN
-are masked, so that only DGMR and DAS save time; and once more with the tower's mean counts fixed: these tokens are gone.
+are masked, so that only DGMR and DAS save time; and once more with the tower's mean counts fixed, whose tokens go.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "results" / "steps.jsonl"
 CONFIG = "configs/all_five.py"
 DEVICES = 8
+WHOLE = ("dgmr", "ltmp", "dpn")  # steps in which all weights are trained
 
 
 def config_of(options: argparse.Namespace, add: str, more: dict[str, Any] | None = None) -> Any:
@@ -45,14 +48,36 @@ def workdir(options: argparse.Namespace, add: str) -> str:
     return f"{options.runs}/{add}_{options.seed}"
 
 
-def train(options: argparse.Namespace, add: str) -> dict[str, Any]:
+def control(options: argparse.Namespace) -> Any:
+    """The config of the dense model, trained on for the steps of the three in which all weights are."""
+    from vtjax.cli import config as config_lib
+
+    first = config_of(options, WHOLE[0])
+    steps = sum(config_of(options, add).steps for add in WHOLE)
+    leaves = {"init_from": workdir(options, "base"), "data.pack": first.data.pack, "optim.lr": first.optim.lr}
+    leaves |= {"seed": options.seed, "optim.warmup": steps // 20, "eval_every": 0}
+    config = config_lib.load_config(
+        CONFIG, f"{options.variant},steps={steps}", {name: str(value) for name, value in leaves.items()}
+    )
+    config_lib.override(config, "workdir", workdir(options, "control"))
+    return config
+
+
+def train(config: Any) -> dict[str, Any]:
     """Trains one step, or finds it done."""
     from vtjax.cli import assemble
+    from vtjax.cli import config as config_lib
+    from vtjax.cli import eval as evaluation
     from vtjax.train import checkpoint, loop
 
-    config = config_of(options, add)
     task, data = assemble.assemble(config)
     result = loop.train(task, data, config, config.workdir)
+    if config.data.pack != 1:
+        # The others read one question per row: work is counted for that.
+        alone = copy.deepcopy(config)
+        config_lib.override(alone, "data.pack", 1)
+        config_lib.override(alone, "workdir", "")
+        result |= evaluation.measure(alone, config.workdir)
     kept = ("params_sha256", "params", "loss", "count", "tower_macs", "decoder_macs", "visual", "methods")
     found = {name: value for name, value in result.items() if name in kept or name.startswith("top1")}
     spec, _ = checkpoint.load_params(config.workdir)
@@ -101,7 +126,7 @@ def moved(options: argparse.Namespace, add: str) -> dict[str, Any]:
         run, params, placed, mesh = forward(options, add, DEVICES, strategy=strategy)
         with jax.set_mesh(mesh):
             compiled = jax.jit(run).lower(params, placed).compile()
-        each = aot.collectives(compiled.as_text())
+        each = aot.collectives(str(compiled.as_text()))
         plan: Any = compiled.memory_analysis()
         held = plan.argument_size_in_bytes + plan.temp_size_in_bytes
         found[strategy] = {"moved_bytes": sum(kind["bytes"] for kind in each.values()), "device_bytes": int(held)}
@@ -162,7 +187,7 @@ def programs(options: argparse.Namespace, add: str) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "moved", "time"))
+    parser.add_argument("what", choices=("train", "control", "moved", "time"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=4, help="videos of a timed or compiled batch")
     parser.add_argument("--rounds", type=int, default=8)
@@ -182,16 +207,22 @@ def main(arguments: list[str]) -> int:
     built = tuple(add for add in STEPS if add != "search")
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
+    kind = "train" if options.what == "control" else options.what
+
     def write(add: str, found: dict[str, Any]) -> None:
-        record.write(options.out, {"kind": options.what, "add": add, "seed": options.seed, **found})
+        record.write(options.out, {"kind": kind, "add": add, "seed": options.seed, **found})
         print(f"{options.what} {add}, seed {options.seed}", file=sys.stderr)
 
     if options.what == "time":
         write("all", times(options, built))
         return 0
-    for add in STEPS if options.what == "train" else built:
-        if (options.what, add, options.seed) not in known:
-            write(add, (train if options.what == "train" else moved)(options, add))
+    for add in {"train": STEPS, "control": ("control",), "moved": built}[options.what]:
+        if (kind, add, options.seed) in known:
+            continue
+        if kind == "moved":
+            write(add, moved(options, add))
+        else:
+            write(add, train(control(options) if add == "control" else config_of(options, add)))
     return 0
 
 

@@ -119,6 +119,17 @@ def chain(tmp_path_factory):
     return found
 
 
+def test_what_a_model_has_is_not_added_again(whole, tmp_path):
+    """An evaluation, and a run that trains on, take the model as it is."""
+    spec, params = whole
+    weights.save(tmp_path / "model.safetensors", spec, params)
+    for add in ("base", "dgmr", "ltmp", "dpn", "search"):
+        assert five.has(spec, add)
+        task = five.build(config_of(add, tmp_path / "run", tmp_path / "model.safetensors"))
+        assert task.spec.decoder == spec.decoder and task.spec.tower == spec.tower
+    assert not five.has(spec, "das")
+
+
 @pytest.mark.slow
 def test_every_step_keeps_what_the_others_added(chain):
     assert [chain[add][1]["methods"] for add in five.STEPS] == [
@@ -163,10 +174,9 @@ def test_eight_devices_say_what_one_says(chain, tmp_path):
 @pytest.mark.parametrize(
     ("add", "leaves", "message"),
     [
-        ("dgmr", {}, "config.init_from must be the workdir of the step before, found ''"),
+        ("dgmr", {}, "config.init_from must be the workdir of the step before 'dgmr', found ''"),
         ("das", {"after": "dpn"}, "config.init_from must be the workdir of a search"),
         ("search", {"after": "dpn", "das.skips": 3}, "dpn needs at least 2 layers after its last stage"),
-        ("dpn", {"after": "dpn"}, "reduces already"),
         ("dpn", {"after": "base", "data.pack": 3}, "config.data.pack must be 1"),
         ("base", {"model.bridge.cross": "none"}, "must be a form of cross-attention"),
     ],
