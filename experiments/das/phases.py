@@ -2,8 +2,8 @@
 """DAS's two phases, whatever model is searched: what happens between steps, and the tasks (spec section 2).
 
 A phase needs four functions of a model, `Model`; of which the decoder's are in `main`, those of fusion encoders in
-`fusion`. The method is `vtjax.methods.das`, the bandit `vtjax.ops.bandit`. A step's micro-batches (`config.accumulate`)
-share what it skips.
+`fusion`. The method is `vtjax.methods.das`, the bandit `vtjax.ops.bandit`. Of several micro-batches in a step
+(`config.accumulate`) each skips what it draws for itself, while `config.das.every` counts steps.
 Letters: b rows, n arms, L layers (modules), of which the arms are all or some, m skipped ones.
 """
 
@@ -81,8 +81,10 @@ def search(
     )  # fmt: skip
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
-        value, told = model.loss(params, batch, extra["skip"], key)
-        r = extra["preference"]
+        r, skip = extra["preference"], extra["skip"]
+        if config.accumulate > 1:
+            skip = own_subset(r, skip.sum(), jax.random.fold_in(key, 2), settings.policy, layers, depth)
+        value, told = model.loss(params, batch, skip, key)
         told |= {"updates": extra["updates"], "preference_most": r.max(), "preference_least": r.min()}
         return value, {name: jnp.float32(value) for name, value in told.items()}
 
@@ -348,6 +350,24 @@ class Search:
     def _count(self, call: int) -> int:
         """m of the `call`-th training step, from 1."""
         return bandit.ramped(self.bandit.skips, call, self.ramp)
+
+
+def own_subset(
+    preference: Float[jax.Array, " n"],
+    count: Any,
+    key: jax.Array,
+    policy: str,
+    layers: tuple[int, ...],
+    depth: int,
+) -> Bool[jax.Array, " L"]:
+    """The layers of a fresh draw, traced, by the law of `bandit.draw`; `count` of them."""
+    noise = (
+        jax.random.gumbel(key, preference.shape)
+        if policy == "race"
+        else jnp.log(jax.random.uniform(key, preference.shape, minval=1e-38))
+    )
+    place = jnp.argsort(jnp.argsort(-(jax.nn.log_sigmoid(preference) + noise)))
+    return jnp.zeros(depth, bool).at[jnp.asarray(layers)].set(place < count)
 
 
 def most_preferred(

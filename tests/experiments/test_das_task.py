@@ -111,6 +111,13 @@ def test_fine_tuning_does_without_what_the_search_prefers(base: Path, found: Pat
     assert all((start[name] == value).all() for name, value in kept.items() if "/das/" not in name)
     again = vtjax(capsys, "eval", f"--workdir={tmp_path}/short")
     assert again["top1"] == result["top1"] and again["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    rows = tmp_path / "rows.jsonl"
+    vtjax(capsys, "eval", f"--workdir={tmp_path}/short", f"--decisions={rows}")
+    made = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert all(np.flatnonzero(row["skipped"]).tolist() == skips and row["macs"] > 0 for row in made)
+    sizes = ["--batch=4", "--images=4", "--rounds=1", "--calls=1"]
+    timed = vtjax(capsys, "bench", f"--workdir={tmp_path}/short", *sizes)
+    assert timed["reduced"]["macs_agree"] and timed["dense"]["macs_agree"] and timed["mac_ratio"] > 1
     m = package.load(tmp_path / "short")
     assert das.is_installed(m.spec.decoder)
     assert isinstance(m.answer("experiments/vlm/circle.png", "shape of the large one?", new_tokens=2), str)
