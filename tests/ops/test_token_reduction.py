@@ -606,3 +606,33 @@ def test_both_sums_of_a_merge_agree_and_so_do_their_gradients():
 def test_the_first_of_equal_partners_is_taken():
     x = jnp.asarray([[[1.0, 2.0, 2.0], [-jnp.inf, -jnp.inf, -jnp.inf], [0.0, -jnp.inf, 0.0]]])
     assert op._first_largest(x).tolist() == [[1, 0, 0]]
+
+
+# Images on several devices.
+
+
+def scatters(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("scatter"):
+            yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from scatters(inner)
+
+
+def test_no_scatter_names_the_image_it_is_about():
+    """Its batch would be reduced over the devices that hold it: SPMD knows batch dimensions, not indices that count."""
+
+    def all_of_it(x, unit, importance, merged):
+        tokens, beside = op.merge(Tokens(x=x), importance, op.match(unit, 1), merged, 1)
+        tokens, beside = op.compact(tokens, beside)
+        fixed, rest = op.merge_top(Tokens(x=x), importance, unit, 2, 1, by_similarity=True)
+        return tokens.x, beside, op.prune_least(fixed, rest, 2, 1)[0].source
+
+    x = jnp.zeros((B, 9, D))
+    found = list(scatters(jax.make_jaxpr(all_of_it)(x, x, x[..., 0], x[:, :4, 0]).jaxpr))
+    assert len(found) >= 4
+    for eqn in found:
+        numbers = eqn.params["dimension_numbers"]
+        assert numbers.operand_batching_dims == (0,) or 0 in numbers.update_window_dims, eqn

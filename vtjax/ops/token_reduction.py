@@ -205,8 +205,9 @@ def _summed(values: Float[Array, "B A D"], partner: Int[Array, "B A"], half_b: i
 
 
 def _added(half_b: int, values: Float[Array, "B A D"], partner: Int[Array, "B A"]) -> Float[Array, "B B2 D"]:
-    rows = jnp.arange(values.shape[0])[:, None]
-    return jnp.zeros((values.shape[0], half_b, values.shape[2]), values.dtype).at[rows, partner].add(values)
+    # Image by image: a scatter whose indices name the image is reduced over all devices where images lie on several.
+    zeros = jnp.zeros((half_b, values.shape[2]), values.dtype)
+    return jax.vmap(lambda v, p: zeros.at[p].add(v))(values, partner)
 
 
 def _multiplied(half_b: int, values: Float[Array, "B A D"], partner: Int[Array, "B A"]) -> Float[Array, "B B2 D"]:
@@ -364,7 +365,7 @@ def merge_top(
     if importance is not None:
         p, a, b = split(importance, prefix)
         a = jnp.take_along_axis(a, order, 1)
-        b = b.at[jnp.arange(batch)[:, None], partner].max(a[:, :count])
+        b = jax.vmap(lambda b, p, a: b.at[p].max(a))(b, partner, a[:, :count])
         importance = jnp.concatenate([p, a[:, count:], b], 1)
 
     first_b = prefix + half_a - count
@@ -408,7 +409,7 @@ def _ranks(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:
 def _inverse(place: Int[Array, "B N"]) -> Int[Array, "B N"]:
     """The inverse of a permutation: which entry stands where. It needs no sort."""
     slots = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
-    return jnp.zeros_like(slots).at[jnp.arange(len(place))[:, None], place].set(slots, unique_indices=True)
+    return jax.vmap(lambda p, s: jnp.zeros_like(s).at[p].set(s, unique_indices=True))(place, slots)
 
 
 def _pick(
@@ -416,8 +417,8 @@ def _pick(
 ) -> tuple[Tokens, Float[Array, "B M"] | None]:
     """The slots `order`, all live; the others are gone, and so is what only they held."""
     size, _, source = filled(tokens)
-    place = jnp.full(size.shape, -1, jnp.int32)
-    place = place.at[jnp.arange(len(order))[:, None], order].set(jnp.arange(order.shape[1], dtype=jnp.int32))
+    slot = jnp.arange(order.shape[1], dtype=jnp.int32)
+    place = jax.vmap(lambda o: jnp.full(size.shape[1], -1, jnp.int32).at[o].set(slot))(order)
     out = Tokens(
         x=jnp.take_along_axis(tokens.x, order[..., None], 1),
         size=None if tokens.size is None else jnp.take_along_axis(size, order, 1),
