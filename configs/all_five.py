@@ -30,6 +30,7 @@ def five(config: ConfigDict, add: str, **leaves: Any) -> ConfigDict:
     """A config of `configs.lvxattn` with the leaves of the other four; `leaves` by method."""
     config.experiment = "all_five"
     config.add = add
+    config.guard = common.guard()
     config.dgmr = ConfigDict({"keep": 0, "score": "concat"})  # neurons of every MLP of the tower
     config.ltmp = ConfigDict({name: ltmp.ltmp()[name] for name in LTMP})
     config.dpn = ConfigDict({name: dpn.dpn()[name] for name in DPN})

@@ -154,6 +154,7 @@ def build(config: ConfigDict) -> Task:
         },
         bounds=lambda path: (0.0, 1.0) if path.startswith(f"tower/{ltmp.NAME}/") else None,
         decisions=None if searching else decisions,
+        relax=relaxed,
         summary={"add": config.add, "methods": present(spec), "params": sum(row.params for row in flops.layers(spec))},
         frames=lvxattn.OVER,
     )
@@ -292,6 +293,16 @@ def completed(spec: VLMSpec, params: Any, key: jax.Array) -> Any:
 def over(spec: VLMSpec) -> tuple[tuple[int, ...], int]:
     """The layers that a search chooses among, and of how many."""
     return das.arms(spec), spec.decoder.depth
+
+
+def relaxed(params: Any, amount: float) -> Any:
+    """Parameters that decide less aggressively in tower and decoder; 1 = neither merges, prunes nor pools."""
+    tower, decoder = params["tower"], params["decoder"]
+    if ltmp.NAME in tower:
+        tower = {**tower, ltmp.NAME: ltmp.relaxed(tower[ltmp.NAME], amount)}
+    if dpn.NAME in decoder:
+        decoder = {**decoder, dpn.NAME: {**decoder[dpn.NAME], "relax": jnp.float32(amount)}}
+    return {**params, "tower": tower, "decoder": decoder}
 
 
 def plain(tower: Any) -> ViTSpec:

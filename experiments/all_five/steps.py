@@ -99,7 +99,7 @@ def forward(options: argparse.Namespace, add: str, over: int, **attend: str) -> 
     from vtjax.parallel import mesh as mesh_lib
     from vtjax.train import checkpoint
 
-    more = {"mesh.context": over, "mesh.data": 1, "batch_size": options.batch}
+    more = {"mesh.context": over, "mesh.data": 1, "batch_size": options.batch, "data.pack": 1}
     config = config_of(options, add, {**more, **{f"attend.{name}": value for name, value in attend.items()}})
     _, data = assemble.assemble(config)
     spec, params = checkpoint.load_params(config.workdir)
