@@ -15,6 +15,7 @@ Letters: B rows, F frames of a video, S stages of DPN, L layers.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -348,11 +349,15 @@ def work(model: VLM, batch: Any, aux: Any) -> dict[str, jax.Array]:
         blocks = ltmp.dense_macs(tower)
         each = dense - blocks + blocks * ratio
     tokens = (batch["segments"] >= 0).sum(-1, dtype=jnp.float32)
+    entering = math.prod(spec.grid) * frames.sum(-1, dtype=jnp.float32)[:, None]
+    if model.tower_reducers:
+        # What the tower leaves is read until a stage puts it back on the grid.
+        alive = (aux["tower"][-1]["decisions"]["alive"][:, tower.prefix :] > 0.5).sum(-1, dtype=jnp.float32)
+        left = model.frames.split(alive[:, None], len(frames))[:, : frames.shape[1], 0]
+        entering = (left * frames).sum(-1, keepdims=True)
+    visual = entering
     if dpn.reducers(spec):
-        made = dpn.decisions(aux, spec)
-        visual = jnp.concatenate([made["visual_before"][:, :1], made["visual"]], axis=1)
-    else:
-        visual = (aux["tokens"].memory.number > 0).sum(-1, dtype=jnp.float32)[:, None]
+        visual = jnp.concatenate([entering, dpn.decisions(aux, spec)["visual"]], axis=1)
     text = jnp.repeat(tokens[:, None], visual.shape[1] - 1, 1)
     decoder = dpn.macs(spec, tokens, text, visual)
     if das.is_installed(spec.decoder):

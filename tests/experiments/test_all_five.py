@@ -20,6 +20,7 @@ from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
 from vtjax.methods import das, dpn, ltmp
+from vtjax.ops import cross_attention
 from vtjax.train import loop
 
 CONFIG = "configs/all_five.py"
@@ -91,6 +92,22 @@ def test_all_of_them_at_once_build_skip_remove_are_saved_and_generate(whole, tmp
     assert_allclose(jax.jit(m.apply)(m.params, ids, images)[0], masked, atol=1e-5)
 
 
+def entering(memory):
+    return memory, cross_attention.on_grid(memory, 16)
+
+
+def test_a_merged_patch_is_what_its_holder_is(whole):
+    spec, params = whole
+    merging = {"merge_threshold": np.full(2, 0.2, np.float32), "prune_threshold": np.zeros(2, np.float32)}
+    params = {**params, "tower": {**params["tower"], "ltmp": merging}}
+    ids, images = prompts(spec)
+    left, grid = jax.jit(lambda p: entering(methods.build(spec).enter(p, ids, images)[0]["memory"]))(params)
+    holder, x = np.asarray(left.holder).reshape(2, 3, 16), np.asarray(left.x).reshape(2, 3, 16, -1)
+    assert (np.asarray(grid.number) > 0).all() and (np.asarray(left.number) > 0).mean() < 0.9
+    expected = [[x[b, i][holder[b, i]] for i in range(3)] for b in range(2)]
+    np.testing.assert_array_equal(np.asarray(grid.x).reshape(2, 3, 16, -1), expected)
+
+
 def test_what_the_tower_dropped_is_not_pooled_and_the_rest_lies_on_its_grid(whole):
     """A pruned patch is read by nobody, pooled or not; a merged one is pooled where it was."""
     spec, params = whole
@@ -99,9 +116,12 @@ def test_what_the_tower_dropped_is_not_pooled_and_the_rest_lies_on_its_grid(whol
     params = {**params, "tower": {**params["tower"], "ltmp": pruning}}
     ids, images = prompts(spec)
     model, skip = methods.build(spec), np.zeros(spec.decoder.depth, bool)
-    run = jax.jit(lambda p: model.enter(p, ids, images)[0]["memory"].number)
-    live = np.asarray(run(params)) > 0
-    assert 0 < live.mean() < 1
+    left, grid = jax.jit(lambda p: entering(model.enter(p, ids, images)[0]["memory"]))(params)
+    live = np.asarray(grid.number) > 0
+    assert 0 < live.mean() < 1 and grid.holder is None
+    alive = (np.asarray(left.number) > 0).reshape(6, 16)
+    for image, holder in enumerate(np.asarray(left.holder).reshape(6, 16)):
+        assert set(holder[holder >= 0]) == set(np.flatnonzero(alive[image]))
     run = jax.jit(lambda p, choice: model.apply(p, ids, images, knobs={"skipped": skip, **choice})[1])
     aux = run(params, dpn.given(spec, jnp.full((2, 1), 2)))
     windows = live.reshape(2, 3, 2, 2, 2, 2).any((3, 5))

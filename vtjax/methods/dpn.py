@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vtjax.errors import InputError, check_choice
 from vtjax.methods import slots
 from vtjax.models.vlm import VLM
+from vtjax.ops import cross_attention
 from vtjax.ops import pooling_experts as ops
 from vtjax.ops.pooling_experts import WINDOWS
 from vtjax.ops.tokens import Lattice, Tokens
@@ -93,6 +94,9 @@ class Dpn:
         if "router" not in knobs:
             raise InputError(f"params['{NAME}'] must hold the router of every stage, found none for stage {self.stage}")
         memory = tokens.memory
+        if memory is not None:
+            memory = cross_attention.on_grid(memory, self.grid[0] * self.grid[1])
+            tokens = tokens.replace(memory=memory)
         place, valid, alive = self._visual(tokens, lattice)
         state, asked = self._asks(tokens, lattice, alive)
         routed = asked & valid.any(1)

@@ -103,7 +103,7 @@ def _seen_by_the_next(tokens: Tokens, memory: Memory) -> Memory:
     """A new token sees what the last one of the text does."""
     last = last_live(tokens)
     low, high = (jnp.take_along_axis(a, last[:, None], axis=1) for a in (memory.low, memory.high))
-    return dataclasses.replace(memory, x=None, low=low, high=high)
+    return dataclasses.replace(memory, x=None, low=low, high=high, holder=None)
 
 
 def last_live(tokens: Tokens) -> Int[Array, " B"]:

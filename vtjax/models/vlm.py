@@ -53,8 +53,9 @@ class VLM:
       attention: of the decoder, see `LM`.
       reducers, adapters: of the decoder, see `LM`.
       tower_reducers, tower_adapters: of the tower, see `ViT`; a tiled one has neither. Where each visual token has its
-        placeholder, or a reducer of the decoder works on the grid, the grid is restored
-        (`ops.token_reduction.unmerge`): a merged patch copies its holder; a pruned one is dead, as is its placeholder.
+        placeholder, the grid is restored (`ops.token_reduction.unmerge`): a merged patch copies its holder, and the
+        placeholder of a pruned one is dead. Cross-attention reads what is left; where a reducer of the decoder works on
+        the grid, it is restored there (`Memory.holder`).
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
       attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
       frames: how images go through the tower; where they lie on devices of their own, sharding is injected here.
@@ -247,17 +248,19 @@ class VLM:
 
     def look(
         self, params: Params, images: Images, aspect_ratio: Ratio | None = None
-    ) -> tuple[Float[Array, "B M E"], Int[Array, "B I T"], list[dict[str, Any]]]:
+    ) -> tuple[Float[Array, "B M E"], Int[Array, "B I T"], dict[str, Any]]:
         """What tower and projector make of the images (and aspect ratios) as `apply` takes them: visual tokens, image
-        by image, M = I * T, 1 where they live (0 where the tower dropped them, or an image lacks the tile), and what
-        the tower's layers tell. I is what `frames` fills up to; of tiles those count that are given."""
+        by image, M = I * T, and 1 where they live (0 where the tower dropped them, or an image lacks the tile). I is
+        what `frames` fills up to; of tiles those count that are given. And of a tower with reducers `layers`, what they
+        tell, and `holder [B, M]` where cross-attention reads what they left and a reducer of the decoder the grid."""
         spec = self.spec
         many = images[:, None] if images.ndim == 4 else images
         flat = self.frames.join(jnp.asarray(many))
         ratio = () if aspect_ratio is None else (self.frames.join(jnp.asarray(aspect_ratio)),)
         _, aux = self.tower.apply(self._tower_params(params["tower"]), flat, *ratio)
         x, alive = aux["features"], aux["tokens"].alive
-        if self.tower_reducers and (spec.bridge.cross is None or self._on_grid):
+        side: dict[str, Any] = {"layers": aux["blocks"]} if self.tower_reducers else {}
+        if self.tower_reducers and (spec.bridge.cross is None or spec.bridge.pool != (1, 1)):
             whole, known = token_reduction.unmerge(aux["tokens"].replace(x=x), spec.tower.grid, spec.tower.prefix)
             x, live = whole.reshape(len(x), -1, x.shape[-1]), known.reshape(len(x), -1).astype(jnp.int32)
         else:
@@ -268,12 +271,17 @@ class VLM:
                 x, live = (a[:, : a.shape[1] // spec.tiles * tiles] for a in (x, live))
             if not spec.bridge.prefix:
                 x, live = self._without_prefix(x, tiles), self._without_prefix(live, tiles)
+            if self.tower_reducers and any(hasattr(reducer, "grid") for _, reducer in self.reducers):
+                source = token_reduction.filled(aux["tokens"])[2][:, spec.tower.prefix :]
+                side["holder"] = jnp.where(source < 0, -1, source - spec.tower.prefix)
         if spec.bridge.pool != (1, 1):
             x, live = pooled(x, live, spec.tower.grid, spec.bridge.pool)
         if spec.bridge.projector != "none":
             x = call_module(self._projector, jax.tree.map(jnp.asarray, params["bridge"]["projector"]), x)
         x, live = (self.frames.split(a, len(many)) for a in (x, live))
-        return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live, aux["blocks"]
+        if "holder" in side:
+            side["holder"] = self.frames.split(side["holder"], len(many)).reshape(len(many), -1)
+        return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live, side
 
     def enter(
         self,
@@ -314,8 +322,8 @@ class VLM:
             known["lattice"] = Lattice(place if cross is None else jnp.full_like(place, -1), asks, halved)
         if images is None:
             return known, {}
-        visual, live, layers = self.look(params, images, aspect_ratio)
-        seen = {"visual": visual, **({"tower": layers} if self.tower_reducers else {})}
+        visual, live, side = self.look(params, images, aspect_ratio)
+        seen = {"visual": visual, **({"tower": side["layers"]} if self.tower_reducers else {})}
         count = 1 if images.ndim == 4 else images.shape[1]
         if cross is None:
             filling = live.shape[1] - count
@@ -356,6 +364,7 @@ class VLM:
             position=each(place),
             low=low,
             high=high,
+            holder=side.get("holder"),
         )
         return {**known, "memory": memory}, seen
 
@@ -466,11 +475,6 @@ class VLM:
         """`[B, N, ...]` without the tokens of each tile that are not patches."""
         by_tile = a.reshape(len(a), tiles, -1, *a.shape[2:])[:, :, self.spec.tower.prefix :]
         return by_tile.reshape(len(a), -1, *a.shape[2:])
-
-    @property
-    def _on_grid(self) -> bool:
-        """Some reducer of the decoder pools the patches of an image where they lie."""
-        return any(hasattr(reducer, "grid") for _, reducer in self.reducers)
 
     @property
     def _projector(self) -> Projector:

@@ -38,6 +38,8 @@ class Memory:
       number: `[B, M]` int32, the image of each, from 1; 0 = padding.
       position: `[B, M]` int32, place of that image in the text.
       low, high: `[B, N]` int32: the images that a row sees, first to last; high < low = none.
+      holder: `[B, P]` int32, where a tower has merged and pruned: for every patch of the images the place of the token
+        that holds it, among those of its image; -1 = pruned. None = each is its own.
     """
 
     x: Float[Array, "B M E"] | None
@@ -45,13 +47,33 @@ class Memory:
     position: Int[Array, "B M"]
     low: Int[Array, "B N"]
     high: Int[Array, "B N"]
+    holder: Int[Array, "B P"] | None = None
 
     def seeing(self) -> Bool[Array, "B N"]:
         """Which rows see an image."""
         return self.high >= self.low
 
 
-jax.tree_util.register_dataclass(Memory, data_fields=["x", "number", "position", "low", "high"], meta_fields=[])
+jax.tree_util.register_dataclass(
+    Memory, data_fields=["x", "number", "position", "low", "high", "holder"], meta_fields=[]
+)
+
+
+def on_grid(memory: Memory, patches: int) -> Memory:
+    """The visual tokens as the patches of their images, of so many each: a merged patch has what its holder has, a
+    pruned one is padding. Image by image, so that nothing moves between devices that hold images."""
+    if memory.holder is None:
+        return memory
+    assert memory.x is not None
+    images = memory.holder.shape[1] // patches
+    x, number, position, holder = (
+        a.reshape(len(a), images, -1, *a.shape[2:]) for a in (memory.x, memory.number, memory.position, memory.holder)
+    )
+    x = jnp.take_along_axis(x, jnp.maximum(holder, 0)[..., None], axis=2)
+    number = jnp.where(holder >= 0, number.max(2, keepdims=True), 0)
+    position = jnp.broadcast_to(position.max(2, keepdims=True), holder.shape)
+    x, number, position = (a.reshape(len(a), images * patches, *a.shape[3:]) for a in (x, number, position))
+    return dataclasses.replace(memory, x=x, number=number, position=position, holder=None)
 
 
 def attend(
