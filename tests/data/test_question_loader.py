@@ -244,3 +244,27 @@ def test_from_config_reads_every_leaf(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (fine.train_examples, fine.eval_examples) == (32, 8)  # of both splits
     alone, _ = from_config(questions_config(train_split="").data, **sizes, tokenizer=tokenizer)
     assert alone.train_examples == 0 and len(list(alone.eval())) == 1
+
+
+def test_leaves_of_other_sets_count_as_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = questions_config(name="easy_vqa")
+
+    def opened(name: str, split: str) -> Questions:  # easy-VQA is given none of them
+        return TEST
+
+    monkeypatch.setattr(question_loader.questions, "open_questions", opened)
+    assert question_loader.open_split(config.data, "train") is TEST
+    assert {f"data.{name}" for name in ("n", "size", "cells", "mark", "objects")} <= config._record.read
+
+
+def test_splits_may_be_edited_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VTJAX_CACHE", str(tmp_path))
+    seen: list[tuple[int, str]] = []
+
+    def edit(asked: Questions, split: str) -> Questions:
+        seen.append((len(asked), split))
+        return asked.about(range(1)) if split == "train" else asked
+
+    config = questions_config(types=("fine",)).data
+    data, _ = from_config(config, seed=0, batch_size=1, image_size=(48, 48), visual_tokens=9, edit=edit)
+    assert seen == [(32, "train"), (8, "test")] and (data.train_examples, data.eval_examples) == (1, 2)

@@ -25,7 +25,7 @@ SPEC = VLMSpec(
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    return jax.tree.map(np.asarray, jax.jit(VLM(SPEC).init)(jax.random.key(0)))
+    return jax.jit(VLM(SPEC).init)(jax.random.key(0))
 
 
 def asked() -> Questions:
@@ -89,7 +89,7 @@ def test_narrower_mlps_keep_neurons_as_they_are(params: Any) -> None:
     spec, own = others.narrower(SPEC, params, 5)
     assert [block.mlp for block in spec.decoder.blocks] == [5, 5]
     for name in ("block_00", "block_01"):
-        mlp, before = own["decoder"][name]["mlp"], params["decoder"][name]["mlp"]
+        mlp, before = (jax.tree.map(np.asarray, tree["decoder"][name]["mlp"]) for tree in (own, params))
         places = [int(np.flatnonzero((row == before["up"]["kernel"].T).all(1))[0]) for row in mlp["up"]["kernel"].T]
         assert len(set(places)) == 5
         np.testing.assert_array_equal(mlp["gate"]["kernel"], before["gate"]["kernel"][:, places])
