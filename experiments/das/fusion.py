@@ -88,6 +88,7 @@ def source(config: ConfigDict) -> tuple[FusionSpec, Callable[[jax.Array], Any]]:
       InputError: a start that is no fusion encoder, or that a search has changed already.
     """
     if (begun := checkpoint.begun(config.workdir)) is not None:
+        dict(config.model.items())  # its leaves count as read, although the checkpoint says it all
         return _fused(begun, config.workdir), Fusion(_fused(begun, config.workdir)).init
     if not config.init_from:
         spec = described(config)

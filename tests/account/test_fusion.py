@@ -19,6 +19,9 @@ SPECS = {
     "one stream": FusionSpec.small(1, depth=2, classes=5),
     "one stream, skipping": FusionSpec.small(1, depth=2, classes=5).skipping([1]),
     "one stream, bare": FusionSpec.small(1, depth=1).without_adapters(),
+    "one stream, pairs": FusionSpec.small(1, depth=1, classes=2, images=2),
+    "two streams, pairs": FusionSpec.small(2, depth=1, classes=2, images=2),
+    "two streams, ranking": FusionSpec.small(2, depth=1, ranks=True),
     "two streams": FusionSpec.small(2, depth=1, width=24, classes=5),
     "two streams, fusion only": FusionSpec.small(2, depth=1, arms=2, encoder_skip=None),
     "two streams, skipping": FusionSpec.small(2, depth=2, classes=5).skipping([1, 2, 5]),
@@ -35,7 +38,8 @@ def traced(spec, text):
     model = Fusion(spec)
     tree = jax.eval_shape(model.init, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((1, text), jnp.int32)
-    images = jax.ShapeDtypeStruct((1, *spec.image.image_size, spec.image.channels), jnp.float32)
+    several = (spec.images,) if spec.images > 1 else ()
+    images = jax.ShapeDtypeStruct((1, *several, *spec.image.image_size, spec.image.channels), jnp.float32)
     return tree, walk.walk(model.apply, tree, ids, images)
 
 

@@ -256,10 +256,9 @@ def test_a_search_and_what_comes_of_it(streams: int, form: str, tmp_path: Path) 
     again = loop.evaluate(short, data, settings, jax.device_get(short.init(jax.random.key(0))[0]))
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-5) and again["top1"] == result["top1"]
     # A run's own list cannot be exchanged for another.
-    fresh = {**shape, "workdir": tmp_path / "short"}
-    trained("phase=finetune,steps=2", tmp_path / "short", **{**fresh, "das__remove": "[0]"})
+    trained("phase=finetune,steps=2", tmp_path / "short", **shape, das__remove="[0]")
     with pytest.raises(InputError, match="das.remove was"):
-        trained("phase=finetune,steps=2", tmp_path / "short", **{**fresh, "das__remove": "[1]"})
+        trained("phase=finetune,steps=2", tmp_path / "short", **shape, das__remove="[1]")
     told = loop.decisions(short, data.eval("eval"), settings, short.init(jax.random.key(0))[0])
     assert told["skipped"].sum(1).tolist() == [1] * data.eval_examples
     assert set(told["macs"].tolist()) == {float(deployed.fusion_macs(short.spec, *_sizes(data)))}

@@ -150,7 +150,7 @@ class Fusion:
         self,
         params: Params,
         input_ids: Int[Array | np.ndarray, "B N"],
-        images: Float[Array | np.ndarray, "B H W C"],
+        images: Float[Array | np.ndarray, "B *I H W C"],
         attention_mask: Mask | None = None,
         *,
         skip: Skip | None = None,
