@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from experiments.dpn.deploy import deploy
 from experiments.vlm import main as vlm
 from vtjax.account import flops
 from vtjax.errors import InputError, check_choice
@@ -28,6 +29,8 @@ from vtjax.ops import pooling_experts as ops
 from vtjax.spec import VLMSpec
 from vtjax.train import optim
 from vtjax.train.task import Task
+
+__all__ = ["build", "deploy"]
 
 MODES = ("adaptive", "random", "forced", "by_type", "off")
 TRAINABLE = ("routers", "lora", "all")

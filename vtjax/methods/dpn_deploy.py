@@ -69,7 +69,7 @@ class Prefilled(NamedTuple):
 
 
 def entered(model: VLM, params: Any, ids: Any, images: Any, mask: Any = None) -> Rows:
-    """The tokens that enter the decoder, moved to the front. Jit it, with `ids` and `mask` known on the host.
+    """The tokens that enter the decoder, moved to the front. Jitted; `ids` and `mask` are known on the host.
 
     Raises:
       InputError: a sample with other than one image, without a router token, or with one before its image (where
@@ -83,9 +83,14 @@ def entered(model: VLM, params: Any, ids: Any, images: Any, mask: Any = None) ->
     live = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) > 0
     reads = {getattr(reducer, "reads", "") for _, reducer in model.reducers}
     place = _layout(spec, ids, live, reads == {"last_prompt"})
-    known, _ = model.enter(params, jnp.asarray(ids), images)
-    x = jnp.take_along_axis(known["embeddings"], jnp.asarray(place.order)[:, :, None], axis=1)
+    x = _moved(model, params, jnp.asarray(ids), images, jnp.asarray(place.order))
     return Rows(x, *(jnp.asarray(a) for a in (place.text, place.start, place.asks)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moved(model: VLM, params: Any, ids: Array, images: Any, order: Array) -> Float[Array, "B S D"]:
+    known, _ = model.enter(params, ids, images)
+    return jnp.take_along_axis(known["embeddings"], order[:, :, None], axis=1)
 
 
 class _Layout(NamedTuple):

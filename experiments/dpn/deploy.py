@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both sides of `vtjax bench`: the pooled model with its tokens gone, samples regrouped by length on the host
+(`dpn_deploy.Staged`), beside the same model without poolings. Prompts are the rows' questions up to the router token:
+a prefill, whose logits are those of the first word of the answer.
+Letters: B rows, S tokens, M stages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.vlm import main as vlm
+from vtjax.account import bench, flops
+from vtjax.errors import InputError
+from vtjax.methods import dpn, dpn_deploy
+from vtjax.models.vlm import VLM
+from vtjax.spec import VLMSpec
+from vtjax.train.task import Task
+
+INPUTS = ("input_ids", "images", "segments")
+
+
+def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench.Candidate, bench.Candidate]:
+    """The model that pools, and that of `--dense` or itself without poolings. What the pooled one costs depends on the
+    experts that its routers choose for the rows.
+
+    Raises:
+      InputError: a form that `methods.dpn_deploy` does not have, or a `--dense` that takes other prompts.
+    """
+    spec: Any = task.spec
+    if spec.bridge.cross is not None:
+        raise InputError("vtjax bench deploys DPN where visual tokens stand in the text, found cross-attention")
+    params, _, _ = task.init(jax.random.key(config.seed))
+    model = dpn.vlm(spec, **vlm.options(config))
+    if model.tower_reducers:
+        raise InputError("vtjax bench deploys DPN behind a tower that keeps its tokens, found one with reducers")
+    staged = dpn_deploy.Staged(model)
+
+    def pooled(params: Any, ids: Any, images: Any, segments: Any) -> dpn_deploy.Prefilled:
+        given = np.asarray(ids)
+        return staged(params, dpn_deploy.entered(model, params, given, images, prompt(spec, given, segments)))
+
+    def spent(ids: Any, images: Any, segments: Any) -> float:
+        texts = np.asarray(prompt(spec, np.asarray(ids), segments)).sum(1) - spec.visual_tokens
+        choice = pooled(params, ids, images, segments).choice
+        each = [dpn.path_macs(spec, path, int(n)) for path, n in zip(choice.tolist(), texts, strict=True)]
+        return float(np.mean(each)) + beside(spec, texts)
+
+    before, held = spec.unreduced(), params
+    if dense is not None:
+        before, held = dense.spec, dense.params
+        for field in ("image_size", "placeholders", "image_token", "router_token"):
+            if (here := getattr(spec, field)) != (there := getattr(before, field, None)):
+                raise InputError(f"--dense must have {field} {here}, as the model has, found {there}")
+    whole = VLM(before, **vlm.options(config))
+
+    def plain(params: Any, ids: Any, images: Any, segments: Any) -> jax.Array:
+        mask = prompt(spec, ids, segments)
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        return whole.apply(params, ids, images, mask, slots=last[:, None])[0][:, 0]
+
+    def all_of_it(ids: Any, images: Any, segments: Any) -> float:
+        texts = np.asarray(prompt(spec, np.asarray(ids), segments)).sum(1) - spec.visual_tokens
+        path = (0,) * len(dpn.reducers(spec))
+        return float(np.mean([dpn.path_macs(spec, path, int(n)) for n in texts])) + beside(spec, texts)
+
+    def inputs(batch: Any) -> tuple[Any, ...]:
+        return tuple(batch[name] for name in INPUTS)
+
+    name = "itself without poolings" if dense is None else "--dense"
+    return (
+        bench.Candidate(
+            "pooled, regrouped by length",
+            lambda *given: pooled(*given).logits,
+            params,
+            spent,
+            settings={"form": "staged"},
+            inputs=inputs,
+            jit=False,
+        ),
+        bench.Candidate(name, plain, held, all_of_it, inputs=inputs),
+    )
+
+
+def prompt(spec: VLMSpec, ids: Any, segments: Any) -> Any:
+    """1 for what stands before the answer: everything up to the last router token, `[B, S]` int32."""
+    xp = np if isinstance(ids, np.ndarray) else jnp
+    router = (ids == spec.router_token) & (xp.asarray(segments) >= 0)
+    last = ids.shape[1] - 1 - xp.argmax(router[:, ::-1], axis=1)
+    return ((xp.arange(ids.shape[1])[None] <= last[:, None]) & (xp.asarray(segments) >= 0)).astype(xp.int32)
+
+
+def beside(spec: VLMSpec, texts: np.ndarray) -> float:
+    """MACs of tower, projector and head, of a prompt of as many tokens as there are on average."""
+    mean = round(float(texts.mean()))
+    path = (0,) * len(dpn.reducers(spec))
+    return flops.macs(spec.unreduced(), spec.visual_tokens + mean) - dpn.path_macs(spec, path, mean)
