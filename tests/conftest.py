@@ -7,6 +7,7 @@ Child processes inherit the environment set here, not the shape checks nor the s
 from __future__ import annotations
 
 import atexit
+import gc
 import ipaddress
 import os
 import shutil
@@ -22,8 +23,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: LLVM at -O0 halves their time, and leaves XLA's own passes as they are.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile much and compute little: LLVM at -O0 halves their time, and leaves XLA's own passes as they are; fusions
+# emitted without MLIR, and one module instead of up to 32, halve it again.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
 
@@ -42,6 +47,9 @@ _shared = str(ROOT.parent / "shared" / "data")
 if os.path.isdir(_shared) and _shared not in _folders:
     _folders.append(_shared)
 os.environ["VTJAX_DATA"] = os.pathsep.join(_folders)
+
+# Tracing makes many objects and little that goes in circles: 700 new ones are no reason to look for it.
+gc.set_threshold(50_000, 20, 20)
 
 if any(name.split(".")[0] == "vtjax" for name in sys.modules):
     raise RuntimeError("vtjax was imported before its shape checks were installed")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import devices
 from vtjax.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +106,7 @@ class Pair:
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(index),
-                "XLA_FLAGS": devices(4),
+                "XLA_FLAGS": devices.flags(4),
             }
             command = [*VTJAX, *map(str, argv), *each[index], "--config.heartbeat_timeout=5"]
             child = subprocess.Popen(
@@ -129,10 +130,6 @@ class Pair:
         return out
 
 
-def devices(count: int) -> str:
-    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-
-
 SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
 
@@ -146,7 +143,7 @@ def test_one_device_eight_and_two_processes_compute_the_same(tmp_path, monkeypat
         "--config.checkpoint.every=3",
         "--config.allow_config_change=1",
     ]
-    monkeypatch.setenv("XLA_FLAGS", devices(8))
+    monkeypatch.setenv("XLA_FLAGS", devices.flags(8))
     eight = vtjax(*moving, *SPLIT)
     assert eight.returncode == 0, eight.stderr
     assert (tmp_path / "moving" / "checkpoints" / "9").is_dir()
@@ -165,7 +162,7 @@ def test_one_device_eight_and_two_processes_compute_the_same(tmp_path, monkeypat
         for a, b in zip(lines(tmp_path / "one"), found, strict=True):
             assert a.keys() == b.keys()
             np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-5)
-    monkeypatch.setenv("XLA_FLAGS", devices(1))
+    monkeypatch.setenv("XLA_FLAGS", devices.flags(1))
     alone = json.loads(vtjax("eval", f"--workdir={tmp_path / 'moving'}").stdout.splitlines()[-1])
     assert (alone["top1"], alone["count"]) == (one["top1"], 256)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from configs import das, dgmr, dpn, ltmp, lvxattn, vit, vlm
+from configs import all_five, das, dgmr, dpn, ltmp, lvxattn, vit, vlm
 from docs import make_configs
 from vtjax.errors import InputError
 from vtjax.viz import tables
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = (das, dgmr, dpn, ltmp, lvxattn, vit, vlm)
+MODULES = (all_five, das, dgmr, dpn, ltmp, lvxattn, vit, vlm)
 FILES = {module.__name__.split(".")[-1]: module.VARIANTS for module in MODULES}
 
 
@@ -72,7 +73,9 @@ def test_compiles_come_from_the_newest_records(tmp_path: Path) -> None:
         compile_record(config="configs/vit.py:no_such_variant"),
     ]
     (results / "aot.jsonl").write_text("".join(lines))
-    built = make_configs.build(experiments=tmp_path)
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "vit.py", tmp_path / "configs")
+    built = make_configs.build(configs=tmp_path / "configs", experiments=tmp_path)
     rows = built["compiles"].splitlines()[2:]
     assert rows[0] == "| `vit.py:tiny` | train | v5e:2x4 | 8 | 32 | 1.50 | 15.75 | yes | 12 |"
     assert rows[1].startswith("| `vit.py:tiny` | eval | 2 x v6e:2x2 |") and len(rows) == 2

@@ -25,6 +25,7 @@ from vtjax.train import checkpoint
 from vtjax.train.state import flatten
 
 CONFIG = "configs/dpn.py:tiny,steps=4"
+AT = (1, 2, 3)  # in five layers, as few as three stages need, instead of eight
 
 
 def vtjax(capsys: Any, *arguments: str) -> dict[str, Any]:
@@ -37,11 +38,15 @@ def config(name: str = CONFIG, **overrides: Any) -> config_lib.Config:
     return config_lib.load_config(name, overrides={k.replace("__", "."): str(v) for k, v in overrides.items()})
 
 
+def inserted(dense: Path, **overrides: Any) -> config_lib.Config:
+    return config(init_from=dense, dpn__at=AT, **overrides)
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model without poolings, of the shape of `tiny`."""
+    """A trained model without poolings, of the shape of `tiny` with five layers."""
     folder = tmp_path_factory.mktemp("dense") / "run"
-    shape = ["data.size=64", "data.pack=1", "model.decoder.depth=8", "model.tower.depth=1", "model.tower.patch=8"]
+    shape = ["data.size=64", "data.pack=1", "model.decoder.depth=5", "model.tower.depth=1", "model.tower.patch=8"]
     options = [f"--config.{leaf}" for leaf in (*shape, "model.tower.image_size=(64, 64)")]
     assert main.main(["run", "--config=configs/vlm.py:tiny,steps=2", *options, f"--workdir={folder}"]) == 0
     return folder
@@ -50,7 +55,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(dense: Path) -> tuple[Any, Any, Any, Any]:
     """(config, task, parameters, a batch) of DPN put into it."""
-    settings = config(init_from=dense, dpn__quality=1.0, dpn__distill=1.0, dpn__trainable="routers")
+    settings = inserted(dense, dpn__quality=1.0, dpn__distill=1.0, dpn__trainable="routers")
     task, data = assemble.assemble(settings)
     params = jax.tree.map(jnp.asarray, task.init(jax.random.key(0))[0])
     return settings, task, params, {name: jnp.asarray(a) for name, a in next(data.eval()).items()}
@@ -58,7 +63,10 @@ def one(dense: Path) -> tuple[Any, Any, Any, Any]:
 
 def test_a_run_and_its_decisions(dense: Path, tmp_path: Path, capsys: Any) -> None:
     workdir, file = tmp_path / "run", tmp_path / "decisions.jsonl"
-    result = vtjax(capsys, "run", f"--config={CONFIG}", f"--config.init_from={dense}", f"--workdir={workdir}")
+    result = vtjax(
+        capsys,
+        *("run", f"--config={CONFIG}", f"--config.init_from={dense}", f"--config.dpn.at={AT}", f"--workdir={workdir}"),
+    )
     assert 0.3 < result["mac_ratio"] <= 1 and 0 <= result["halvings"] <= 2 and result["count"] == 120
     assert result["dense_macs_per_prompt"] > result["least_macs_per_prompt"] > 0
     again = vtjax(capsys, "eval", f"--workdir={workdir}", f"--decisions={file}")
@@ -98,7 +106,7 @@ def test_put_into_a_trained_model_it_says_what_that_says(dense: Path, one: Any) 
 @pytest.mark.parametrize("what", experiment.TRAINABLE)
 def test_what_is_trained(what: str, dense: Path) -> None:
     more = {"model__lora__rank": 2} if what == "lora" else {}
-    settings = config(init_from=dense, dpn__trainable=what, **more)
+    settings = inserted(dense, dpn__trainable=what, **more)
     task = assemble.task(settings)
     groups = {name: task.trainable(name) for name in flatten(jax.eval_shape(task.init, jax.random.key(0))[0])}
     assert groups["decoder/dpn/relax"] is None
@@ -142,7 +150,7 @@ def test_the_terms_of_the_loss(one: Any) -> None:
 def test_forced_and_random_arms(dense: Path, one: Any) -> None:
     batch = one[3]
     for mode, path, share in (("forced", "(2, 2, 2)", None), ("off", "()", 1.0), ("random", "()", None)):
-        settings = config(init_from=dense, dpn__mode=mode, dpn__path=path)
+        settings = inserted(dense, dpn__mode=mode, dpn__path=path)
         task = assemble.task(settings)
         params = task.init(jax.random.key(0))[0]
         run = jax.jit(lambda p, b, task=task: (task.evaluate(p, {}, {}, {}, b), task.decisions(p, {}, {}, {}, b)))

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from experiments.lvxattn import links, links_down, network, traffic
+from tests import devices
 from vtjax.account import aot
 
-FLAGS = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+FLAGS = {"XLA_FLAGS": devices.flags(8)}
 needs_hosts = pytest.mark.skipif(bool(network.missing()), reason=network.missing() or "there are namespaces")
 
 

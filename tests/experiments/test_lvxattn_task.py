@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from experiments.lvxattn import main as experiment
+from tests import devices
 from tests.cli.test_processes import Pair
 from vtjax.cli import assemble, main
 from vtjax.cli import config as config_lib
@@ -44,8 +45,8 @@ def test_a_run(tmp_path: Path, capsys: Any) -> None:
 def test_frames_over_eight_devices_and_over_two_processes_are_the_run_of_one(tmp_path: Path) -> None:
     short = f"{ROOT / TINY},frames=7,steps=4", "--config.log_every=2", "--config.checkpoint.every=4"
 
-    def run(name: str, devices: int, *more: str) -> list[float]:
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    def run(name: str, count: int, *more: str) -> list[float]:
+        environment = {**os.environ, "XLA_FLAGS": devices.flags(count)}
         words = [sys.executable, "-m", "vtjax", "run", f"--workdir={tmp_path / name}", f"--config={short[0]}"]
         subprocess.run([*words, *short[1:], *more], check=True, cwd=ROOT, env=environment, timeout=600)
         return losses(tmp_path / name)

@@ -24,11 +24,12 @@ from vtjax.spec import BridgeSpec, CrossSpec, LMSpec, ViTSpec, VLMSpec
 from vtjax.weights import names
 
 TOWER = ViTSpec.uniform(depth=1, width=12, heads=2, mlp=16, image_size=16, patch=2)
-TEXT = LMSpec.uniform(depth=8, width=16, heads=4, kv_heads=2, mlp=24, vocab=29, context=120)
-BASE = VLMSpec(TOWER, BridgeSpec(hidden=20), TEXT, 5)
+TEXT = functools.partial(LMSpec.uniform, width=16, heads=4, kv_heads=2, mlp=24, vocab=29, context=120)
+AT, DEPTH = (1, 2, 3), 5  # as few layers as three stages need
+BASE, SMALL = (VLMSpec(TOWER, BridgeSpec(hidden=20), TEXT(depth=depth), 5) for depth in (8, DEPTH))
 KEY = jax.random.key(0)
 put = functools.partial(dpn.install, BASE, None, KEY)
-SPEC, _ = put(least=2)
+SPEC, _ = dpn.install(SMALL, None, KEY, at=AT, least=2)
 CHECKED = VLM(SPEC, reducers=dpn.reducers(SPEC))
 GRID, N = (8, 8), 64
 
@@ -39,7 +40,8 @@ def drawn(model_spec):
     flat = {n: 0.3 * noise.normal(size=shape).astype(np.float32) for n, shape in names.shapes(model_spec).items()}
     made = names.unflatten({name: a + (name.endswith("scale")) for name, a in flat.items()})
     made = dpn.added(model_spec, made, jax.random.key(1))
-    made["decoder"]["dpn"] = jax.tree.map(lambda a: 20 * a if a.ndim == 2 else a, made["decoder"]["dpn"])
+    routers = dpn.fresh(model_spec, jax.random.key(9))
+    made["decoder"]["dpn"] = jax.tree.map(lambda a: 20 * a if a.ndim == 2 else a, routers)
     return made
 
 
@@ -84,6 +86,11 @@ def masked(knobs=None, params=PARAMS, **options):
     return run(dpn.vlm(SPEC, **options), params, IDS, MASK, IMAGES, knobs or {})
 
 
+@functools.partial(jax.jit, static_argnames="layers")
+def through(decoder, x, layers):
+    return segments.run(VLM(SPEC.unreduced()).lm.blocks(), decoder, Tokens(x), layers=layers)[0].x
+
+
 def reference(row, path=None, gate="prob", pool="max"):
     """Logits of one sample whose pooled tokens are gone, its experts, and the positions of each segment."""
     plain = VLM(SPEC.unreduced())
@@ -92,9 +99,9 @@ def reference(row, path=None, gate="prob", pool="max"):
     x, start = known["embeddings"][:, live], int((IDS[row] == 5).argmax())
     asks = np.flatnonzero(IDS[row][live] == SPEC.router_token)[0] - N
     grid, n, chosen = GRID, N, []
-    for stage, layers in enumerate((range(2), range(2, 4), range(4, 6), range(6, 8))):
-        decoder = {name: tree for name, tree in PARAMS["decoder"].items() if name != "dpn"}
-        x = segments.run(plain.lm.blocks(), decoder, Tokens(x), layers=layers)[0].x
+    decoder = {name: tree for name, tree in PARAMS["decoder"].items() if name != "dpn"}
+    for stage, layers in enumerate(itertools.starmap(range, itertools.pairwise((0, *AT, DEPTH)))):
+        x = through(decoder, x, layers)
         if stage == 3:
             break
         router = PARAMS["decoder"]["dpn"][f"block_{layers[-1]:02d}"]["router"]
@@ -196,7 +203,7 @@ def test_draws_keep_the_floor_and_follow_the_key():
 def answer_slopes(after):
     """Gradient of a loss of the text in each router, with `after` layers behind the last stage."""
     last = dpn.describe(dpn.Dpn(2, GRID, least=1))
-    blocks = {5: {"reduce": None}, 7 - after: {"reduce": last}}
+    blocks = {AT[2] - 1: {"reduce": None}, DEPTH - 1 - after: {"reduce": last}}
     made = SPEC.edit(decoder=SPEC.decoder.edit(blocks=blocks))
     params = {**PARAMS, "decoder": {**PARAMS["decoder"], "dpn": dpn.fresh(made, jax.random.key(1))}}
     text = (MASK > 0) & (IDS != 5)
@@ -214,10 +221,13 @@ def answer_slopes(after):
     ]
 
 
-def test_the_answer_reaches_a_router_two_layers_before_the_end_but_not_one():
-    """RMSNorm of the next layer hides the scale of pooled tokens from the text (spec section 3)."""
+def test_the_answer_reaches_a_router_two_layers_before_the_end_but_not_one(monkeypatch):
+    """RMSNorm of the next layer hides the scale of pooled tokens from the text (spec section 3); so one is refused."""
     reached = answer_slopes(2)
     assert min(reached) > 1e-4
+    with pytest.raises(InputError, match="dpn needs at least 2 layers after its last stage, found 1"):
+        answer_slopes(1)
+    monkeypatch.setattr(dpn, "AFTER", 1)
     assert answer_slopes(1)[-1] < 1e-3 * reached[-1]
 
 
@@ -236,9 +246,9 @@ def test_generation_after_a_pooled_prefill_is_full_recomputation():
     short, _, choice = staged.generate(PARAMS, rows, new)
     assert short.tolist() == tokens.tolist() and choice.tolist() == masked()[1]["choice"].tolist()
     cache = staged(PARAMS, rows).cache
-    lengths = [cache.keys[f"block_{layer:02d}"].shape[2] for layer in (0, 2, 4, 6)]
+    lengths = [cache.keys[f"block_{layer:02d}"].shape[2] for layer in (0, *AT)]
     assert lengths == sorted(lengths, reverse=True) and lengths[-1] < lengths[0] - 40
-    assert dpn_deploy.cache_bytes(cache) < 0.8 * 8 * 2 * 3 * lengths[0] * 2 * 4 * 4
+    assert dpn_deploy.cache_bytes(cache) < 0.8 * DEPTH * 2 * 3 * lengths[0] * 2 * 4 * 4
 
 
 @pytest.mark.parametrize(
@@ -285,11 +295,11 @@ def test_remat_changes_nothing_and_half_precision_little():
 
 def test_a_cross_attention_bridge_pools_the_images_that_all_layers_read():
     """Per image, in place: pooled away tokens have number 0; text keeps its slots and its experts."""
-    bridge = BridgeSpec("mlp", hidden=20, cross=CrossSpec.flamingo((0, 3, 7), 16, 2, 6))
-    made, _ = dpn.install(dataclasses.replace(BASE, bridge=bridge), None, jax.random.key(0), least=2)
+    bridge = BridgeSpec("mlp", hidden=20, cross=CrossSpec.flamingo((0, 2, 4), 16, 2, 6))
+    made, _ = dpn.install(dataclasses.replace(SMALL, bridge=bridge), None, jax.random.key(0), at=AT, least=2)
     params = drawn(made.unreduced())
     params["decoder"]["dpn"] = dpn.fresh(made, jax.random.key(1))
-    ids = np.random.default_rng(3).integers(6, 29, (2, 10)).astype(np.int32)
+    ids = np.random.default_rng(7).integers(6, 29, (2, 10)).astype(np.int32)
     ids[:, [1, 4]], ids[:, 7] = 5, made.router_token
     images = np.random.default_rng(4).normal(size=(2, 2, 16, 16, 3)).astype(np.float32)
     model = dpn.vlm(made, gate="st")
@@ -387,7 +397,7 @@ def test_published_work():
         (lambda: put(at=(2, 4, 7)), "ascend within 1..6 of 8 layers, found (2, 4, 7)"),
         (lambda: put(at=(4, 2)), "ascend within 1..6 of 8 layers, found (4, 2)"),
         (lambda: put(at=(1, 2, 3, 4)), "a multiple of 16, one halving per stage, found 8 x 8"),
-        (lambda: dpn.install(SPEC, None, KEY), "decoder.blocks[1] reduces already"),
+        (lambda: dpn.install(SPEC, None, KEY), "decoder.blocks[0] reduces already"),
         (lambda: put(router="conv"), "router must be one of mlp, linear"),
         (lambda: put(pool="min"), "dpn.pool must be one of max, avg, dwconv"),
         (lambda: put(temperature=0.0), "dpn.temperature must be positive"),
@@ -400,7 +410,7 @@ def test_published_work():
         (lambda: dpn_deploy.entered(dpn.vlm(SPEC), PARAMS, *gapped(), MASK[:1]), "found a gap in sample 0"),
         (lambda: dpn.install(BASE.edit(bridge=BridgeSpec(hidden=20, prefix=True)), None, KEY), "a grid of patches"),
         (lambda: dpn.reducer("dpn:stage=0", SPEC), "must read as dpn.describe writes it"),
-        (lambda: dpn.added(SPEC, {**PARAMS, "decoder": {"dpn": {}}}, KEY), "params['dpn']['block_01'] must be"),
+        (lambda: dpn.added(SPEC, {**PARAMS, "decoder": {"dpn": {}}}, KEY), "params['dpn']['block_00'] must be"),
         (lambda: dpn.path_macs(SPEC, (0, 0), 3), "an expert for each of 3 stages, found (0, 0)"),
         (lambda: CHECKED.check(np.where(IDS == 29, 8, IDS), IMAGES), "text 0 must hold the router token (29) behind"),
         (lambda: CHECKED.check(IDS[:, ::-1], IMAGES), "router token"),
@@ -417,7 +427,7 @@ def test_published_work():
             "visual tokens that stand in the text, found a bridge of cross-attention",
         ),
         (lambda: dpn_deploy.Staged(dpn.vlm(SPEC)).generate(PARAMS, ROWS, 4), "Staged needs keep=3 or more"),
-        (lambda: spec.VLMSpec(TOWER, BridgeSpec(hidden=20), TEXT, 5, router_token=5), "an id other than image_token=5"),
+        (lambda: dataclasses.replace(SMALL, router_token=5), "an id other than image_token=5"),
     ],
 )  # fmt: skip
 def test_what_is_not_defined_is_one_line(change, says):

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vtjax
+from tests import devices
 from vtjax.errors import InputError
 from vtjax.ops import gram_schmidt as ops
 
@@ -352,7 +353,7 @@ def eight():
 
 @pytest.fixture(scope="module")
 def child():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": devices.flags(8)}
     command = [sys.executable, "-c", "from tests.ops import test_gram_schmidt; test_gram_schmidt.eight()"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

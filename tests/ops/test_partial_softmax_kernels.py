@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from tests import devices
 from vtjax.ops import cross_attention, partial_softmax, partial_softmax_gpu, partial_softmax_tiles, partial_softmax_tpu
 from vtjax.ops.partial_softmax_gpu import Shape
 from vtjax.parallel import kernels
@@ -225,7 +226,7 @@ def test_gpu_kernels_lower_for_cuda(dtype: str) -> None:
 @pytest.mark.slow
 def test_kernels_inside_every_strategy() -> None:
     """On eight devices; interpreted, so without `check_vma`."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": devices.flags(8), "JAX_PLATFORMS": "cpu"}
     words = [sys.executable, "-m", "tests.ops.kernels_over_devices"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from tests import devices
 from vtjax.parallel.xattn import cross_attention
 
 
 @pytest.mark.slow
 def test_a_merge_in_two_steps_is_the_merge_in_one() -> None:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": devices.flags(8), "JAX_PLATFORMS": "cpu"}
     words = [sys.executable, "-m", "tests.parallel.slices"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import devices
 from tests.parallel import videos
 from vtjax.errors import InputError
 from vtjax.models.vlm import VLM
@@ -25,7 +26,7 @@ from vtjax.parallel import mesh as mesh_lib
 
 
 def on_eight(*cases: str) -> list[dict[str, Any]]:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": devices.flags(8), "JAX_PLATFORMS": "cpu"}
     words = [sys.executable, "-m", "tests.parallel.videos", *cases]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
