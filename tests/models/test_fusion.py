@@ -150,6 +150,35 @@ def test_names_and_shapes_are_those_of_files(streams):
         assert names.shapes(spec) == own and all(map(names.is_own, own))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("head", [{"images": 2}, {"classes": 0, "ranks": True}])
+def test_heads_of_other_tasks(streams, head):
+    """Names and shapes; every image is fused with its text as if it were alone, and texts are ranked one by one."""
+    spec = SPECS[streams].edit(**head)
+    shapes = abstract(spec)
+    own = {path: a.shape for path, a in flatten({k: v for k, v in shapes.items() if k != "das"}).items()}
+    assert own == names.shapes(spec)
+    random = np.random.default_rng(3)
+    params = jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape) * 0.2, jnp.float32), shapes)
+    model = Fusion(spec)
+    if spec.ranks:
+        ids, masks = np.stack([IDS, IDS[::-1]], axis=1), np.stack([MASK, MASK[::-1]], axis=1)
+        score, match = jax.jit(model.rank)(params, ids, IMAGES, masks)
+        for number in range(2):
+            one, aux = jax.jit(model.apply)(params, ids[:, number], IMAGES, masks[:, number])
+            close((score[:, number], match[:, number]), (one[:, 0], aux["match"]))
+        return
+    several = np.stack([IMAGES, IMAGES[::-1]], axis=1)
+    _, aux = jax.jit(model.apply)(params, IDS, several, MASK)
+    single = Fusion(spec.edit(images=1, classes=0))
+    for number in range(2):
+        kinds = params["embed"]["marks"]["type"][jnp.asarray([0, 1 + number])]
+        alone = {**params, "embed": {**params["embed"], "marks": {**params["embed"]["marks"], "type": kinds}}}
+        pooled, _ = jax.jit(single.apply)(alone, IDS, several[:, number], MASK)
+        close(jnp.split(aux["pooled"], 2, axis=-1)[number], pooled)
+
+
 def test_both_streams_read_what_the_layer_before_left(cases):
     """Invariant 7: what a text branch makes of a layer, the image branch of the same layer does not see."""
     case = cases(2)

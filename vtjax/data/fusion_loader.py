@@ -71,10 +71,10 @@ def answers(asked: Questions) -> Rows:
 def pairs(asked: Questions) -> Rows:
     """A row per question that another image is asked, too: label 1 where both have the same answer, else 0. Both are
     equally frequent as far as the set has such images."""
-    same_text: dict[str, np.ndarray] = {}
-    texts = np.asarray(asked.texts, object)
-    for text in dict.fromkeys(asked.texts):
-        same_text[text] = np.flatnonzero(texts == text)
+    asking: dict[str, list[int]] = {}
+    for number, text in enumerate(asked.texts):
+        asking.setdefault(text, []).append(number)
+    same_text = {text: np.asarray(numbers) for text, numbers in asking.items()}
     kept: list[int] = []
     partners: list[int] = []
     labels: list[int] = []
