@@ -113,6 +113,7 @@ def easyvqa_base(steps: int, batch_size: int) -> ConfigDict:
     easy-VQA's questions about shapes, seven eighths of the images. It has never been asked for a colour.
 
     Command: `vtjax run --config=configs/das.py:easyvqa_base --workdir=runs/das/base_0`. Hardware: one CPU core.
+    Time: two minutes. Expected: accuracy 0.65 to 0.87 on the questions about shapes (five seeds); blindly 0.35.
     """
     config = vlm.easyvqa(steps or 400, batch_size or 32)
     config.data.update(types=("shape",), train_split="train[:3500]", eval_split="test", pack=2)
@@ -130,7 +131,8 @@ def easyvqa(steps: int, batch_size: int) -> ConfigDict:
 
     Commands: `vtjax run --config=configs/das.py:easyvqa --config.init_from=runs/das/base_0
     --workdir=runs/das/search_0`, then `vtjax run --config=configs/das.py:easyvqa,phase=finetune
-    --config.init_from=runs/das/search_0 --workdir=DIR`. Hardware: one CPU core.
+    --config.init_from=runs/das/search_0 --workdir=DIR`. Hardware: one CPU core. Time: about a minute each. Expected:
+    accuracy 0.961 without two layers, 0.932 with adapters in all (five seeds); blindly 0.12.
     """
     config = easyvqa_base(steps or 200, batch_size or 32)
     config.data.types = ("color",)
@@ -314,8 +316,8 @@ def vilt_nlvr2(steps: int, batch_size: int) -> ConfigDict:
 _README = "experiments/das/README.md"
 EXPECTED = {
     "tiny": common.Expected("", "for tests and notebooks: its figure means nothing", True, by_data=True),
-    "easyvqa_base": common.Expected("not measured yet", _README, False, by_data=True),
-    "easyvqa": common.Expected("not measured yet", _README, False, by_data=True),
+    "easyvqa_base": common.Expected("0.65 to 0.87 on shapes (five seeds)", _README, True, by_data=True),
+    "easyvqa": common.Expected("0.961 with 10 of 12 layers; 0.932 with all", _README, True, by_data=True),
     "llava15_7b": common.Expected("layers 7, 17, 23, 29 (AID)", "the release", False),
     "lavin_7b_scienceqa": common.Expected("89.15 %", "the release's README", False),
     "fusion_tiny": common.Expected("", "for tests and notebooks: its figure means nothing", True, by_data=True),

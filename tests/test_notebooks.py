@@ -19,7 +19,7 @@ def test_there_are_notebooks() -> None:
 
 
 # Their runs are those of the tests of their experiments.
-LONG = ("das", "dgmr", "dpn", "ltmp", "lvxattn")
+LONG = ("all_five", "das", "dgmr", "dpn", "ltmp", "lvxattn")
 
 
 @pytest.mark.parametrize(

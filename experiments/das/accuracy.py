@@ -212,6 +212,7 @@ def searched(config: Any, watch: Watch, data: Any, params: Any, programs: int) -
     to the model that it trained: the validation loss without it alone, and with all."""
     extra, made = checkpoint.load_extra(config.workdir), watch.after_step
     m, arms, updates = config.das.skips, made.bandit.arms, int(extra["updates"])
+    programs += made.loss._cache_size()  # before it is asked about parameters that lie on the host
     greedy = made.greedy * sum(arms - place for place in range(m))
     with jax.set_mesh(mesh_lib.make(config.mesh)):
         # Batches that no update has seen.
@@ -224,7 +225,7 @@ def searched(config: Any, watch: Watch, data: Any, params: Any, programs: int) -
         "history": watch.history if len(watch.history) == updates else [],
         **{name: int(extra[name]) for name in ("updates", "poisoned", "flat")},
         "candidate_passes": updates * config.das.candidates * (made.bandit.candidates > 0) + greedy,
-        "programs": programs + made.loss._cache_size(),
+        "compilations": programs,
         "loss_with_all": float(lost[0]),
         "loss_without": [float(loss) for loss in lost[1:]],
     }

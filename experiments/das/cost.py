@@ -3,6 +3,7 @@
 
     python -m experiments.das.cost latency     a whole prompt, image and text, of the model of configs/das.py:easyvqa
     python -m experiments.das.cost search      SmolLM2's decoder behind 64 visual tokens, also while layers are sought
+    python -m experiments.das.cost whole       a search and a fine-tuning, from runs/das/base/base_0 (see accuracy)
     ... --tiny                                 a model of no meaning, to try the script
 
 Nothing else may use the cores. Times do not depend on weights, which are random.
@@ -11,13 +12,15 @@ A record of `latency` has the times of a batch of 32 with adapters in all layers
 which take turns, and what part of the work that is saved is time that is saved. One of `search` has, for one m, the
 median times and their ratios of the decoder without adapters, with adapters, with m layers left out while it runs (the
 search's program) and with m removed; the gradient in the adapters of the last three; and the forward pass of a
-candidate, from which follows the share that c candidates every `every` steps add. Appends to results/cost.jsonl.
+candidate, from which follows the share that c candidates every `every` steps add. One of `whole` has the seconds of
+both runs, once each, with what they compile and evaluate. Appends to results/cost.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ import numpy as np
 from experiments.das import main as experiment
 from experiments.vlm import main as vlm
 from vtjax.account import flops, record, timing
+from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
 from vtjax.methods import das
 from vtjax.models.adapters import STYLES
@@ -35,6 +39,8 @@ from vtjax.models.lm import LM
 from vtjax.models.vlm import VLM
 from vtjax.ops import bandit
 from vtjax.spec import LMSpec
+from vtjax.train import checkpoint, loop
+from vtjax.train.executables import Executables
 
 RECORDS = Path(__file__).resolve().parent / "results" / "cost.jsonl"
 SMOLLM2 = {"depth": 30, "width": 576, "heads": 9, "kv_heads": 3, "mlp": 1536, "vocab": 49152, "context": 2048}
@@ -143,13 +149,32 @@ def latency(config: Any, removed: tuple[int, ...], rows: int, rounds: int, seed:
     }
 
 
+def whole(base: str, variant: str) -> dict[str, Any]:
+    """One search and one fine-tuning without skipping, from the same model, one after the other."""
+    seconds, executables = {}, Executables()
+    for phase, leaves in (("search", {}), ("finetune", {"das.skips": "0"})):
+        config = config_lib.load_config("configs/das.py", f"{variant},phase={phase}", {**leaves, "init_from": base})
+        with tempfile.TemporaryDirectory() as folder:
+            config_lib.override(config, "workdir", folder)
+            task, data = assemble.assemble(config)
+            seconds[phase] = loop.train(task, data, config, folder, executables)["seconds"]
+            if phase == "search":
+                updates = int(checkpoint.load_extra(folder)["updates"])
+                compiled = executables.compiled["step"] + task.after_step.loss._cache_size()
+    return {
+        **{"kind": "whole", "steps": config.steps, "updates": updates, "seconds": seconds},
+        **{"candidate_passes": updates * config.das.candidates, "compilations": compiled},
+    }
+
+
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("latency", "search"), nargs="+")
+    parser.add_argument("what", choices=("latency", "search", "whole"), nargs="+")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--skips", default="2,4,8", help="m of a search, one after the other")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--base", default="runs/das/base/base_0", help="what a whole search starts from")
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
     if "latency" in options.what:
@@ -157,6 +182,9 @@ def main(arguments: list[str]) -> int:
         sizes = ((1, 2), 2) if options.tiny else (REMOVED, ROWS)
         made = record.write(options.out, latency(config, *sizes, options.rounds))
         print(f"cut of work and time by layers removed: {made['cut']}", file=sys.stderr)
+    if "whole" in options.what:
+        made = record.write(options.out, whole(options.base, "tiny" if options.tiny else "easyvqa"))
+        print(f"seconds: {made['seconds']}", file=sys.stderr)
     for m in () if "search" not in options.what else (1,) if options.tiny else map(int, options.skips.split(",")):
         made = record.write(options.out, one(TINY if options.tiny else SMOLLM2, m, options.rounds))
         print(f"m = {m}: {made['mac_ratio']:.2f} times less work, {made['time_ratio']} times as fast", file=sys.stderr)

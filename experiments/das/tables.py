@@ -27,7 +27,8 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         *(("planted", "search", planted), ("null", "search", null), ("toy", "search", toy)),
         *(("base", "accuracy", base), ("arms", "accuracy", arms), ("versus", "accuracy", versus)),
         *(("searches", "accuracy", searches), ("disturbed", "accuracy", disturbed)),
-        *(("latency", "cost", latency), ("cost", "cost", cost), ("counts", "counts", counts)),
+        *(("latency", "cost", latency), ("whole", "cost", whole), ("cost", "cost", cost)),
+        ("counts", "counts", counts),
     )
     return tables.from_records(results, makers)
 
@@ -135,28 +136,22 @@ def versus(records: Records) -> str:
 
 
 def searches(records: Records) -> str:
-    """What a search costs beside one fine-tuning of the same seed."""
-    found, tuned = by_arm(records, "search"), by_arm(records, "arms").get("adapters", [])
-    if not found or not tuned:
+    """What searches did: a fine-tuning has as many training steps, and no other passes."""
+    found = by_arm(records, "search")
+    if not found:
         return ""
-    seconds = {r["seed"]: r["seconds"] for r in tuned}
-    rows = []
-    for name, runs in found.items():
-        both = [r["seconds"] / seconds[r["seed"]] for r in runs if r["seed"] in seconds]
-        rows.append(
-            (
-                name,
-                len(runs),
-                f"{mean(runs, 'steps'):.0f}",
-                f"{mean(runs, 'updates'):.0f}",
-                f"{mean(runs, 'candidate_passes'):.0f}",
-                f"{sum(both) / len(both):.2f}" if both else "",
-                " or ".join(sorted({str(r["programs"]) for r in runs})),
-                sum(r["poisoned"] + r["flat"] for r in runs),
-            )
+    rows = [
+        (
+            name,
+            len(runs),
+            f"{mean(runs, 'steps'):.0f}",
+            f"{mean(runs, 'updates'):.0f}",
+            f"{mean(runs, 'candidate_passes'):.0f}",
+            sum(r["poisoned"] + r["flat"] for r in runs),
         )
-    header = ("search", "seeds", "training steps", "updates", "forward passes of candidates")
-    header += ("seconds over one fine-tuning's", "programs", "updates dropped")  # type: ignore[assignment]
+        for name, runs in found.items()
+    ]
+    header = ("search", "seeds", "training steps", "updates", "forward passes of candidates", "updates dropped")
     used = [r for runs in found.values() for r in runs]
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
@@ -182,6 +177,32 @@ def disturbed(records: Records) -> str:
         return ""
     header = ("search", "seeds", "layers of the clean choice, by seed", "accuracy, %", "minus clean choice")
     used = [r for runs in found.values() for r in runs]
+    return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+def whole(records: Records) -> str:
+    """Seconds of a search beside a fine-tuning; the latest record."""
+    used = [r for r in records if r["kind"] == "whole"][-1:]
+    rows = [
+        (
+            r["steps"],
+            r["candidate_passes"],
+            *(f"{x:.0f}" for x in (s["search"], s["finetune"])),
+            f"{s['search'] / s['finetune']:.2f}",
+        )
+        for r in used
+        for s in (r["seconds"],)
+    ]
+    if not rows:
+        return ""
+    header = (
+        "steps of each",
+        "forward passes of candidates",
+        "programs of the search",
+        "search, s",
+        "fine-tuning, s",
+        "ratio",
+    )
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
 
