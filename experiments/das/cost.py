@@ -179,8 +179,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if "latency" in options.what:
         config = config_lib.load_config("configs/das.py", "tiny" if options.tiny else "easyvqa")
-        sizes = ((1, 2), 2) if options.tiny else (REMOVED, ROWS)
-        made = record.write(options.out, latency(config, *sizes, options.rounds))
+        removed, rows = ((1, 2), 2) if options.tiny else (REMOVED, ROWS)
+        made = record.write(options.out, latency(config, removed, rows, options.rounds))
         print(f"cut of work and time by layers removed: {made['cut']}", file=sys.stderr)
     if "whole" in options.what:
         made = record.write(options.out, whole(options.base, "tiny" if options.tiny else "easyvqa"))

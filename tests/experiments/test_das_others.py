@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.das import others
+from experiments.das import accuracy, others
 from vtjax.data.questions import Questions
 from vtjax.models.lm import LM
 from vtjax.models.vlm import VLM
@@ -106,3 +106,22 @@ def test_eight_bits_are_within_half_a_step_per_channel_and_what_was_trained_stay
     assert (np.abs(before - after) <= step * 0.501).all() and (before != after).any()
     assert all(len(np.unique(np.round(column / s))) <= 255 for column, s in zip(after.T, step, strict=True))
     np.testing.assert_array_equal(rounded["decoder"]["norm"]["scale"], params["decoder"]["norm"]["scale"])
+
+
+def test_arms_start_from_what_they_say() -> None:
+    def config(kind: str, name: str) -> Any:
+        arm = next(arm for arm in accuracy.KINDS[kind]() if arm.name == name)
+        return accuracy.settings("R", kind, arm, 3, {"steps": "40", "optim.warmup": "4"})
+
+    found = config("arms", "bandit m=2")
+    assert (found.init_from, found.workdir) == ("R/search/bandit_m=2_3", "R/arms/bandit_m=2_3")
+    assert (found.das.phase, found.das.skips, found.steps, found.seed) == ("finetune", 2, 40, 3)
+    full, lora = config("arms", "full"), config("arms", "lora")
+    assert full.init_from == lora.init_from == "R/base/base_3" and full.experiment == "vlm"
+    assert set(lora.optim.groups) == {"bridge", "lora", "unchanged"} and not full.optim.groups
+    assert config("others", "int8").init_from == "R/arms/adapters_3"
+    assert config("disturbed", "noise 0.2").init_from == "R/disturbed/search_noise_0.2_3"
+    assert config("base", "base").init_from == ""
+    for kind, arms in accuracy.KINDS.items():
+        names = [arm.name for arm in arms()]
+        assert len(names) == len(set(names)), kind
