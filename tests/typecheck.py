@@ -17,8 +17,11 @@ def check(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` is jaxtyping's stand-in, which has the annotations of what is decorated and does nothing.
 
     A function inside another one is decorated anew at each call of that; one checker, which takes a millisecond to
-    make, serves for all its lives.
+    make, serves for all its lives. There are two stand-ins, for the arguments and for what is returned; the latter
+    need not look at the arguments again, whose sizes jaxtyping still knows.
     """
+    if fn.__annotations__.get("return", Any) is not Any:
+        fn.__annotations__ = {"return": fn.__annotations__["return"]}
     if "<locals>" not in fn.__qualname__:
         return _check(fn)
     told = tuple(fn.__annotations__.items())
