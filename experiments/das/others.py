@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import common
 from experiments.vlm import main as vlm
 from vtjax.data.questions import Questions
 from vtjax.models.segments import block_name
@@ -58,10 +57,8 @@ class Prompted:
 
 
 def prompted(config: ConfigDict, count: int) -> tuple[Task, Prompted]:
-    """Prompt tuning of the model of `config.init_from`: P = `count` embeddings are trained, and the
-    bridge where the config has a group of it."""
-    kept = {name: group for name, group in config.optim.groups.to_dict().items() if name == "bridge"}
-    config.optim.groups = {**kept, PROMPT: common.group(f"^{PROMPT}/"), "unchanged": common.group("", frozen=True)}
+    """Prompt tuning of the model of `config.init_from`: P = `count` embeddings, and what else the config's groups
+    say (`configs/das.py`, arm=prompt)."""
     spec, base_init = vlm.source(config)
     model, types = Prompted(VLM(spec, **vlm.options(config))), vlm.types_of(config)
     shape = (count, spec.decoder.width)
