@@ -21,7 +21,7 @@ from configs import common, vlm
 from vtjax.errors import check_choice
 from vtjax.methods import das as method
 
-ARMS = ("das", "full", "lora", "prompt")
+ARMS = ("das", "full", "lora", "prompt", "bridge")
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
@@ -80,7 +80,8 @@ def transfer(config: ConfigDict, **leaves: Any) -> ConfigDict:
 
 
 def other(config: ConfigDict, arm: str) -> None:
-    """Full fine-tuning, low-rank updates, or trained prompts (`experiments.das.others`), in place of adapters."""
+    """Full fine-tuning, low-rank updates, or trained prompts (`experiments.das.others`), or the bridge
+    alone, in place of adapters."""
     if "form" in config.data:
         check_choice("the option arm of a fusion encoder", arm, ("das", "full"))
         config.das.phase, config.optim.groups = "full", {}
@@ -92,6 +93,8 @@ def other(config: ConfigDict, arm: str) -> None:
     if arm == "lora":
         config.model.lora.rank = 8
         config.optim.groups = {**bridge, "lora": common.group("/lora_"), "unchanged": common.group("", frozen=True)}
+    elif arm == "bridge":
+        config.optim.groups = {**bridge, "unchanged": common.group("", frozen=True)}
     elif arm == "prompt":
         config.optim.groups = {**bridge, "prompt": common.group("^prompt/"), "unchanged": common.group("", frozen=True)}
 

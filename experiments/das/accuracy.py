@@ -104,6 +104,7 @@ def arms() -> Iterator[Arm]:
 
 def others() -> Iterator[Arm]:
     """What is trained or saved otherwise."""
+    yield Arm("bridge", "arm=bridge")
     yield Arm(f"prompt {PROMPTS}", "arm=prompt", way="prompt")
     yield Arm("dgmr", "phase=finetune", {"das.skips": "0"}, way="dgmr")
     yield Arm("int8", "phase=finetune", {"das.skips": "0"}, ("arms", "adapters"), way="int8")

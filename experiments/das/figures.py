@@ -125,15 +125,19 @@ def tradeoff(records: Records) -> Any:
     figure = curves.new_figure(7.6, 4.6)
     axes = figure.add_subplot()
     figure.subplots_adjust(left=0.1, right=0.98, top=0.97, bottom=0.13)
-    for name, found in runs.items():
+    labels: list[tuple[float, float]] = []
+    for name, found in sorted(runs.items(), key=lambda item: -mean(item[1], "top1")):
         work, tops = mean(found, "macs_per_prompt") / plain, [100 * r["top1"] for r in found]
+        top = float(np.mean(tops))
         color = COLORS[0] if name.startswith("bandit") else COLORS[1] if name.startswith("random") else MUTED
         trained = mean(found, "trained")
-        axes.errorbar(work, np.mean(tops), [[np.mean(tops) - min(tops)], [max(tops) - np.mean(tops)]], color=color)
-        axes.scatter(work, np.mean(tops), s=18 * max(np.log2(trained / 500), 1), color=color, alpha=0.6, zorder=3)
-        axes.annotate(
-            f"{name}, {trained / 1000:.0f}k", (work, np.mean(tops)), (5, 4), textcoords="offset points", fontsize=8
-        )
+        axes.errorbar(work, top, [[top - min(tops)], [max(tops) - top]], color=color)
+        axes.scatter(work, top, s=18 * max(np.log2(trained / 500), 1), color=color, alpha=0.6, zorder=3)
+        # Labels of neighbours stand below each other.
+        height = min([top, *(y - 0.6 for x, y in labels if abs(x - work) < 0.06)])
+        labels.append((work, height))
+        label = f"{name}, {trained / 1000:.0f}k"
+        axes.annotate(label, (work, height), (6, 3), textcoords="offset points", fontsize=8)
     curves.quiet(axes)
     axes.set_xlabel("MACs of a prompt over those with adapters in all layers", color=MUTED, fontsize=9)
     axes.set_ylabel("questions answered rightly, %", color=MUTED, fontsize=9)
