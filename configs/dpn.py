@@ -31,6 +31,7 @@ def dpn(**leaves: Any) -> ConfigDict:
             "at": (),  # layers before each stage; (): three, in segments of equal depth
             "pool": "max",  # avg, dwconv
             "router": "mlp",  # linear
+            "token": "router",  # answer: the template's token in front of the answer is read, and none is added (ours)
             "temperature": 10.0,  # of its softmax
             "detach": False,  # no gradient through the router's input
             "gate": "prob",  # st: 1 in the forward pass (ours); off

@@ -81,7 +81,8 @@ def inputs(spec: VLMSpec, image: Any, question: str, new_tokens: int = 1) -> dic
 
     words, ready, template = tokenizer_of(spec), spec.preprocess, template_of(spec)
     turns = [template.about_image(question)]
-    options: dict[str, Any] = {"visual_tokens": spec.placeholders, "images": 1, "router": spec.router_token}
+    options: dict[str, Any] = {"visual_tokens": spec.placeholders, "images": 1}
+    options["router"] = spec.router_token if spec.adds_router_token else -1
     made = conversation.encode(turns, words, template, **options)
     length = min(-(-len(made.ids) // ROUND) * ROUND, max(spec.decoder.context - new_tokens + 1, len(made.ids)))
     ids, mask = np.full((1, length), words.pad, np.int32), np.zeros((1, length), np.int32)

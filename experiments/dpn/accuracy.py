@@ -5,7 +5,8 @@
     python -m experiments.dpn.accuracy arms        the arms of the comparison, from the dense models
     python -m experiments.dpn.accuracy tau         more and less budget
     python -m experiments.dpn.accuracy routers     routers learn first, while the model stands still
-    python -m experiments.dpn.accuracy paths       every path in the dense models as they are, by type of question
+    python -m experiments.dpn.accuracy paths       every path in the dense models as they are, by type of question;
+                                                   routers read the token in front of the answer
 
 `--seed=S` and `--only=TEXT` choose; what was recorded is not run again; runs lie in runs/dpn and resume. Every record
 in results/accuracy.jsonl holds which questions were answered rightly and which experts were taken, so that differences
@@ -100,6 +101,9 @@ def routers() -> Iterator[Arm]:
         leaves = {**OURS, **QUALITY, **WORK, "dpn.budget": value}
         yield f"routers budget={value}", {**leaves, "dpn.trainable": "routers"}
         yield f"routers, then all budget={value}", {**leaves, "after": f"routers budget={value}"}
+        # A token that the model does not know is in the way of a model that stands still: it reads one that it knows.
+        known = {**leaves, "dpn.token": "answer"}
+        yield f"routers at the answer budget={value}", {**known, "dpn.trainable": "routers"}
 
 
 ARMS = {"arms": arms, "tau": tau, "routers": routers}
@@ -217,6 +221,7 @@ def paths(seed: int) -> dict[str, Any]:
     given = {"seed": str(seed), "init_from": dense_run(seed), "data.eval_split": "test[:50]"}
     config = config_lib.load_config(CONFIG, "sortofclevr", given)
     config_lib.override(config, "dpn.gate", "st")
+    config_lib.override(config, "dpn.token", "answer")
     task, data = assemble.assemble(config)
     params = jax.tree.map(jnp.asarray, task.init(jax.random.key(seed))[0])
     run = _forced(dpn.vlm(task.spec, **vlm.options(config)))

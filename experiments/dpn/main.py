@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments.dpn.deploy import deploy
 from experiments.vlm import main as vlm
+from vtjax import answer
 from vtjax.account import flops
 from vtjax.errors import InputError, check_choice
 from vtjax.methods import dpn
@@ -32,6 +33,7 @@ from vtjax.train.task import Task
 
 __all__ = ["build", "deploy"]
 
+TOKENS = ("router", "answer")
 MODES = ("adaptive", "random", "forced", "by_type", "off")
 TRAINABLE = ("routers", "lora", "all")
 
@@ -67,7 +69,8 @@ def build(config: ConfigDict) -> Task:
             return params, {}, {}
         teacher = dpn.added(spec, begin(key)[0], jax.random.fold_in(key, 2))
         # Where only routers learn, the model is its own teacher, but for the token that they read.
-        return params, {"teacher": teacher if apart else {"router_token": teacher["bridge"]["router_token"]}}, {}
+        own = {name: teacher["bridge"][name] for name in ("router_token",) if name in teacher["bridge"]}
+        return params, {"teacher": teacher if apart else own}, {}
 
     def routing(key: jax.Array | None, batch: Any) -> Any:
         """The knobs by which experts are chosen; without a key as at inference."""
@@ -198,11 +201,16 @@ def installed(config: ConfigDict, base: VLMSpec) -> VLMSpec:
         return dpn.settled(spec, path={"off": dense, "forced": tuple(settings.path)}.get(settings.mode, ()), **run)
 
     if not dpn.reducers(base):
-        at, key = tuple(settings.at), jax.random.key(0)
-        return settled(dpn.install(base, None, key, at=at, router=settings.router, **wanted)[0])
+        at, key, token = tuple(settings.at), jax.random.key(0), token_of(config, base)
+        return settled(dpn.install(base, None, key, at=at, router=settings.router, token=token, **wanted)[0])
     layers = tuple(layer + 1 for layer, _ in dpn.reducers(base))
     found = {**dataclasses.asdict(dpn.reducers(base)[0][1]), "at": layers, "router": dpn.router_of(base)}
-    wanted |= {"router": settings.router, **({"at": tuple(settings.at)} if settings.at else {})}
+    found["token"] = "router" if base.adds_router_token else "answer"
+    wanted |= {
+        "router": settings.router,
+        "token": settings.token,
+        **({"at": tuple(settings.at)} if settings.at else {}),
+    }
     for name, value in wanted.items():
         if found[name] != value:
             leaf = "n_min" if name == "least" else name
@@ -218,10 +226,29 @@ def installed(config: ConfigDict, base: VLMSpec) -> VLMSpec:
     return settled(base)
 
 
+def token_of(config: ConfigDict, base: VLMSpec) -> int:
+    """The id that routers read; -1 = a token of their own.
+
+    Raises:
+      InputError: a template without one token in front of every answer.
+    """
+    if config.dpn.token == "router":
+        return -1
+    before = answer.template_of(base).turns["assistant"][0]
+    ids = answer.tokenizer_of(base).encode(before)
+    if len(ids) != 1:
+        raise InputError(
+            f"config.dpn.token='answer' needs a template with one token in front of an answer, found {before!r}, which "
+            f"is {len(ids)}"
+        )
+    return ids[0]
+
+
 def check(config: ConfigDict) -> None:
     """Raises InputError for numbers that no run can have."""
     settings = config.dpn
     for name, known in (
+        ("token", TOKENS),
         ("mode", MODES),
         ("trainable", TRAINABLE),
         ("loss", (*ops.LOSSES, "macs")),

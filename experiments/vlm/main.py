@@ -191,7 +191,7 @@ def data(config: ConfigDict, task: Task, **more: Any) -> Data:
         batch_size=config.batch_size,
         image_size=spec.image_size,
         visual_tokens=spec.placeholders,
-        router=spec.router_token,
+        router=spec.router_token if spec.adds_router_token else -1,
         tokenizer=answer.tokenizer_of(spec),
         template=answer.template_of(spec),
         preprocess=spec.preprocess,

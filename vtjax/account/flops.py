@@ -176,7 +176,7 @@ def _vlm(spec: VLMSpec, tokens: Sequence[int] | int | None) -> list[Row]:
     if widths:
         params = sum(_linear(a, b, bridge.bias) for a, b in widths)
         rows.append(Row("bridge/projector", "bridge", params, visual * sum(a * b for a, b in widths)))
-    if spec.router_token >= 0:
+    if spec.adds_router_token:
         rows.append(Row("bridge/router_token", "bridge", d, 0))
     for layer in () if bridge.cross is None else bridge.cross.layers:
         assert bridge.cross is not None

@@ -193,6 +193,7 @@ def install(
     *,
     at: Sequence[int] = (),
     router: str = "mlp",
+    token: int = -1,
     parent: str = "",
     **settings: Any,
 ) -> tuple[VLMSpec, dict[str, Any] | None]:
@@ -203,16 +204,18 @@ def install(
       key: for the routers and the router token.
       at: layers before each stage; () = `boundaries` for three.
       router: "mlp" or "linear".
+      token: id that stands once in every question, behind the image and before the answer, and that the model knows: it
+        is read in place of a router token, and texts stay as they were (ours). -1 = a token of its own.
       parent: hash of the parameters, for the history.
       **settings: fields of `Dpn` other than stage and grid.
 
     Returns:
-      The spec, with `router_token` behind the last id where it had none, and the parameters with `decoder/dpn` and
-      `bridge/router_token`.
+      The spec, with `router_token` (behind the last id where it had none and `token` names none), and the parameters
+      with `decoder/dpn`, and `bridge/router_token` where it is one of its own.
 
     Raises:
-      InputError: boundaries that do not ascend, or leave fewer than `AFTER` layers; a grid that the windows do not
-        divide; a setting that is not defined; a decoder that is reduced already.
+      InputError: a token that the decoder does not have; boundaries that do not ascend, or leave fewer than `AFTER`
+        layers; a grid that the windows do not divide; a setting that is not defined; a decoder that is reduced already.
     """
     at = tuple(at) or boundaries(spec.decoder.depth)
     check_choice("router", router, ROUTERS)
@@ -222,9 +225,10 @@ def install(
     taken = [layer for layer, block in enumerate(spec.decoder.blocks) if block.reduce is not None]
     if taken:
         raise InputError(f"decoder.blocks[{taken[0]}] reduces already, expected none to")
-    token = spec.router_token
+    if token >= spec.decoder.ids or token == spec.image_token:
+        raise InputError(f"dpn.token must be an id of the decoder's, 0..{spec.decoder.ids - 1}, found {token}")
     if token < 0:
-        token = max(spec.decoder.ids, spec.image_token + 1)
+        token = spec.router_token if spec.router_token >= 0 else max(spec.decoder.ids, spec.image_token + 1)
     made = {layer - 1: describe(Dpn(stage, spec.grid, **settings)) for stage, layer in enumerate(at)}
     _check_layers(spec, at)
     decoder = spec.decoder.edit(blocks={layer: {"reduce": text} for layer, text in made.items()})
@@ -271,7 +275,7 @@ def added(spec: VLMSpec, params: Mapping[str, Any], key: Array) -> dict[str, Any
     """
     decoder, bridge = dict(params["decoder"]), dict(params["bridge"])
     token, routers = jax.random.split(key)
-    if "router_token" not in bridge:
+    if spec.adds_router_token and "router_token" not in bridge:
         bridge["router_token"] = 0.02 * jax.random.normal(token, (spec.decoder.width,))
     if NAME not in decoder:
         decoder[NAME] = fresh(spec, routers)

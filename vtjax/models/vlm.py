@@ -152,7 +152,7 @@ class VLM:
             visual = jnp.zeros((1, 1, spec.tower_width), self.dtype)
             projector = {"projector": self._projector.init(bridge, visual)["params"]}
         text = {name: tree for name, tree in text.items() if tree}
-        if spec.router_token >= 0:
+        if spec.adds_router_token:
             projector["router_token"] = 0.02 * jax.random.normal(jax.random.fold_in(bridge, 1), (spec.decoder.width,))
         return {"tower": whole, "bridge": {**projector, **crossing}, "decoder": text}
 
@@ -310,10 +310,10 @@ class VLM:
         asks = None
         if spec.router_token >= 0:
             asks = jnp.asarray(input_ids) == spec.router_token
-            ids = jnp.where(asks, 0, ids)
-        x = self.lm.embed(params["decoder"], ids)
-        if asks is not None:
-            x = jnp.where(asks[..., None], jnp.asarray(params["bridge"]["router_token"]).astype(x.dtype), x)
+        own = asks if spec.adds_router_token else None
+        x = self.lm.embed(params["decoder"], ids if own is None else jnp.where(own, 0, ids))
+        if own is not None:
+            x = jnp.where(own[..., None], jnp.asarray(params["bridge"]["router_token"]).astype(x.dtype), x)
         cross = spec.bridge.cross
         known: dict[str, Any] = {"embeddings": x}
         if asks is not None:

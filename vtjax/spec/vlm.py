@@ -178,8 +178,8 @@ class VLMSpec(ModelSpec):
       decoder: language model.
       image_token: id of the placeholder in the text, one per visual token, or with cross-attention one per image. Where
         visual tokens take its place, it may lie outside the vocabulary.
-      router_token: id of the token at the end of every question, which routers read (DPN); it may lie outside the
-        vocabulary, as its embedding is the bridge's. -1 = there is none.
+      router_token: id of the token at the end of every question, which routers read (DPN). Behind the decoder's ids it
+        is one more, whose embedding is the bridge's; else one that texts have anyway. -1 = there is none.
       text: how questions are written; None = the model is given ids.
       stand_ins: which parts stand in for others of about their shape: "tower: ViT for ConvNeXt", ...
       lineage: surgery history, oldest first; those of the parts are in the parts.
@@ -267,6 +267,11 @@ class VLMSpec(ModelSpec):
     def tower_width(self) -> int:
         """Width of the tokens that leave the tower."""
         return self.tower.output_width if isinstance(self.tower, TiledViTSpec) else self.tower.width
+
+    @property
+    def adds_router_token(self) -> bool:
+        """Texts hold the router token because of the routers: it is no id of the decoder's."""
+        return self.router_token >= self.decoder.ids
 
     @property
     def placeholders(self) -> int:

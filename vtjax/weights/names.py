@@ -80,7 +80,7 @@ def bridge_shapes(spec: VLMSpec) -> dict[str, Shape]:
         dense("projector/up", spec.tower_width, bridge.hidden, bridge.bias)
     if bridge.projector != "none":
         dense("projector/down", bridge.hidden or spec.tower_width, d, bridge.bias)
-    if spec.router_token >= 0:
+    if spec.adds_router_token:
         out["router_token"] = (d,)
     cross = bridge.cross
     for layer in () if cross is None else cross.layers:
