@@ -104,6 +104,10 @@ def routers() -> Iterator[Arm]:
         # A token that the model does not know is in the way of a model that stands still: it reads one that it knows.
         known = {**leaves, "dpn.token": "answer"}
         yield f"routers at the answer budget={value}", {**known, "dpn.trainable": "routers"}
+        yield (
+            f"routers at the answer, then all budget={value}",
+            {**known, "after": f"routers at the answer budget={value}"},
+        )
 
 
 ARMS = {"arms": arms, "tau": tau, "routers": routers}
