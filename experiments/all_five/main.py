@@ -84,7 +84,7 @@ def build(config: ConfigDict) -> Task:
             told["tower_ratio"] = tower_ratio(model, found.aux).mean()
             total = total + knobs["ltmp.budget_weight"] * (told["tower_ratio"] - knobs["ltmp.target"]) ** 2
         if dpn.reducers(spec):
-            told["over_budget"] = over_budget(spec, batch, found.aux, knobs["dpn.budget"])
+            told["over_budget"] = over_budget(model, batch, found.aux, knobs["dpn.budget"])
             total = total + knobs["dpn.lam"] * told["over_budget"]
         return total, told
 
@@ -156,12 +156,14 @@ def build(config: ConfigDict) -> Task:
         bounds=lambda path: (0.0, 1.0) if path.startswith(f"tower/{ltmp.NAME}/") else None,
         decisions=None if searching else decisions,
         relax=relaxed,
-        summary={"add": config.add, "methods": present(spec), "params": sum(row.params for row in flops.layers(spec))},
+        summary={"add": config.add, "methods": present(spec)},
         frames=lvxattn.OVER,
     )
 
 
 SETTLE = 8  # batches
+FIXED = {"by": "bandit", "ramp": 0, "fixed_val_batch": False, "keep": False}
+"""Leaves of DAS that have one value in this experiment."""
 
 
 def check(config: ConfigDict) -> None:
@@ -171,6 +173,11 @@ def check(config: ConfigDict) -> None:
     for name in ("dgmr", "ltmp", "dpn"):
         _ = {leaf: config[name][leaf] for leaf in config[name]}
     phases.check(config, ("search", "finetune"))
+    for name, only in FIXED.items():
+        if (found := config.das[name]) != only:
+            raise InputError(
+                f"config.das.{name} must be {only!r} here (experiments/das has the others), found {found!r}"
+            )
     if config.add != "base" and not config.init_from:
         raise InputError(f"config.init_from must be the workdir of the step before {config.add!r}, found ''")
     if config.add != "base" and config.data.pack != 1:
@@ -259,11 +266,11 @@ def _with_das(config: ConfigDict, base: VLMSpec, init: Any) -> tuple[VLMSpec, Co
         raise InputError(f"config.init_from must be the workdir of a search, found {config.init_from!r}")
     arms, style = das.arms(base), phases.style_of(config)
     gone = tuple(arms[arm] for arm in phases.chosen(config, len(arms)))
-    spec, _ = das.remove(base, None, gone)
+    spec, _ = das.remove(das.install(base, None, style, None)[0], None, gone)
 
     def convert(params: Any, key: jax.Array) -> Any:
-        fresh = das.install(base, params, style, key)[1]  # those of the search are not kept, as in the release
-        return das.remove(base, fresh, gone)[1]
+        made, fresh = das.install(base, params, style, key)  # those of the search are not kept, as in the release
+        return das.remove(made, fresh, gone)[1]
 
     return spec, convert
 
@@ -324,17 +331,32 @@ def tower_ratio(model: VLM, aux: Any) -> jax.Array:
     return token_reduction.budget(fractions, spec.tokens, jnp.asarray(ltmp.costs(spec)))[0]
 
 
-def over_budget(spec: VLMSpec, batch: Any, aux: Any, budget: jax.Array) -> jax.Array:
-    """By how much the decoder's expected MACs are above a share of those without pooling: a hinge on the batch's
-    mean."""
-    made = dpn.decisions(aux, spec)
-    tokens, visual = (batch["segments"] >= 0).sum(-1, dtype=jnp.float32), made["visual_before"][:, 0]
-    dense = dpn.macs(
-        spec, tokens, jnp.repeat(tokens[:, None], made["p"].shape[1], 1),
-        jnp.repeat(visual[:, None], made["p"].shape[1] + 1, 1),
-    )  # fmt: skip
-    ratio = (dpn.expected_macs(spec, tokens, visual, made["p"]) / jnp.maximum(dense, 1.0)).mean()
-    return jnp.maximum(ratio - budget, 0.0)
+def over_budget(model: VLM, batch: Any, aux: Any, budget: jax.Array) -> jax.Array:
+    """By how much the decoder's expected MACs are above a share of those without pooling, which reads what the tower
+    left throughout: a hinge on the batch's mean."""
+    spec, made = model.spec, dpn.decisions(aux, model.spec)
+    tokens, left = (batch["segments"] >= 0).sum(-1, dtype=jnp.float32), entering(model, batch, aux)
+    stages = made["p"].shape[1]
+    text = jnp.repeat(tokens[:, None], stages, 1)
+    dense = dpn.macs(spec, tokens, text, jnp.repeat(left, stages + 1, 1))
+    # Poolings begin from the whole grid; before the first stage what the tower left is read.
+    grid = made["visual_before"][:, 0]
+    found, first = dpn.costs(spec), dpn.stretches(spec)[0]
+    read, pair = found[first.start : first.stop, 2:].sum(0)
+    spared = (read + pair * tokens) * (grid - left[:, 0])
+    spent = dpn.expected_macs(spec, tokens, grid, made["p"]) - spared
+    return jnp.maximum((spent / jnp.maximum(dense, 1.0)).mean() - budget, 0.0)
+
+
+def entering(model: VLM, batch: Any, aux: Any) -> jax.Array:
+    """Visual tokens that the tower left of all frames of a row's video, `[B, 1]` float32."""
+    frames = batch["image_number"] > 0
+    if not model.tower_reducers:
+        return math.prod(model.spec.grid) * frames.sum(-1, keepdims=True, dtype=jnp.float32)
+    prefix = plain(model.tower.spec).prefix
+    alive = (aux["tower"][-1]["decisions"]["alive"][:, prefix:] > 0.5).sum(-1, dtype=jnp.float32)
+    left = model.frames.split(alive[:, None], len(frames))[:, : frames.shape[1], 0]
+    return (left * frames).sum(-1, keepdims=True)
 
 
 def work(model: VLM, batch: Any, aux: Any) -> dict[str, jax.Array]:
@@ -349,15 +371,9 @@ def work(model: VLM, batch: Any, aux: Any) -> dict[str, jax.Array]:
         blocks = ltmp.dense_macs(tower)
         each = dense - blocks + blocks * ratio
     tokens = (batch["segments"] >= 0).sum(-1, dtype=jnp.float32)
-    entering = math.prod(spec.grid) * frames.sum(-1, dtype=jnp.float32)[:, None]
-    if model.tower_reducers:
-        # What the tower leaves is read until a stage puts it back on the grid.
-        alive = (aux["tower"][-1]["decisions"]["alive"][:, tower.prefix :] > 0.5).sum(-1, dtype=jnp.float32)
-        left = model.frames.split(alive[:, None], len(frames))[:, : frames.shape[1], 0]
-        entering = (left * frames).sum(-1, keepdims=True)
-    visual = entering
+    visual = entering(model, batch, aux)
     if dpn.reducers(spec):
-        visual = jnp.concatenate([entering, dpn.decisions(aux, spec)["visual"]], axis=1)
+        visual = jnp.concatenate([visual, dpn.decisions(aux, spec)["visual"]], axis=1)
     text = jnp.repeat(tokens[:, None], visual.shape[1] - 1, 1)
     decoder = dpn.macs(spec, tokens, text, visual)
     if das.is_installed(spec.decoder):

@@ -2,7 +2,8 @@
 """The chain of `configs/all_five.py:video`, and what each step changes.
 
     python -m experiments.all_five.steps train     the six runs, one after the other, in runs/all_five; resumes
-    python -m experiments.all_five.steps control   the dense model, trained on for as many steps
+    python -m experiments.all_five.steps control   the dense model, trained on for as many steps; and the last step with
+                                                   layers that chance has chosen
     python -m experiments.all_five.steps moved     bytes between eight devices, and what a device holds (compiled only)
     python -m experiments.all_five.steps time      nothing else may use the cores
 
@@ -63,12 +64,22 @@ def control(options: argparse.Namespace) -> Any:
     return config
 
 
+def by_chance(options: argparse.Namespace) -> Any:
+    """The config of the last step, with layers that chance has chosen."""
+    from vtjax.cli import config as config_lib
+
+    config = config_of(options, "das", {"das.remove": "random"})
+    config_lib.override(config, "workdir", workdir(options, "random"))
+    return config
+
+
 def train(config: Any) -> dict[str, Any]:
     """Trains one step, or finds it done."""
     from vtjax.cli import assemble
     from vtjax.cli import config as config_lib
     from vtjax.cli import eval as evaluation
     from vtjax.train import checkpoint, loop
+    from vtjax.train.state import flatten
 
     task, data = assemble.assemble(config)
     result = loop.train(task, data, config, config.workdir)
@@ -78,9 +89,10 @@ def train(config: Any) -> dict[str, Any]:
         config_lib.override(alone, "data.pack", 1)
         config_lib.override(alone, "workdir", "")
         result |= evaluation.measure(alone, config.workdir)
-    kept = ("params_sha256", "params", "loss", "count", "tower_macs", "decoder_macs", "visual", "methods")
+    kept = ("params_sha256", "loss", "count", "tower_macs", "decoder_macs", "visual", "methods")
     found = {name: value for name, value in result.items() if name in kept or name.startswith("top1")}
-    spec, _ = checkpoint.load_params(config.workdir)
+    spec, params = checkpoint.load_params(config.workdir)
+    found["params"] = sum(a.size for a in flatten(params).values())
     skips = [i for i, block in enumerate(spec.decoder.blocks) if not block.attn and not block.ffn]
     extra = checkpoint.load_extra(config.workdir)
     if "preference" in extra:
@@ -216,13 +228,14 @@ def main(arguments: list[str]) -> int:
     if options.what == "time":
         write("all", times(options, built))
         return 0
-    for add in {"train": STEPS, "control": ("control",), "moved": built}[options.what]:
+    for add in {"train": STEPS, "control": ("random", "control"), "moved": built}[options.what]:
         if (kind, add, options.seed) in known:
             continue
         if kind == "moved":
             write(add, moved(options, add))
         else:
-            write(add, train(control(options) if add == "control" else config_of(options, add)))
+            made = {"control": control, "random": by_chance}.get(add)
+            write(add, train(config_of(options, add) if made is None else made(options)))
     return 0
 
 

@@ -23,7 +23,7 @@ NAMES = {
     "dpn": "+ DPN",
     "das": "+ DAS",
 }
-CONTROL = "the dense model, trained on"
+CONTROLS = {"random": "+ DAS, layers by chance", "control": "the dense model, trained on"}
 TYPES = ("color", "quarter", "shape")
 
 Records = list[dict[str, Any]]
@@ -37,7 +37,7 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
 def latest(records: Records, kind: str) -> dict[str, dict[str, Any]]:
     """The newest record of every step, in their order."""
     found = {r["add"]: r for r in records if r["kind"] == kind and r["seed"] == 0}
-    return {add: found[add] for add in (*NAMES, "all", "control") if add in found}
+    return {add: found[add] for add in (*NAMES, *CONTROLS, "all") if add in found}
 
 
 def steps(records: Records) -> str:
@@ -52,7 +52,7 @@ def steps(records: Records) -> str:
         share = (tower + decoder) / (dense["tower_macs"] + dense["decoder_macs"])
         rows.append(
             (
-                NAMES.get(add, CONTROL),
+                {**NAMES, **CONTROLS}[add],
                 f"{r['params']:,}",
                 f"{tower / 1e6:.1f}",
                 f"{decoder / 1e6:.1f}",

@@ -150,6 +150,25 @@ def test_what_a_model_has_is_not_added_again(whole, tmp_path):
     assert not five.has(spec, "das")
 
 
+def test_adapters_of_another_width_are_what_the_spec_says(whole):
+    spec, params = whole
+    leaves = {"das.width": 6, "das.skip_width": 12, "das.remove": "[0]"}
+    config = config_of("das", "", "unread", **leaves)
+    short, convert = five.ADD["das"](config, spec, None)
+    own = convert(params, jax.random.key(0))["decoder"]["das"]
+    style, searching = das.installed(short.decoder)
+    assert not searching and (style.inner.width, style.skip.width) == (6, 12)
+    shapes = {own[name][site]["down"]["kernel"].shape[1] for name in own for site in own[name]}
+    assert shapes == {6, 12}
+
+
+def test_leaves_without_effect_are_refused(tmp_path):
+    for name, value in (("by", "greedy"), ("ramp", 4), ("keep", True), ("fixed_val_batch", True)):
+        config = config_of("base", tmp_path / "run", **{f"das.{name}": value})
+        with pytest.raises(InputError, match=f"config.das.{name} must be"):
+            assemble.assemble(config)
+
+
 @pytest.mark.slow
 def test_every_step_keeps_what_the_others_added(chain):
     assert [chain[add][1]["methods"] for add in five.STEPS] == [

@@ -20,11 +20,11 @@ def build(spec: Spec, **options: Any) -> Any:
     if isinstance(spec, VLMSpec):
         return models.build(spec, **slots(spec), **options)
     names = {block.reduce.partition(":")[0] for block in spec.blocks if block.reduce is not None}
-    if not names:
-        if isinstance(spec, ViTSpec | LMSpec):
-            from vtjax.methods import das
+    if isinstance(spec, ViTSpec | LMSpec):
+        from vtjax.methods import das
 
-            options = {"adapters": das.attached(spec), **options}
+        options = {"adapters": das.attached(spec), **options}
+    if not names:
         return models.build(spec, **options)
     if names != {"ltmp"}:
         raise InputError(f"blocks reduce by {', '.join(sorted(names))}, expected one of: ltmp")
@@ -44,8 +44,8 @@ def slots(spec: VLMSpec) -> dict[str, Any]:
     named = {block.reduce.partition(":")[0] for block in spec.decoder.blocks if block.reduce is not None}
     if named - {"dpn"}:
         raise InputError(f"the decoder's blocks reduce by {', '.join(sorted(named))}, expected one of: dpn")
-    return {
-        "reducers": dpn.reducers(spec),
-        "adapters": das.attached(spec.decoder),
-        "tower_reducers": () if isinstance(spec.tower, TiledViTSpec) else build(spec.tower).reducers,
-    }
+    made = {"reducers": dpn.reducers(spec), "adapters": das.attached(spec.decoder)}
+    if isinstance(spec.tower, TiledViTSpec):
+        return made
+    tower = build(spec.tower)
+    return {**made, "tower_reducers": tower.reducers, "tower_adapters": tower.adapters}
