@@ -68,6 +68,8 @@ class Arm(NamedTuple):
       options: of the variant.
       leaves: overrides.
       after: (kind, name) of the run that it starts from; else the base model.
+      chosen: (kind, name) of the search that says which layers go. Nothing else of it is taken: it trained the bridge,
+        too.
       way: what is special: "prompt", "dgmr", "int8", or an edit of the data.
     """
 
@@ -76,6 +78,7 @@ class Arm(NamedTuple):
     leaves: dict[str, str] = {}
     after: tuple[str, str] = ("base", "base")
     way: str = ""
+    chosen: tuple[str, str] = ("", "")
 
 
 def base() -> Iterator[Arm]:
@@ -98,7 +101,7 @@ def arms() -> Iterator[Arm]:
     yield Arm("adapters", "phase=finetune", {"das.skips": "0"})
     for m in (M, 1, 4):
         for name in (f"bandit m={m}", *((ONE_BATCH, f"greedy m={m}") if m == M else ())):
-            yield Arm(name, "phase=finetune", {"das.skips": str(m)}, ("search", name))
+            yield Arm(name, "phase=finetune", {"das.skips": str(m)}, chosen=("search", name))
         yield Arm(f"random m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": "random"})
 
 
@@ -118,7 +121,7 @@ def disturbed() -> Iterator[Arm]:
     fine-tuned on clean data."""
     for way in DISTURBED:
         yield Arm(f"search, {way}", leaves={"das.skips": str(M)}, way=way)
-        yield Arm(way, "phase=finetune", {"das.skips": str(M)}, ("disturbed", f"search, {way}"))
+        yield Arm(way, "phase=finetune", {"das.skips": str(M)}, chosen=("disturbed", f"search, {way}"))
 
 
 KINDS = {"base": base, "search": search, "arms": arms, "others": others, "disturbed": disturbed}
@@ -134,6 +137,8 @@ def settings(root: str, kind: str, arm: Arm, seed: int, more: dict[str, str]) ->
     given = {**arm.leaves, **more, "seed": str(seed)}
     if kind != "base":
         given["init_from"] = run_of(root, *arm.after, seed)
+    if all(arm.chosen):
+        given["das.preferences"] = run_of(root, *arm.chosen, seed)
     variant = f"{VARIANT}_base" if kind == "base" else ",".join(filter(None, (VARIANT, arm.options)))
     if "arm=" in arm.options:  # no leaf of the method
         given = {leaf: value for leaf, value in given.items() if not leaf.startswith("das.")}

@@ -114,13 +114,15 @@ def test_arms_start_from_what_they_say() -> None:
         return accuracy.settings("R", kind, arm, 3, {"steps": "40", "optim.warmup": "4"})
 
     found = config("arms", "bandit m=2")
-    assert (found.init_from, found.workdir) == ("R/search/bandit_m=2_3", "R/arms/bandit_m=2_3")
+    assert (found.init_from, found.workdir) == ("R/base/base_3", "R/arms/bandit_m=2_3")
+    assert found.das.preferences == "R/search/bandit_m=2_3"  # layers alone: it trained the bridge, too
     assert (found.das.phase, found.das.skips, found.steps, found.seed) == ("finetune", 2, 40, 3)
     full, lora = config("arms", "full"), config("arms", "lora")
     assert full.init_from == lora.init_from == "R/base/base_3" and full.experiment == "vlm"
     assert set(lora.optim.groups) == {"bridge", "lora", "unchanged"} and not full.optim.groups
     assert config("others", "int8").init_from == "R/arms/adapters_3"
-    assert config("disturbed", "noise 0.2").init_from == "R/disturbed/search_noise_0.2_3"
+    noisy = config("disturbed", "noise 0.2")
+    assert (noisy.init_from, noisy.das.preferences) == ("R/base/base_3", "R/disturbed/search_noise_0.2_3")
     assert config("base", "base").init_from == ""
     for kind, arms in accuracy.KINDS.items():
         names = [arm.name for arm in arms()]
