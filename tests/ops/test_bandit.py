@@ -312,6 +312,8 @@ def test_nothing_to_skip_draws_nothing():
         ({"every": False}, "whole number"),
         ({"rate": 0.0}, "finite"),
         ({"rate": float("nan")}, "finite"),
+        ({"warmup": float("nan")}, "warmup and search must be numbers, found nan and 3.0"),
+        ({"search": float("nan")}, "warmup and search must be numbers, found 1.0 and nan"),
         ({"policy": "softmax"}, "must be one of"),
     ],
 )

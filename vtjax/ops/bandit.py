@@ -51,8 +51,8 @@ class Bandit:
       policy: of `POLICIES`.
 
     Raises:
-      ValueError: counts that no search can have, a rate, cadence or policy that is none; m = n, or c = 1, where a
-        search would never move; fewer than c subsets of m arms. Warns where no update would ever be due.
+      ValueError: counts that no search can have, a rate, cadence, progress or policy that is none; m = n, or c = 1,
+        where a search would never move; fewer than c subsets of m arms. Warns where no update would ever be due.
     """
 
     arms: int
@@ -77,6 +77,8 @@ class Bandit:
             raise ValueError(f"every must be 1 step or more, found {self.every}")
         if not 0 < self.rate < math.inf:
             raise ValueError(f"rate must be above 0 and finite, found {self.rate}")
+        if math.isnan(self.warmup) or math.isnan(self.search):
+            raise ValueError(f"warmup and search must be numbers, found {self.warmup} and {self.search}")
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {self.policy!r}")
         if not self.learns and self.skips in (0, self.arms):
