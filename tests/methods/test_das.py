@@ -194,6 +194,12 @@ def test_greedy_takes_the_next_cheapest_one_beside_those_that_are_gone():
     assert len(seen) == 4 + 3 and das.greedy(loss, 4, 0) == ()
 
 
+def test_greedy_takes_nothing_without_which_the_loss_is_no_number():
+    assert das.greedy(lambda skip: float("nan") if skip[0] else float(skip[2]), 3, 2) == (1, 2)
+    with pytest.raises(InputError, match=r"needs losses that are numbers, found NaN without any of the arms \[0, 2\]"):
+        das.greedy(lambda skip: 0.0 if skip.tolist() == [False, True, False] else float("nan"), 3, 2)
+
+
 CROSSING = dataclasses.replace(BASE, image_token=5, bridge=BridgeSpec("none", cross=CrossSpec.flamingo((0,), 16, 2, 6)))
 
 

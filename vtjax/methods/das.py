@@ -239,13 +239,19 @@ def greedy(loss: Callable[[Bool[np.ndarray, " n"]], float], arms: int, m: int) -
     of section 6). Of equal ones the lower index.
 
     Args:
-      loss: of a mask, True at what is skipped; asked for n + (n - 1) + ... of them.
+      loss: of a mask, True at what is skipped; asked for n + (n - 1) + ... of them. NaN counts as infinite.
+
+    Raises:
+      InputError: no removal has a loss that is a number.
     """
     gone = np.zeros(arms, bool)
     order: list[int] = []
     for _ in range(m):
         left = [arm for arm in range(arms) if not gone[arm]]
-        losses = [loss(gone | (np.arange(arms) == arm)) for arm in left]
-        order.append(left[int(np.argmin(losses))])
+        losses = np.asarray([loss(gone | (np.arange(arms) == arm)) for arm in left], np.float64)
+        if np.isnan(losses).all():
+            raise InputError(f"a greedy choice needs losses that are numbers, found NaN without any of the arms {left}")
+        # To NumPy NaN is the least of all.
+        order.append(left[int(np.argmin(np.where(np.isnan(losses), np.inf, losses)))])
         gone[order[-1]] = True
     return tuple(order)
