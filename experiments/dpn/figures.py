@@ -34,9 +34,10 @@ def main() -> int:
     """See the module's text."""
     records = read_jsonl(RESULTS / "accuracy.jsonl")
     written = [curves.save(tradeoff(records), RESULTS / "tradeoff.png")]
-    for kind, name in (("arms", "dpn"), ("arms", "st quality"), ("routers", "routers budget=0.44")):
+    shown = (("arms", "dpn"), ("arms", "st quality"), ("routers", "routers at the answer, then all budget=0.44"))
+    for kind, name in shown:
         if found := by_arm(records, kind).get(name):
-            path = RESULTS / f"paths_{name.replace(' ', '_').replace('=', '_')}.png"
+            path = RESULTS / f"paths_{name.replace(' ', '_').replace('=', '_').replace(',', '')}.png"
             written.append(curves.save(paths(found, f"{name}: experts by type of question"), path))
     for path in written:
         print(f"{path.relative_to(RESULTS.parent)}: {path.stat().st_size // 1000} kB", file=sys.stderr)
