@@ -136,8 +136,9 @@ def easyvqa(steps: int, batch_size: int) -> ConfigDict:
 
     Commands: `vtjax run --config=configs/das.py:easyvqa --config.init_from=runs/das/base_0
     --workdir=runs/das/search_0`, then `vtjax run --config=configs/das.py:easyvqa,phase=finetune
-    --config.init_from=runs/das/search_0 --workdir=DIR`. Hardware: one CPU core. Time: about a minute each. Expected:
-    accuracy 0.961 without two layers, 0.932 with adapters in all (five seeds); blindly 0.12.
+    --config.init_from=runs/das/base_0 --config.das.preferences=runs/das/search_0 --workdir=DIR` (a search trains the
+    bridge, too, so fine-tuning starts from where it started). Hardware: one CPU core. Time: about a minute each.
+    Expected: accuracy 0.931 without two layers, 0.932 with adapters in all (five seeds); blindly 0.12.
     """
     config = easyvqa_base(steps or 200, batch_size or 32)
     config.data.types = ("color",)
@@ -322,7 +323,7 @@ _README = "experiments/das/README.md"
 EXPECTED = {
     "tiny": common.Expected("", "for tests and notebooks: its figure means nothing", True, by_data=True),
     "easyvqa_base": common.Expected("0.65 to 0.87 on shapes (five seeds)", _README, True, by_data=True),
-    "easyvqa": common.Expected("0.961 with 10 of 12 layers; 0.932 with all", _README, True, by_data=True),
+    "easyvqa": common.Expected("0.931 with 10 of 12 layers; 0.932 with all", _README, True, by_data=True),
     "llava15_7b": common.Expected("layers 7, 17, 23, 29 (AID)", "the release", False),
     "lavin_7b_scienceqa": common.Expected("89.15 %", "the release's README", False),
     "fusion_tiny": common.Expected("", "for tests and notebooks: its figure means nothing", True, by_data=True),

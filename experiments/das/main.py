@@ -23,6 +23,7 @@ from experiments.vlm import main as vlm
 from vtjax.account import bench, flops
 from vtjax.errors import InputError
 from vtjax.methods import das
+from vtjax.models.vlm import VLM
 from vtjax.spec import VLMSpec
 from vtjax.train import checkpoint
 from vtjax.train.task import Data, Task
@@ -82,15 +83,21 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
 
 def to_search(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert]:
     """The spec of a search, and the way from the parameters of `base` to its."""
-    return _begun(config, base) or _with_adapters(config, base)
+    return _begun(config) or _with_adapters(config, base)
 
 
 def to_finetune(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert]:
     """The spec without the chosen layers, and the way from the parameters of `base` to its; where `base` lacks layers
-    already, it stays as it is."""
-    if (begun := _begun(config, base)) is not None:
+    already, it stays as it is.
+
+    Raises:
+      InputError: as `phases.check_gone`, or no preferences where they are needed.
+    """
+    if (begun := _begun(config)) is not None:
+        phases.check_gone(config, deployed.gone(begun[0].decoder), das.arms(begun[0]), config.workdir)
         return begun
-    if das.is_installed(base.decoder) and deployed.gone(base.decoder):  # a run brings its own
+    if das.is_installed(base.decoder) and (own := deployed.gone(base.decoder)):  # a run brings its own
+        phases.check_gone(config, own, das.arms(base), config.init_from)
         return base, lambda params, key: params
     whole, convert = _with_adapters(config, base)
     arms = das.arms(whole)
@@ -100,17 +107,31 @@ def to_finetune(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert]:
     return spec, lambda params, key: das.remove(whole, convert(params, key), gone)[1]
 
 
-def _begun(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert] | None:
-    """Of a run that goes on: its spec says it all."""
-    if checkpoint.begun(config.workdir) is None:
+def _begun(config: ConfigDict) -> tuple[VLMSpec, Convert] | None:
+    """Of a run that goes on: its checkpoint's spec says it all, whatever the run was put together from."""
+    spec = checkpoint.begun(config.workdir)
+    if spec is None:
         return None
-    return base, lambda params, key: {**params, "decoder": das.added(base.decoder, params["decoder"], key)}
+    if not isinstance(spec, VLMSpec) or not das.is_installed(spec.decoder):
+        raise InputError(f"{config.workdir!r} must hold a run of DAS in a decoder, found another one's checkpoint")
+
+    def fresh(params: Any, key: jax.Array) -> Any:
+        made = VLM(spec).init(key)
+        return {**made, "decoder": das.added(spec.decoder, made["decoder"], key)}
+
+    return spec, fresh
 
 
 def _with_adapters(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert]:
     """With fresh adapters; or with those of a search, where `config.das.keep` says so."""
     style, parent = style_of(config), base.lineage[-1].parent if base.lineage else ""
     if not config.das.keep:
+        beside = [name for name, group in config.optim.groups.items() if not group.frozen and name != "adapters"]
+        if das.is_installed(base.decoder) and beside:
+            raise InputError(
+                f"config.init_from must be the model that a search began with (and config.das.preferences the search), as "
+                f"a search trains {beside[0]!r}, too; found {config.init_from!r}, which has adapters"
+            )
         spec, _ = das.install(base, None, style, None, parent)
         return spec, lambda params, key: das.install(base, params, style, key)[1]
     if not das.is_installed(base.decoder) or das.installed(base.decoder) != (style, True):
