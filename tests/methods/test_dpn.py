@@ -15,8 +15,9 @@ from vtjax import methods, spec, weights
 from vtjax.account import flops
 from vtjax.account import params as account
 from vtjax.errors import InputError
-from vtjax.methods import dpn, dpn_deploy
+from vtjax.methods import das, dpn, dpn_deploy
 from vtjax.models import segments
+from vtjax.models.adapters import STYLES
 from vtjax.models.vlm import VLM
 from vtjax.ops import pooling_experts as ops
 from vtjax.ops.tokens import Tokens
@@ -30,6 +31,7 @@ BASE, SMALL = (VLMSpec(TOWER, BridgeSpec(hidden=20), TEXT(depth=depth), 5) for d
 KEY = jax.random.key(0)
 put = functools.partial(dpn.install, BASE, None, KEY)
 SPEC, _ = dpn.install(SMALL, None, KEY, at=AT, least=2)
+SEARCH, _ = das.install(SMALL, None, STYLES["llama"], None, among=(1, 3))
 CHECKED = VLM(SPEC, reducers=dpn.reducers(SPEC))
 GRID, N = (8, 8), 64
 
@@ -398,6 +400,7 @@ def test_published_work():
         (lambda: put(at=(4, 2)), "ascend within 1..6 of 8 layers, found (4, 2)"),
         (lambda: put(at=(1, 2, 3, 4)), "a multiple of 16, one halving per stage, found 8 x 8"),
         (lambda: dpn.install(SPEC, None, KEY), "decoder.blocks[0] reduces already"),
+        (lambda: dpn.install(SEARCH, None, KEY, at=AT), "DAS search may leave out, found layer 1 in at=(1, 2, 3)"),
         (lambda: put(router="conv"), "router must be one of mlp, linear"),
         (lambda: put(pool="min"), "dpn.pool must be one of max, avg, dwconv"),
         (lambda: put(temperature=0.0), "dpn.temperature must be positive"),
@@ -434,6 +437,13 @@ def test_what_is_not_defined_is_one_line(change, says):
     with pytest.raises(InputError, match=re.escape(says)) as caught:
         change()
     assert "\n" not in str(caught.value)
+
+
+def test_layers_that_no_search_may_leave_out_can_be_pooled_after():
+    search, _ = das.install(BASE, None, STYLES["llama"], None, among=(1, 3))
+    for model, at in ((search, (1, 3)), (das.remove(search, None, [3])[0], (1, 2, 3))):  # during a search, after it
+        made = dpn.install(model, None, KEY, at=at, least=2)[0]
+        assert tuple(layer + 1 for layer, _ in dpn.reducers(made)) == at
 
 
 def test_work_to_be_expected_is_the_mean_over_paths() -> None:

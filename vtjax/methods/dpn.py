@@ -215,7 +215,8 @@ def install(
 
     Raises:
       InputError: a token that the decoder does not have; boundaries that do not ascend, or leave fewer than `AFTER`
-        layers; a grid that the windows do not divide; a setting that is not defined; a decoder that is reduced already.
+        layers; a grid that the windows do not divide; a setting that is not defined; a decoder that is reduced already;
+        a stage after a layer that a DAS search may leave out.
     """
     at = tuple(at) or boundaries(spec.decoder.depth)
     check_choice("router", router, ROUTERS)
@@ -231,6 +232,7 @@ def install(
         token = spec.router_token if spec.router_token >= 0 else max(spec.decoder.ids, spec.image_token + 1)
     made = {layer - 1: describe(Dpn(stage, spec.grid, **settings)) for stage, layer in enumerate(at)}
     _check_layers(spec, at)
+    _check_search(spec, at)
     decoder = spec.decoder.edit(blocks={layer: {"reduce": text} for layer, text in made.items()})
     arguments = {"at": list(at), "router": router, **settings}
     step = Lineage(parent, "dpn.install", json.dumps(arguments))
@@ -385,6 +387,20 @@ def _check_layers(spec: VLMSpec, at: Sequence[int]) -> None:
         )
     if spec.bridge.prefix:
         raise InputError("dpn pools a grid of patches, found a bridge that hands on the class token, too (prefix=True)")
+
+
+def _check_search(spec: VLMSpec, at: Sequence[int]) -> None:
+    from vtjax.methods import das
+
+    if not das.is_installed(spec.decoder) or not das.installed(spec.decoder)[1]:
+        return
+    # What a search leaves out takes its reducer along.
+    shared = sorted({layer - 1 for layer in at} & set(das.arms(spec.decoder)))
+    if shared:
+        raise InputError(
+            f"dpn.at must not pool after a layer that the model's DAS search may leave out, found layer {shared[0]} "
+            f"in at={tuple(at)} (install DPN before the search)"
+        )
 
 
 def decisions(aux: Mapping[str, Any], spec: VLMSpec) -> dict[str, Array]:
