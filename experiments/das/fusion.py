@@ -201,8 +201,15 @@ def to_search(config: ConfigDict, base: FusionSpec) -> tuple[FusionSpec, Convert
 
 
 def to_finetune(config: ConfigDict, base: FusionSpec) -> tuple[FusionSpec, Convert]:
-    """Without the chosen modules; where `base` lacks some already, it stays as it is."""
-    if checkpoint.begun(config.workdir) is not None or base.skips:
+    """Without the chosen modules; where `base` lacks some already, it stays as it is.
+
+    Raises:
+      InputError: as `to_search` and `phases.check_gone`, or no preferences where they are needed.
+    """
+    begun = checkpoint.begun(config.workdir) is not None
+    if begun or base.skips:
+        where = config.workdir if begun else config.init_from
+        phases.check_gone(config, base.skips, tuple(range(base.arms)), where)
         return base, lambda params, key: params
     searched, convert = to_search(config, base)
     gone = phases.chosen(config, searched.arms)

@@ -10,6 +10,7 @@ Letters: b rows, n arms, L layers (modules), of which the arms are all or some, 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -223,7 +224,8 @@ def bandit_of(config: ConfigDict, arms: int) -> Bandit:
     """The bandit of a config; progress is counted in steps, and the search ends with the run.
 
     Raises:
-      InputError: settings that no search can have, or by which it would never learn.
+      InputError: settings that no search can have, or by which it would never learn; a ramp on which too few arms are
+        skipped at an update for the candidates to differ.
     """
     names = ("skips", "candidates", "every", "rate", "warmup", "policy")
     settings = {name: config.das[name] for name in names}
@@ -235,9 +237,18 @@ def bandit_of(config: ConfigDict, arms: int) -> Bandit:
             f"(config.das.candidates=0 wants none), found {settings['warmup']}"
         )
     try:
-        return Bandit(arms=arms, search=config.steps, **settings)
+        made = Bandit(arms=arms, search=config.steps, **settings)
     except ValueError as error:
         raise InputError(f"config.das: {error}") from None
+    if made.learns and (ramp := config.das.ramp):
+        # From the first update that can be due.
+        calls = range(max(math.ceil(made.warmup) + 1, made.every), config.steps + 1)
+        try:
+            for m in sorted({bandit.ramped(made.skips, call, ramp) for call in calls}):
+                bandit.check_subsets(arms, m, made.candidates)
+        except ValueError as error:
+            raise InputError(f"config.das.ramp={ramp}: {error}") from None
+    return made
 
 
 def chosen(config: ConfigDict, arms: int) -> tuple[int, ...]:
@@ -258,6 +269,28 @@ def chosen(config: ConfigDict, arms: int) -> tuple[int, ...]:
     else:
         return ()
     return tuple(sorted(bandit.final(preference, m).tolist()))
+
+
+def check_gone(config: ConfigDict, gone: tuple[int, ...], layers: tuple[int, ...], where: str) -> None:
+    """Of a model that lacks layers already.
+
+    Args:
+      gone: these layers.
+      layers: the layer that each arm is.
+      where: whose model it is: `config.workdir`, of a run that goes on, or `config.init_from`.
+
+    Raises:
+      InputError: `config.das.remove` or `config.das.preferences` ask for others.
+    """
+    wanted, told = config.das.remove, config.das.preferences
+    # What a run that goes on was begun from may have changed, or be gone.
+    if wanted == "search" and not told or wanted in ("search", "random") and where == config.workdir:
+        return
+    if (asked := sorted(layers[arm] for arm in chosen(config, len(layers)))) != list(gone):
+        named = f"config.das.remove={wanted!r}" if wanted != "search" else f"config.das.preferences={told!r}"
+        raise InputError(
+            f"{named} asks for a model without {asked}, but that of {where!r} is without {list(gone)} already"
+        )
 
 
 def preferences(workdir: str, arms: int) -> Float[np.ndarray, " n"]:

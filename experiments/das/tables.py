@@ -187,6 +187,7 @@ def whole(records: Records) -> str:
         (
             r["steps"],
             r["candidate_passes"],
+            r["compilations"],
             *(f"{x:.0f}" for x in (s["search"], s["finetune"])),
             f"{s['search'] / s['finetune']:.2f}",
         )

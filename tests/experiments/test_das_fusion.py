@@ -180,6 +180,10 @@ def test_what_a_run_starts_from_has_to_fit(tmp_path: Path, monkeypatch: pytest.M
     short = saved(assemble.task(config("phase=finetune", init_from=base, das__remove="[1]")).spec, tmp_path / "short")
     with pytest.raises(InputError, match=r"a search needs all modules, found a model without \[1\]"):
         assemble.task(config(init_from=short))
+    again = config("phase=finetune", init_from=short)
+    assert assemble.task(again).summary["skips"] == [1]
+    with pytest.raises(InputError, match=r"config.das.remove='\[0\]' asks for a model without \[0\], .* \[1\] already"):
+        assemble.task(config("phase=finetune", init_from=short, das__remove="[0]"))
     monkeypatch.setattr(paths, "is_workdir", lambda where: where == "there")
     monkeypatch.setattr(checkpoint, "load_extra", lambda where: {"preference": np.zeros(12, np.float32)})
     with pytest.raises(InputError, match="the preferences in there must be those of 3 layers, found 12"):
