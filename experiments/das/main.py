@@ -129,8 +129,8 @@ def _with_adapters(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert]
         beside = [name for name, group in config.optim.groups.items() if not group.frozen and name != "adapters"]
         if das.is_installed(base.decoder) and beside:
             raise InputError(
-                f"config.init_from must be the model that a search began with (and config.das.preferences the search), as "
-                f"a search trains {beside[0]!r}, too; found {config.init_from!r}, which has adapters"
+                f"config.init_from must be the model that a search began with, and config.das.preferences the search, "
+                f"as it trains {beside[0]!r}, too; found {config.init_from!r}, which has adapters"
             )
         spec, _ = das.install(base, None, style, None, parent)
         return spec, lambda params, key: das.install(base, params, style, key)[1]
