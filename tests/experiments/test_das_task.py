@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import vtjax as package
-from experiments.das import phases
+from experiments.das import phases, tables
 from experiments.das import search as scripts
 from vtjax.cli import assemble, main
 from vtjax.cli import config as config_lib
@@ -172,6 +173,37 @@ def test_a_search_that_was_cut_off_goes_on_as_if_it_had_not(base: Path, found: P
     jax.tree.map(np.testing.assert_array_equal, extra_of(tmp_path), extra_of(found))
 
 
+def test_a_search_that_was_composed_is_started_again(tmp_path: Path, capsys: Any) -> None:
+    """Without a run that it starts from: its result stands; without result and last checkpoint it is made again."""
+    run = [f"--config={CONFIG},steps=4", *options(das__warmup=1, das__every=1, checkpoint__every=2)]
+    first = vtjax(capsys, "run", *run, f"--workdir={tmp_path}/run")
+    assert vtjax(capsys, "run", *run, f"--workdir={tmp_path}/run") == first
+    (tmp_path / "run/result.json").unlink()
+    for last in (tmp_path / "run/checkpoints").glob("*4*"):
+        shutil.rmtree(last)
+    again = vtjax(capsys, "run", *run, f"--workdir={tmp_path}/run")
+    assert (again["step"], again["params_sha256"]) == (4, first["params_sha256"])
+
+
+def test_a_composed_run_goes_on_with_the_spec_of_its_checkpoint(tmp_path: Path) -> None:
+    """Also without layers; and other layers than those that are gone cannot be asked for."""
+    leaves = {"workdir": tmp_path, "das__remove": "[2]"}
+    settings = config(f"{CONFIG},phase=finetune,steps=1", **leaves)
+    task, data = assemble.assemble(settings)
+    loop.train(task, data, settings, tmp_path)
+    again = assemble.task(config(f"{CONFIG},phase=finetune,steps=1", **leaves))
+    shapes = [flatten(jax.eval_shape(t.init, jax.random.key(0))[0]) for t in (task, again)]
+    assert again.spec == task.spec and again.summary["skips"] == [2]
+    assert {k: v.shape for k, v in shapes[0].items()} == {k: v.shape for k, v in shapes[1].items()}
+    assert assemble.task(config(f"{CONFIG},phase=finetune", init_from=tmp_path)).summary["skips"] == [2]
+    for start in ("workdir", "init_from"):
+        with pytest.raises(
+            InputError, match=r"config.das.remove='\[0\]' asks .* without \[0\], .* \[2\] already"
+        ) as told:
+            assemble.task(config(f"{CONFIG},phase=finetune", **{start: tmp_path, "das__remove": "[0]"}))
+        assert "\n" not in str(told.value)
+
+
 def test_validation_batches_are_fresh_and_disjoint_or_always_the_same(base: Path) -> None:
     settings = config(init_from=base)
     task, data = assemble.assemble(settings)
@@ -242,6 +274,11 @@ def test_a_search_begins_with_what_another_one_learned_and_says_how_far_it_moved
         ("search", {"das__candidates": 1}, "config.das: one candidate is its own baseline"),
         ("search", {"das__candidates": 5}, "config.das: 5 candidates need as many subsets, found 4 of 1 of 4 arms"),
         ("search", {"das__ramp": -1}, "config.das.ramp must be 0 or more, found -1"),
+        (
+            "search",
+            {"das__skips": 2, "das__candidates": 5, "das__ramp": 60},
+            "config.das.ramp=60: 5 candidates need as many subsets, found 4 of 1 of 4 arms",
+        ),
         ("search", {"das__preferences": "nowhere"}, "must be the workdir of a search, found 'nowhere'"),
         ("search", {"das__style": "lavin", "das__width": 3}, "AdapterSpec.groups must divide width=3, found 2"),
         ("finetune", {"das__remove": "[4]"}, "skips must be in 0..3, found 4"),
@@ -279,6 +316,14 @@ def test_a_search_over_eight_devices_is_the_search_on_one(base: Path, tmp_path: 
         made[devices] = extra_of(folder)
     assert (made[1]["skip"] == made[8]["skip"]).all() and int(made[8]["updates"]) == 5
     np.testing.assert_allclose(made[1]["preference"], made[8]["preference"], atol=1e-6)
+
+
+def test_a_table_has_a_value_under_each_header() -> None:
+    record = {"kind": "whole", "steps": 200, "candidate_passes": 57, "compilations": 2, "date": "2026-01-01"}
+    record |= {"hardware": {"cpu": "any", "cores": 2, "devices": {}}, "versions": {"jax": "0"}}
+    made = tables.whole([{**record, "seconds": {"search": 60.0, "finetune": 30.0}}]).splitlines()
+    assert [len(line.split("|")) for line in made[:3]] == [8, 8, 8]
+    assert [value.strip() for value in made[2].split("|")[1:-1]] == ["200", "57", "2", "60", "30", "2.00"]
 
 
 def test_planted_redundancy_is_found() -> None:
