@@ -65,7 +65,7 @@ def test_a_file_holds_the_tower_alone(tmp_path):
 
 def test_tiles_that_an_image_lacks_are_not_read(made):
     model, values, look = made
-    visual, live = look(values, IMAGES, RATIO)
+    visual, live, _ = look(values, IMAGES, RATIO)
     live = live.reshape(len(live), -1)
     assert live[0].tolist() == [1] * 15 + [0] * 5 + [1] * 5 + [0] * 15 and live[1].tolist() == [1] * 20 + [0] * 20
     number = jax.eval_shape(lambda p: model.enter(p, IDS, IMAGES, aspect_ratio=RATIO)[0]["memory"].number, values)
@@ -89,8 +89,8 @@ def test_a_picture_of_a_question_is_cut_into_tiles():
 def test_patches_alone_may_reach_the_decoder(made):
     _, values, look = made
     edited = MODEL.edit(bridge=dataclasses.replace(MODEL.bridge, prefix=False))
-    found = jax.jit(VLM(edited).look)(values, IMAGES, RATIO)
-    for whole, part in zip(look(values, IMAGES, RATIO), found, strict=True):
+    found = jax.jit(VLM(edited).look)(values, IMAGES, RATIO)[:2]
+    for whole, part in zip(look(values, IMAGES, RATIO)[:2], found, strict=True):
         kept = np.asarray(whole).reshape(2, 8, 5, -1)[:, :, 1:]
         np.testing.assert_allclose(part, kept.reshape(part.shape), atol=1e-6)
 
@@ -99,9 +99,9 @@ def test_images_without_tiles_are_one_tile_of_the_first_aspect_ratio(made):
     """Tiles that are not given are not projected."""
     model, values, look = made
     images = IMAGES[:, :, 0]
-    visual, live = jax.jit(model.look)(values, images)
+    visual, live, _ = jax.jit(model.look)(values, images)
     lacking = np.pad(IMAGES[:, :, :1], [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0), (0, 0)])
-    same, also = look(values, lacking, np.ones((2, 2), np.int32))
+    same, also, _ = look(values, lacking, np.ones((2, 2), np.int32))
     first = np.asarray(same).reshape(2, 2, 4, 5, -1)[:, :, 0]
     np.testing.assert_allclose(visual, first.reshape(visual.shape), atol=1e-6)
     np.testing.assert_array_equal(live, also[:, :, :5])
