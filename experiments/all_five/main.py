@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.das import phases
+from experiments.das import deployed, phases
+from experiments.dpn import main as dpn_task
 from experiments.ltmp import settle
 from experiments.lvxattn import main as lvxattn
 from experiments.vlm import main as vlm
@@ -115,18 +116,14 @@ def build(config: ConfigDict) -> Task:
         """The thresholds of the tower, moved together until its MACs are the target's."""
         batches = [draw("train", index) for index in range(SETTLE)]
 
-        def moved(amount: float) -> Any:
-            tower = params["tower"]
-            relaxed = ltmp.relaxed(tower[ltmp.NAME], amount)
-            return {**params, "tower": {**tower, ltmp.NAME: relaxed}}
-
         def ratio(amount: float) -> float:
-            return float(np.mean([jax.device_get(measured(moved(amount), batch)) for batch in batches]))
+            moved = with_relaxed_tower(params, amount)
+            return float(np.mean([jax.device_get(measured(moved, batch)) for batch in batches]))
 
         amount, reached = settle.amount(ratio, config.ltmp.target)
         if jax.process_index() == 0:
             print(f"settled: thresholds {-amount:+.2%} of the way, {reached:.4f} of the tower's MACs", file=sys.stderr)
-        return moved(amount)
+        return with_relaxed_tower(params, amount)
 
     search = None
     if searching:
@@ -136,8 +133,7 @@ def build(config: ConfigDict) -> Task:
         )
 
     def trainable(path: str) -> str | None:
-        fixed = path.endswith((f"/{dpn.NAME}/relax", "/norm_in/scale"))
-        return None if fixed else group_of(path)
+        return None if path.endswith(f"/{dpn.NAME}/relax") else phases.trained(group_of)(path)
 
     return Task(
         spec=spec,
@@ -187,9 +183,7 @@ def check(config: ConfigDict) -> None:
 def has(spec: VLMSpec, add: str) -> bool:
     """Whether a model has what a step adds; it is then trained on, or evaluated."""
     if add in ("search", "das"):
-        return das.is_installed(spec.decoder) and (add == "das") == any(
-            not spec.blocks[arm].attn and not spec.blocks[arm].ffn for arm in das.arms(spec)
-        )
+        return das.is_installed(spec.decoder) and (add == "das") == bool(deployed.gone(spec.decoder))
     return {
         "base": True,
         "dgmr": any(step.operation.startswith("dgmr.") for step in spec.tower.lineage),
@@ -305,12 +299,15 @@ def over(spec: VLMSpec) -> tuple[tuple[int, ...], int]:
 
 def relaxed(params: Any, amount: float) -> Any:
     """Parameters that decide less aggressively in tower and decoder; 1 = neither merges, prunes nor pools."""
-    tower, decoder = params["tower"], params["decoder"]
-    if ltmp.NAME in tower:
-        tower = {**tower, ltmp.NAME: ltmp.relaxed(tower[ltmp.NAME], amount)}
-    if dpn.NAME in decoder:
-        decoder = {**decoder, dpn.NAME: {**decoder[dpn.NAME], "relax": jnp.float32(amount)}}
-    return {**params, "tower": tower, "decoder": decoder}
+    if ltmp.NAME in params["tower"]:
+        params = with_relaxed_tower(params, amount)
+    return dpn_task.relaxed(params, amount) if dpn.NAME in params["decoder"] else params
+
+
+def with_relaxed_tower(params: Any, amount: float) -> Any:
+    """Parameters whose tower merges and prunes less, see `ltmp.relaxed`."""
+    tower = params["tower"]
+    return {**params, "tower": {**tower, ltmp.NAME: ltmp.relaxed(tower[ltmp.NAME], amount)}}
 
 
 def plain(tower: Any) -> ViTSpec:

@@ -8,7 +8,7 @@
     python -m experiments.all_five.steps time      nothing else may use the cores
 
 Records go to results/steps.jsonl. `train` writes one per run: accuracy on the test videos, MACs per question of live
-tokens, parameters, and which questions were answered rightly. `moved` compiles the forward pass for eight devices that
+tokens, and parameters. `moved` compiles the forward pass for eight devices that
 hold one frame each, once as LV-XAttn's cost model would have it and once with keys and values that go round
 (`ring_kv`). `time` lets all models take turns on one batch: the compiled program, in which dead tokens of LTMP and DPN
 are masked, so that only DGMR and DAS save time; and once more with the tower's mean counts fixed, whose tokens go.
@@ -75,11 +75,12 @@ def by_chance(options: argparse.Namespace) -> Any:
 
 def train(config: Any) -> dict[str, Any]:
     """Trains one step, or finds it done."""
+    from experiments.das import deployed
+    from vtjax.account import params as parameters
     from vtjax.cli import assemble
     from vtjax.cli import config as config_lib
     from vtjax.cli import eval as evaluation
     from vtjax.train import checkpoint, loop
-    from vtjax.train.state import flatten
 
     task, data = assemble.assemble(config)
     result = loop.train(task, data, config, config.workdir)
@@ -92,8 +93,8 @@ def train(config: Any) -> dict[str, Any]:
     kept = ("params_sha256", "loss", "count", "tower_macs", "decoder_macs", "visual", "methods")
     found = {name: value for name, value in result.items() if name in kept or name.startswith("top1")}
     spec, params = checkpoint.load_params(config.workdir)
-    found["params"] = sum(a.size for a in flatten(params).values())
-    skips = [i for i, block in enumerate(spec.decoder.blocks) if not block.attn and not block.ffn]
+    found["params"] = parameters.count(params)
+    skips = list(deployed.gone(spec.decoder))
     extra = checkpoint.load_extra(config.workdir)
     if "preference" in extra:
         found["preference"] = extra["preference"].tolist()

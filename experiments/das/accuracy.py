@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vtjax
+from experiments.das import deployed
 from experiments.das import main as experiment
 from experiments.das import others as ways
 from experiments.vlm import main as vlm
@@ -190,7 +191,7 @@ def one(root: str, kind: str, arm: Arm, seed: int, more: dict[str, str], executa
     trained = [a.size for path, a in flatten(params).items() if task.trainable(path)]
     return {
         **found,
-        "skips": [i for i, block in enumerate(spec.decoder.blocks) if not block.attn and not block.ffn],
+        "skips": list(deployed.gone(spec.decoder)),
         "trained": int(sum(trained)),
         "macs_per_prompt": flops.macs(spec, tokens + (PROMPTS if arm.way == "prompt" else 0))
         + das.adapter_cost(spec.decoder, tokens)[1],

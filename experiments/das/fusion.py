@@ -127,7 +127,7 @@ def described(config: ConfigDict) -> FusionSpec:
     words = None
     if model.tokenizer == "words":
         train = question_loader.open_split(config.data, _named(config))
-        words = fusion_loader.vocabulary(train)
+        words = question_loader.vocabulary(train, (fusion_loader.CLASS,))
     text = TextSpec("words", words.words, words.extra) if words else TextSpec(model.tokenizer)
     shape = {
         name: tuple(value) if isinstance(value, tuple) else value

@@ -25,12 +25,11 @@ from jaxtyping import Int
 
 from vtjax.data import question_loader, questions, stream, transforms
 from vtjax.data import tokenizer as words
-from vtjax.data.augment import Augment
-from vtjax.data.loader import SPLITS, Preprocess, augment_of
+from vtjax.data.loader import SPLITS, Preprocess
 from vtjax.data.questions import Images, Questions
 from vtjax.data.sources import choices
 from vtjax.data.stream import Batch
-from vtjax.data.tokenizer import Tokenizer, WordTokenizer
+from vtjax.data.tokenizer import Tokenizer
 from vtjax.errors import InputError
 
 FORMS = ("answers", "pairs", "captions")
@@ -268,11 +267,6 @@ def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return [*start, *tokenizer.encode(text), *end]
 
 
-def vocabulary(train: Questions) -> WordTokenizer:
-    """The words of a training split, questions and answers."""
-    return WordTokenizer.build([*train.texts, *train.answers], (CLASS,))
-
-
 def open_rows(config: Any, split: str, known: Sequence[str] = ()) -> Rows:
     """A split in the form that `config.form` says.
 
@@ -318,13 +312,7 @@ def from_config(
     Raises:
       InputError: as `open_rows` and `FusionData`; augmentation or workers, which are not for questions.
     """
-    if augment_of(config) != Augment() or config["repeats"] != 1:
-        raise InputError(
-            "config.data must leave augmentation at its defaults with questions, which are about colours and places, "
-            "found another setting"
-        )
-    if config["workers"]:
-        raise InputError(f"config.data.workers must be 0 with questions, which threads read, found {config['workers']}")
+    question_loader.check_unaltered(config)
     names = ("crop", "interpolation", "squash", "mean", "std")
     false = config["false"]  # read in any case
     form = {} if preprocess is None else {name: getattr(preprocess, name) for name in names}

@@ -299,9 +299,20 @@ class _Rows:
         return self._images[int(self.questions.image[self.parts[index].start])]
 
 
-def vocabulary(train: Questions, extra: Sequence[str] = ()) -> Tokenizer:
+def vocabulary(train: Questions, extra: Sequence[str] = ()) -> WordTokenizer:
     """The words of a training split, questions and answers, and further control tokens."""
     return WordTokenizer.build([*train.texts, *train.answers], extra)
+
+
+def check_unaltered(config: Any) -> None:
+    """Raises InputError for augmentation or workers, which are not for questions."""
+    if augment_of(config) != Augment() or config["repeats"] != 1:
+        raise InputError(
+            "config.data must leave augmentation at its defaults with questions, which are about colours and places, "
+            "found another setting"
+        )
+    if config["workers"]:
+        raise InputError(f"config.data.workers must be 0 with questions, which threads read, found {config['workers']}")
 
 
 def open_split(config: Any, split: str) -> Questions:
@@ -378,13 +389,7 @@ def from_config(
       InputError: as `questions.open_questions` and `QuestionData`; augmentation or workers, which are not
         for questions.
     """
-    if augment_of(config) != Augment() or config["repeats"] != 1:
-        raise InputError(
-            "config.data must leave augmentation at its defaults with questions, which are about colours and places, "
-            "found another setting"
-        )
-    if config["workers"]:
-        raise InputError(f"config.data.workers must be 0 with questions, which threads read, found {config['workers']}")
+    check_unaltered(config)
     evaluation = open_split(config, config["eval_split"])
     train = open_split(config, config["train_split"]) if config["train_split"] else None
     if tokenizer is None:
