@@ -32,8 +32,6 @@ from vtjax.models.vlm import VLM
 from vtjax.spec import AdapterSpec, FusionSpec, Lineage, ModelSpec, VLMSpec, skip_list
 
 WEIGHT_DECAY = 0.01
-PREFIX = f"^decoder/{METHOD}/"
-"""Regex of the parameters of adapters in a multimodal model; what ends in `norm_in/scale` is a frozen copy."""
 
 
 def arms(spec: Any) -> tuple[int, ...]:
