@@ -78,7 +78,8 @@ def build(config: ConfigDict) -> Task:
     model, arms = _model(config, spec), tuple(range(spec.arms))
     if phase == "search":
         return phases.search(config, spec, init, model, arms, spec.arms, _summary(config, spec))
-    return phases.finetune(config, spec, init, model, spec.skips, spec.arms, _summary(config, spec))
+    fresh = phase == "finetune" and not config.das.keep and spec is not base
+    return phases.finetune(config, spec, init, model, spec.skips, spec.arms, _summary(config, spec), fresh)
 
 
 def source(config: ConfigDict) -> tuple[FusionSpec, Callable[[jax.Array], Any]]:

@@ -57,7 +57,9 @@ def build(config: ConfigDict) -> Task:
             config, spec, init, _model(config, spec), das.arms(spec), depth, _summary(config, spec, ())
         )
     gone = deployed.gone(spec.decoder)
-    return phases.finetune(config, spec, init, _model(config, spec), gone, depth, _summary(config, spec, gone))
+    # Where layers are gone already, the adapters are those of what the run starts from.
+    fresh = not config.das.keep and spec is not base
+    return phases.finetune(config, spec, init, _model(config, spec), gone, depth, _summary(config, spec, gone), fresh)
 
 
 def data(config: ConfigDict, task: Task, **more: Any) -> Data:

@@ -113,6 +113,8 @@ def search(
         finish=finish,
         decisions=decisions,
         summary=summary,
+        conclusion=after_step.conclusion,
+        fresh="adapters" if not settings.keep else "preferences" if before is None else "",
     )
 
 
@@ -124,8 +126,10 @@ def finetune(
     gone: tuple[int, ...],
     depth: int,
     summary: dict[str, Any],
+    fresh: bool,
 ) -> Task:
-    """The task of fine-tuning without some modules, or of any training in which nothing is searched."""
+    """The task of fine-tuning without some modules, or of any training in which nothing is searched; `fresh`: its
+    adapters are made for it."""
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
         return model.loss(params, batch, None, key)
@@ -144,6 +148,7 @@ def finetune(
         trainable=trained(optim.group_of(config.optim)),
         decisions=decisions,
         summary=summary,
+        fresh="adapters" if fresh else "",
     )
 
 
@@ -363,6 +368,18 @@ class Search:
         named = np.asarray(arms, np.int64)
         return bandit.mask(np.asarray(self.layers)[named] if self.layers else named, self.depth or self.bandit.arms)
 
+    def left_out(self, preference: Float[np.ndarray, " n"]) -> list[int]:
+        """The layers that the search would leave out, from 0."""
+        return np.flatnonzero(self.mask(bandit.final(preference, self.bandit.skips))).tolist()
+
+    def conclusion(self, extra: Any) -> dict[str, Any]:
+        """What the search has found (`Task.conclusion`): `skips`, layers from 0 as everywhere; `preference` of every
+        arm; how many `updates` there were, and how many of them changed nothing (`flat`) or had no finite loss
+        (`poisoned`)."""
+        preference = np.asarray(extra["preference"])
+        counts = {name: int(extra[name]) for name in ("updates", "flat", "poisoned")}
+        return {"skips": self.left_out(preference), "preference": preference.tolist(), **counts}
+
     def _greedy(self, params: Any, draw: Callable[[str, int], Any]) -> Float[np.ndarray, " n"]:
         """Preferences in the order in which layers are taken out greedily, the first one's the largest."""
         batches = [draw("val", index) for index in range(self.greedy)]
@@ -427,16 +444,12 @@ def report(
     """Says which layers a search leaves out; and where it began from the preferences of another one, how far the data
     have moved them: the rank correlation of both, and the validation losses without the layers of either."""
     m = search.bandit.skips
-
-    def named(preference: Float[np.ndarray, " n"]) -> list[int]:
-        return np.flatnonzero(search.mask(bandit.final(preference, m))).tolist()
-
-    found: dict[str, Any] = {"skips": named(after)}
+    found: dict[str, Any] = {"skips": search.left_out(after)}
     if before is not None:
         ranks = [np.argsort(np.argsort(r, kind="stable")).astype(np.float64) for r in (before, after)]
         batch = draw("val", search.steps)
         losses = [float(search.loss(params, batch, search.mask(bandit.final(r, m)))) for r in (before, after)]
-        found |= {"skips_before": named(before)}
+        found |= {"skips_before": search.left_out(before)}
         found |= {"rank_correlation": float(np.asarray(np.corrcoef(np.stack(ranks)))[0, 1])}
         found |= {"loss_before": losses[0], "loss": losses[1]}
     if jax.process_index() == 0:

@@ -98,6 +98,37 @@ def test_a_search_trains_adapters_and_learns_preferences_and_nothing_else(base: 
     assert [step for step in range(1, STEPS) if told[step] > told[step - 1]] == [7, 11, 15, 19, 23]
 
 
+def test_the_result_of_a_search_says_what_it_found(found: Path) -> None:
+    result, extra = json.loads((found / "result.json").read_text()), extra_of(found)
+    assert result["skips"] == bandit.final(extra["preference"], 1).tolist() and len(result["skips"]) == 1
+    assert result["preference"] == [float(r) for r in extra["preference"]]
+    assert (result["updates"], result["flat"], result["poisoned"]) == (5, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves", "fresh"),
+    [
+        ("search", {}, "adapters"),
+        ("search", {"das__keep": True}, "preferences"),
+        ("finetune", {}, "adapters"),
+        ("finetune", {"das__skips": 0}, "adapters"),
+    ],
+)
+def test_what_only_training_gives_a_meaning_is_not_measured(
+    found: Path, capsys: Any, name: str, leaves: dict[str, Any], fresh: str
+) -> None:
+    """An evaluation of a search that is named as a start would have other adapters or preferences than the search."""
+    assert main.main(["eval", f"--config={CONFIG},phase={name}", *options(init_from=found, **leaves)]) == 2
+    says = f"eval would measure fresh {fresh}, which no run has trained: --workdir=DIR names the run, found"
+    assert says in (error := capsys.readouterr().err) and len(error.strip().splitlines()) == 1
+
+
+def test_what_a_run_has_trained_is_measured_wherever_it_is_named(found: Path) -> None:
+    for leaves in ({"das__preferences": found}, {"das__remove": "[1]"}):
+        name = "search" if "das__preferences" in leaves else "finetune"
+        assert assemble.task(config(f"{CONFIG},phase={name}", init_from=found, das__keep=True, **leaves)).fresh == ""
+
+
 @pytest.mark.slow
 def test_fine_tuning_does_without_what_the_search_prefers(base: Path, found: Path, tmp_path: Path, capsys: Any) -> None:
     skips = bandit.final(extra_of(found)["preference"], 1).tolist()
@@ -195,7 +226,8 @@ def test_a_composed_run_goes_on_with_the_spec_of_its_checkpoint(tmp_path: Path) 
     shapes = [flatten(jax.eval_shape(t.init, jax.random.key(0))[0]) for t in (task, again)]
     assert again.spec == task.spec and again.summary["skips"] == [2]
     assert {k: v.shape for k, v in shapes[0].items()} == {k: v.shape for k, v in shapes[1].items()}
-    assert assemble.task(config(f"{CONFIG},phase=finetune", init_from=tmp_path)).summary["skips"] == [2]
+    named = assemble.task(config(f"{CONFIG},phase=finetune", init_from=tmp_path))
+    assert named.summary["skips"] == [2] and named.fresh == ""
     for start in ("workdir", "init_from"):
         with pytest.raises(
             InputError, match=r"config.das.remove='\[0\]' asks .* without \[0\], .* \[2\] already"

@@ -66,6 +66,7 @@ def measure(
     from vtjax.cli import decisions as decisions_lib
     from vtjax.parallel import launch
     from vtjax.train import checkpoint, loop
+    from vtjax.train.task import facts
 
     extra = None
     if workdir:
@@ -83,7 +84,12 @@ def measure(
         if config.data.weights_split:
             config_lib.override(config, "data.eval_split", config.data.weights_split)
         task, data = assemble.assemble(config)
-        params, _, _ = task.init(jax.random.key(config.seed))
+        if task.fresh:
+            raise InputError(
+                f"eval would measure fresh {task.fresh}, which no run has trained: --workdir=DIR names the run, found "
+                f"config.init_from={config.init_from!r} alone"
+            )
+        params, _, extra = task.init(jax.random.key(config.seed))
         params = params if task.begin is None else task.begin(params)
     told: dict[str, Any] = {}
     if decisions and task.decisions is None:
@@ -100,7 +106,7 @@ def measure(
                 decisions_lib.write(decisions, made)
         result = loop.evaluate(task, _Watched(data), config, params, extra, executables)
     source = workdir or config.init_from
-    return {**result, **task.summary, **told, "source": source, "split": config.data.eval_split}
+    return {**result, **facts(task, extra), **told, "source": source, "split": config.data.eval_split}
 
 
 class _Watched:

@@ -32,7 +32,7 @@ from vtjax.train.executables import Executables
 from vtjax.train.preempt import StopRequest
 from vtjax.train.program import Program
 from vtjax.train.state import params_sha256, split
-from vtjax.train.task import Batch, Data, Task, closing
+from vtjax.train.task import Batch, Data, Task, closing, facts
 
 SIGNS = ("finite", "stop")  # what a step reports to the loop, not to the log
 
@@ -226,7 +226,7 @@ class _Run:
             "seed": config.seed,
             "step": config.steps,
             "init_from": config.init_from,
-            **task.summary,
+            **facts(task, self.state.extra),
             **self.values,
             **({} if top is None else {"best_step": top, f"best_{best}": self.checkpoints.metrics[top][best]}),
             "params_sha256": params_sha256(self.state.params),

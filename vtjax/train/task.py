@@ -48,6 +48,10 @@ class Task:
         evaluation, on the parameters that evaluation uses (the moving average where there is one).
       knobs: config leaf -> value. They reach the compiled step as float32 arrays, so other values compile nothing new.
       summary: static facts for `result.json`, such as `macs_per_image` or where `frozen` comes from.
+      conclusion: `extra -> facts`, on the host: what a run's last state says in `result.json`, in place of what the
+        summary says under the same names. None where that is nothing.
+      fresh: what `init` makes and only training gives a meaning, in words ("adapters"); `vtjax eval` then measures no
+        parameters but those of a run. "" = nothing.
       bounds: path of a trained parameter -> (low, high) that it is clamped to after every step, or None.
       decisions: `(params, frozen, extra, knobs, batch) -> {name: array [b, ...]}`, traced: what a dynamic model decided
         for every row, and what that row cost (`macs`); see `vtjax eval --decisions`. None where nothing is decided.
@@ -67,6 +71,8 @@ class Task:
     finish: Callable[..., Params] | None = None
     knobs: Mapping[str, float] = dataclasses.field(default_factory=dict)
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    conclusion: Callable[[Any], Mapping[str, Any]] | None = None
+    fresh: str = ""
     bounds: Callable[[str], tuple[float, float] | None] = lambda path: None
     decisions: Callable[..., Mapping[str, jax.Array]] | None = None
     relax: Callable[[Params, float], Params] | None = None
@@ -90,6 +96,12 @@ class Data(Protocol):
 
     def draw(self, split: str, index: int) -> Batch:
         """Validation batch number `index`, depending on (seed, split, index) only."""
+
+
+def facts(task: Task, extra: Any) -> dict[str, Any]:
+    """What a task says of a run beside its metrics: its summary, and what it concludes from the run's `extra`."""
+    concluded = {} if task.conclusion is None else task.conclusion(jax.device_get(extra))
+    return {**task.summary, **concluded}
 
 
 @contextlib.contextmanager
