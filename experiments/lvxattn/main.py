@@ -77,8 +77,10 @@ def options(config: ConfigDict) -> dict[str, Any]:
 
 
 def data(config: ConfigDict, task: Task) -> Data:
-    """The questions, with frames in the order in which devices get them."""
-    return vlm.data(config, task, frame_order=order(config))
+    """The questions, with the frames that this process's devices hold, in their order."""
+    places = order(config)
+    mine = mesh.local_frames(mesh.make(config.mesh), len(places))
+    return vlm.data(config, task, frame_order=[places[place] for place in mine])
 
 
 def order(config: ConfigDict) -> list[int]:

@@ -19,8 +19,9 @@ def opened(split: str = "train", **options: Any) -> questions.Questions:
     return questions.open_questions("needle", split, **{"n": 24, "frames": 9, **options})
 
 
-def loader(cameras: int = 2, pack: int = 4, **options: Any) -> question_loader.QuestionData:
-    config = {"name": "needle", "path": "", "n": 12, "size": 32, "frames": 8, "cameras": cameras, "haystack": "drawn"}
+def loader(cameras: int = 2, pack: int = 4, length: int = 8, **options: Any) -> question_loader.QuestionData:
+    config = {"name": "needle", "path": "", "n": 12, "size": 32, "frames": length, "cameras": cameras}
+    config["haystack"] = "drawn"
     train, test = (question_loader.open_split(config, split) for split in ("train", "test"))
     given: dict[str, Any] = {"template": question_loader.conversation.PLAIN, "seed": 0, "batch_size": 2}
     given |= {"image_size": (32, 32), "visual_tokens": 1, "pack": pack, "prefetch": 0, **options}
@@ -46,6 +47,24 @@ def test_answers_are_balanced_and_true(cameras: int) -> None:
             assert one.frame * 4 // len(part) == one.quarter
         (_, colour, _, sees), *_ = videos.asked(index)
         assert colour == tuple(COLOURS)[shown[sees[0] - 1].colour]
+
+
+@pytest.mark.parametrize("cameras", [1, 3])
+def test_some_frames_are_those_of_the_whole_video(cameras: int) -> None:
+    videos, rng = opened(cameras=cameras, frames=25).images, np.random.default_rng(0)
+    for index in range(3):
+        whole = videos[index]
+        for count in (1, 2, 7, 25):
+            wanted = rng.permutation(25)[:count].tolist()
+            np.testing.assert_array_equal(questions.frames_of(videos, index, wanted), whole[wanted])
+
+
+def test_videos_that_know_of_no_single_frames_are_read_whole() -> None:
+    whole = np.arange(2 * 5, dtype=np.uint8).reshape(2, 5, 1, 1, 1).repeat(3, -1)
+    found = questions.frames_of(list(whole), 1, [4, 0])
+    assert found[:, 0, 0, 0].tolist() == [9, 5]
+    some = opened(cameras=2, frames=8).about(range(3, 6))
+    np.testing.assert_array_equal(questions.frames_of(some.images, 1, [6, 2]), some.images[1][[6, 2]])
 
 
 def test_splits_share_no_video() -> None:

@@ -4,6 +4,7 @@ attention is not done twice."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 
 from tests import devices
+from tests.data.test_needle import loader
 from tests.parallel import videos
+from vtjax.data import needle
 from vtjax.errors import InputError
 from vtjax.models.vlm import VLM
 from vtjax.parallel import frames
@@ -66,18 +69,55 @@ def test_frames_are_laid_out_once_each() -> None:
     assert frames.split(frames.join(x), 2).tolist() == x.tolist()
 
 
-def test_frames_that_do_not_divide_are_refused() -> None:
-    class Mesh:
-        shape = {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh of several processes knows of its devices."""
 
+    id: int
+    process_index: int
+
+
+def test_frames_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh, images = mesh_lib.make({"data": 1}), np.zeros((2, 3, 4), np.float32)
     placed = mesh_lib.place({"images": images}, mesh, frames=("images",))
     assert placed["images"].sharding == mesh_lib.frame_sharding(mesh)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh_lib, "_positions", lambda mesh, total: {0: 0, 1: 1})
-        with pytest.raises(InputError, match="images must hold a multiple of the mesh's context=4 frames, found 3"):
-            place: Any = getattr(mesh_lib.place, "__wrapped__", mesh_lib.place)  # its types want a real mesh
-            place({"images": images}, Mesh(), frames=("images",))
+    monkeypatch.setattr(mesh_lib, "_positions", lambda mesh, total: {0: 0, 1: 1})
+    for processes, message in (
+        ((0, 0, 0, 0), "images must hold a multiple of the mesh's context=4 frames, found 3"),
+        ((1, 0, 0, 1), r"the mesh's context=4 frames \(of which 2 positions are this process's\), found 3"),
+    ):
+        grid = np.array([Device(*place) for place in enumerate(processes)], object).reshape(1, 1, 4, 1)
+        with pytest.raises(InputError, match=message):
+            mesh_lib.place({"images": images}, jax.sharding.Mesh(grid, mesh_lib.AXES), frames=("images",))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (8, 1, 1, 1)])
+def test_a_process_makes_the_frames_of_its_devices_only(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four processes of two devices each: what one makes is its part of the whole batch, and together it is all."""
+    grid, processes = (
+        np.array([Device(i, i // 2) for i in range(8)], object).reshape(shape),
+        np.arange(8).reshape(shape) // 2,
+    )
+    mesh, places = jax.sharding.Mesh(grid, mesh_lib.AXES), frames.order(9, shape[2], stripe=True)
+    data = {"cameras": 1, "pack": 3, "length": 9}
+    whole, asked, drawn = next(loader(frame_order=places, **data).train(3)), [], needle.Needles.some
+    monkeypatch.setattr(needle.Needles, "some", lambda *of: asked.append(of[2]) or drawn(*of))
+    held: list[int] = []
+    for process in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        mesh_lib._contexts.cache_clear()
+        mine = mesh_lib.local_frames(mesh, len(places))
+        assert len(mine) == len(places) * len(set(np.argwhere(processes == process)[:, 2])) // shape[2]
+        part = next(loader(frame_order=[places[place] for place in mine], **data).train(3))
+        for name in ("images", "image_number"):
+            np.testing.assert_array_equal(part[name], whole[name][:, mine])
+        np.testing.assert_array_equal(part["question"], whole["question"])
+        assert asked[-1] == [places[place] for place in mine if places[place] >= 0]
+        held += mine
+    assert set(held) == set(range(len(places)))
+    mesh_lib._contexts.cache_clear()
 
 
 def test_frames_come_in_any_order_and_share_placeholders() -> None:

@@ -19,10 +19,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 from vtjax.data.marked_shapes import COLOURS, SHAPES, inside
 from vtjax.data.questions import Questions
@@ -62,16 +62,32 @@ class Needles:
         return self.count
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "F S S 3"]:
+        return self.some(index, range(self.frames))
+
+    def some(self, index: int, frames: Sequence[int]) -> UInt8[np.ndarray, "N S S 3"]:
+        """N different frames of a video, in this order: equal to those of the whole, of which nothing else is drawn."""
         rng = np.random.default_rng((self.seed, *self.split.encode(), index, 1))
-        number = self.number
-        videos = [self._ground(rng, int((number == camera).sum())) for camera in range(1, self.cameras + 1)]
-        for camera, (video, needle) in enumerate(zip(videos, self.needles(index), strict=True), 1):
-            for frame in np.flatnonzero(rng.random(len(video)) < DISTRACTORS).tolist():
-                self._draw(video[frame], rng, int(rng.integers(len(SHAPES))), (int(rng.integers(60, 200)),) * 3)
-            self._draw(video[needle.frame], rng, needle.shape, tuple(COLOURS.values())[needle.colour])
-            for frame, picture in enumerate(video):
-                _label(picture, camera, (frame + 1) / len(video))
-        return np.concatenate(videos)
+        wanted, number = np.asarray(frames, np.int64), self.number
+        found = np.empty((len(wanted), self.size, self.size, 3), np.uint8)
+        parts = []
+        for camera in range(1, self.cameras + 1):
+            own, places = np.flatnonzero(number == camera), np.flatnonzero(number[wanted] == camera)
+            times = wanted[places] - own[0]
+            found[places] = self._ground(rng, len(own), times)
+            parts.append((camera, len(own), dict(zip(times.tolist(), places.tolist(), strict=True))))
+        for (camera, length, place), needle in zip(parts, self.needles(index), strict=True):
+
+            def draw(time: int, shape: int, colour: tuple[int, ...], place: dict[int, int] = place) -> None:
+                where = self._where(rng)  # also of frames that are not wanted: the others follow in the same stream
+                if time in place:
+                    self._draw(found[place[time]], shape, colour, *where)
+
+            for time in np.flatnonzero(rng.random(length) < DISTRACTORS).tolist():
+                draw(time, int(rng.integers(len(SHAPES))), (int(rng.integers(60, 200)),) * 3)
+            draw(needle.frame, needle.shape, tuple(COLOURS.values())[needle.colour])
+            for time, at in place.items():
+                _label(found[at], camera, (time + 1) / length)
+        return found
 
     @property
     def number(self) -> Int32[np.ndarray, " F"]:
@@ -115,28 +131,32 @@ class Needles:
         cycle, place = divmod(index, answers)
         return int(_shuffled(self.split, self.seed, what, cycle, answers)[place])
 
-    def _ground(self, rng: np.random.Generator, frames: int) -> np.ndarray:
-        """A haystack `[frames, S, S, 3]`, uint8."""
+    def _ground(self, rng: np.random.Generator, frames: int, times: Int64[np.ndarray, " N"]) -> np.ndarray:
+        """Some of the frames of a haystack, `[N, S, S, 3]`, uint8."""
         if self.clips:
             clip = self.clips[int(rng.integers(len(self.clips)))]
             top, left = (int(rng.integers(clip.shape[axis] - self.size + 1)) for axis in (1, 2))
             # Forth and back again, where the clip is shorter than the video.
-            time = (int(rng.integers(len(clip))) + np.arange(frames)) % max(2 * len(clip) - 2, 1)
+            time = (int(rng.integers(len(clip))) + times) % max(2 * len(clip) - 2, 1)
             time = np.minimum(time, 2 * len(clip) - 2 - time) if len(clip) > 1 else time * 0
-            return clip[time, top : top + self.size, left : left + self.size].copy()
+            return clip[time, top : top + self.size, left : left + self.size]
         ends = rng.uniform(80, 170, (2, 3, 3, 3)).astype(np.float32)
-        share = (0.5 - 0.5 * np.cos(np.arange(frames) * rng.uniform(0.05, 0.5)))[:, None, None, None]
+        share = (0.5 - 0.5 * np.cos(np.arange(frames) * rng.uniform(0.05, 0.5)))[times, None, None, None]
         coarse = ((1 - share) * ends[0] + share * ends[1]).astype(np.float32)
         along = _interpolation(self.size)
         smooth = np.einsum("pa,fabc,qb->fpqc", along, coarse, along, optimize=True)
-        noise = rng.integers(-6, 7, (frames, self.size, self.size, 1))
+        noise = rng.integers(-6, 7, (frames, self.size, self.size, 1))[times]
         return np.clip(smooth + noise, 0, 255).astype(np.uint8)
 
-    def _draw(self, picture: np.ndarray, rng: np.random.Generator, shape: int, colour: tuple[int, ...]) -> None:
-        """A shape at a random place, clear of the edges."""
+    def _where(self, rng: np.random.Generator) -> tuple[float, float, float]:
+        """Radius, row and column of a shape at a random place, clear of the edges; pixels."""
         radius = self.size * float(rng.uniform(0.2, 0.26))
         low, high = MARGIN + radius, self.size - MARGIN - radius
-        row, column = rng.uniform(low, high), rng.uniform(radius, self.size - radius)
+        return radius, rng.uniform(low, high), rng.uniform(radius, self.size - radius)
+
+    def _draw(
+        self, picture: np.ndarray, shape: int, colour: tuple[int, ...], radius: float, row: float, column: float
+    ) -> None:
         rows, columns = np.indices((self.size, self.size)) + 0.5
         picture[inside(SHAPES[shape], (rows - row) / radius, (columns - column) / radius)] = colour
 

@@ -57,7 +57,8 @@ class QuestionData:
       mean, std: normalisation, for values in [0, 1].
       prefetch: batches that are prepared ahead, by one thread each; 0 = none.
       rows: this process's rows of every global batch, ascending; None = all of them. Processes may share rows.
-      frame_order: of videos, which frame stands at which place, -1 = none; None = as they come.
+      frame_order: of videos, which frame stands at which of this process's places, -1 = none; no other frames are made.
+        None = all of them, as they come.
 
     Attributes:
       lengths: the row lengths, ascending.
@@ -206,7 +207,7 @@ class QuestionData:
         asked = np.full((len(index), self._pack), -1, np.int32)
         for place, i in enumerate(index.tolist()):
             if i >= 0:
-                self._fill(images[place], source.image(i))
+                self._fill(images[place], source, i)
                 asked[place, : len(source.parts[i])] = source.parts[i]
         columns = {
             name: np.where(asked >= 0, getattr(source.questions, name)[asked], -1).astype(np.int32)
@@ -221,14 +222,14 @@ class QuestionData:
         arrays |= self._seen(source.questions, asked, arrays["segments"], index)
         return {**arrays, "images": images, "valid": index >= 0, "index": index, "question": asked, **columns}
 
-    def _fill(self, place: np.ndarray, image: np.ndarray) -> None:
-        """Puts an image, or the frames of a video in their order, where the batch has it."""
+    def _fill(self, place: np.ndarray, source: _Rows, row: int) -> None:
+        """Puts the image of a row, or those frames of its video that are ours, where the batch has it."""
         if self._frame_order is None:
-            place[:] = transforms.normalise(self._resized(image), self._mean, self._std)
+            place[:] = transforms.normalise(self._resized(source.image(row)), self._mean, self._std)
             return
-        for at, frame in enumerate(self._frame_order.tolist()):
-            if frame >= 0:
-                place[at] = transforms.normalise(self._resized(image[frame]), self._mean, self._std)
+        ours = np.flatnonzero(self._frame_order >= 0)
+        for at, frame in zip(ours, source.frames(row, self._frame_order[ours]), strict=True):
+            place[at] = transforms.normalise(self._resized(frame), self._mean, self._std)
 
     def _seen(
         self, questions: Questions, asked: np.ndarray, segments: np.ndarray, index: np.ndarray
@@ -296,7 +297,14 @@ class _Rows:
         return packing.row([self._written[i] for i in self.parts[index]], self.prefix, length, pad)
 
     def image(self, index: int) -> np.ndarray:
-        return self._images[int(self.questions.image[self.parts[index].start])]
+        return self._images[self._number(index)]
+
+    def frames(self, index: int, wanted: np.ndarray) -> np.ndarray:
+        return questions.frames_of(self._images, self._number(index), wanted.tolist())
+
+    def _number(self, index: int) -> int:
+        """Of the image or video that a row is about."""
+        return int(self.questions.image[self.parts[index].start])
 
 
 def vocabulary(train: Questions, extra: Sequence[str] = ()) -> WordTokenizer:

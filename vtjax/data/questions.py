@@ -25,11 +25,18 @@ from vtjax.errors import InputError
 
 @runtime_checkable
 class Images(Protocol):
-    """Random access to images, uint8 `[H, W, 3]`, or videos `[F, H, W, 3]`; safe to read from several threads."""
+    """Random access to images, uint8 `[H, W, 3]`, or videos `[F, H, W, 3]`; safe to read from several threads. Videos
+    may have a method `some(index, frames)`, see `frames_of`."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "*F H W 3"]: ...
+
+
+def frames_of(videos: Images, index: int, frames: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
+    """N different frames of a video, in this order; no others are made where the videos know how (`some`)."""
+    some = getattr(videos, "some", None)
+    return videos[index][np.asarray(frames, np.int64)] if some is None else some(index, frames)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,6 +124,9 @@ class _Some:
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "*F H W 3"]:
         return self.images[self.positions[index]]
+
+    def some(self, index: int, frames: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
+        return frames_of(self.images, self.positions[index], frames)
 
 
 class Cached:

@@ -125,6 +125,20 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return list(_positions(mesh, batch_size))
 
 
+def local_frames(mesh: Mesh, frames: int) -> list[int]:
+    """Places, of F = `frames` that divide over `context`, that this process's devices hold of some row, ascending."""
+    each = frames // mesh.shape["context"]
+    return [place for index in _contexts(mesh) for place in range(index * each, (index + 1) * each)]
+
+
+@functools.lru_cache(maxsize=8)
+def _contexts(mesh: Mesh) -> tuple[int, ...]:
+    """Positions along the context axis at which this process has a device."""
+    axis, here = mesh.axis_names.index("context"), jax.process_index()
+    places = (place for place, device in np.ndenumerate(mesh.devices) if device.process_index == here)
+    return tuple(sorted({place[axis] for place in places}))
+
+
 @functools.lru_cache(maxsize=8)
 def _positions(mesh: Mesh, batch_size: int) -> dict[int, int]:
     """Where this process holds which row of a global batch, in their order; asked for with every batch."""
@@ -144,10 +158,11 @@ def place(
       batch: host arrays `[b, ...]`, the rows `local_rows(mesh, batch_size)`. int64 becomes int32 (indices; JAX runs
         without 64-bit types).
       batch_size: rows of the global batch; None = those of all processes together, each row held by one.
-      frames: names of arrays `[b, F, ...]` that hold F frames of every row, all of them on every process.
+      frames: names of arrays `[b, f, ...]` that hold frames of every row: of F in all the places
+        `local_frames(mesh, F)`, so all of them where one process has the whole context axis.
 
     Returns:
-      Arrays `[batch_size, ...]`, split over `(data, fsdp)`; frames over `context`, too.
+      Arrays `[batch_size, ...]`, split over `(data, fsdp)`; those of frames, `[batch_size, F, ...]`, over `context`.
 
     Raises:
       InputError: the global batch or the frames do not divide over the mesh, or the arrays differ in their number of
@@ -165,17 +180,30 @@ def place(
     def global_array(name: str, value: Any) -> jax.Array:
         local = np.asarray(value)
         local = local.astype(np.int32) if local.dtype == np.int64 else local
-        if name in frames and local.shape[1] % mesh.shape["context"]:
-            raise InputError(
-                f"{name} must hold a multiple of the mesh's context={mesh.shape['context']} frames, "
-                f"found {local.shape[1]}"
-            )
-        sharding = frame_sharding(mesh) if name in frames else batch_sharding(mesh)
+        shape, sharding = (total, *local.shape[1:]), batch_sharding(mesh)
+        held, each = _contexts(mesh), 0
+        if name in frames:
+            each = _share(name, local.shape[1], held, mesh)
+            shape, sharding = (total, each * mesh.shape["context"], *local.shape[2:]), frame_sharding(mesh)
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(total)  # neighbours in the batch are neighbours here
-            return local[where[start] : where[start] + stop - start][(slice(None), *index[1:])]
+            rows = local[where[start] : where[start] + stop - start]
+            if name in frames:
+                at = held.index(index[1].indices(shape[1])[0] // each) * each
+                return rows[:, at : at + each]
+            return rows[(slice(None), *index[1:])]
 
-        return jax.make_array_from_callback((total, *local.shape[1:]), sharding, part)
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: global_array(name, value) for name, value in batch.items()}
+
+
+def _share(name: str, count: int, held: tuple[int, ...], mesh: Mesh) -> int:
+    """Frames of a row on each device, where this process has `count` of them at the positions `held`."""
+    if count % len(held) or not count:
+        part = "" if len(held) == mesh.shape["context"] else f" (of which {len(held)} positions are this process's)"
+        raise InputError(
+            f"{name} must hold a multiple of the mesh's context={mesh.shape['context']} frames{part}, found {count}"
+        )
+    return count // len(held)
