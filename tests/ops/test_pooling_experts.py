@@ -55,6 +55,35 @@ def test_every_path_is_that_of_plain_pooling_row_by_row(kind):
     np.testing.assert_array_equal(y[0], x[0])  # identity three times, bit for bit
 
 
+@pytest.mark.parametrize("grid", [(4, 16), (16, 4)])
+def test_a_grid_need_not_be_square(grid):
+    x = RNG.normal(size=(9, 64, D)).astype(np.float32)
+    paths, place = np.array(list(itertools.product(range(3), repeat=2))), jnp.broadcast_to(np.arange(64), (9, 64))
+
+    @jax.jit
+    def two(x):
+        found = x, place >= 0, jnp.zeros((9, 2), jnp.int32)
+        for stage in range(2):
+            found = op.pool(*found[:2], place, found[2], paths[:, stage], grid, most=stage)
+        return found
+
+    y, live, _ = two(x)
+    for row, path in enumerate(paths):
+        made = x[row].reshape(*grid, D)
+        for expert in path:
+            made = plain(made, expert, "max")
+        np.testing.assert_array_equal(np.asarray(y[row])[np.asarray(live[row])], made.reshape(-1, D))
+
+
+def test_scores_that_are_not_finite_are_heard():
+    """They reach whatever is multiplied by p, so that the loss is NaN; and JAX's own debug mode names them."""
+    router = {"score": {"kernel": jnp.full((D, 3), jnp.inf)}}
+    logp = op.scores(jnp.ones((1, D)), router, 10.0)
+    assert all(np.isnan(op.gate(logp, jnp.array([0]), kind)).all() for kind in ("prob", "st"))
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        op.scores(jnp.ones((1, D)), router, 10.0)
+
+
 def test_pools_have_their_properties():
     """Averages keep the mean, maxima lie above, constants stay; an image one block further on gives the same cells."""
     x = RNG.normal(size=(4, len(PLACE), D)).astype(np.float32)
@@ -152,6 +181,19 @@ def test_the_hinge_in_closed_form():
     assert float(hinge(mixed, tau=1.0)[0]) == 0 and float(
         hinge(mixed, "argmax_per_stage", tau=1.0)[0]
     ) == pytest.approx(1 / 3)
+
+
+def test_a_hinge_per_group_is_at_least_that_of_the_batch():
+    """Half the rows at 2 x 2 and half at 1 x 1 meet a hinge of the whole batch; a group of one kind does not."""
+    p = np.zeros((4, 3, 3), np.float32)
+    p[:2, :, 2], p[2:, :, 0] = 1, 1
+    of = jax.jit(lambda p, group, form: op.route_loss(p, jnp.ones((4, 3), bool), 1.0, form=form, group=group),
+                 static_argnums=(1, 2))  # fmt: skip
+    for form in op.LOSSES:
+        assert [float(of(p, group, form)) for group in (0, 4, 2, 1)] == [0, 0, 0.5, 0.5]
+    assert float(of(p[[0, 2, 1, 3]], 2, "expected")) == 0
+    with pytest.raises(ValueError, match="group must divide the batch of 4, found 3"):
+        of(p, 3, "expected")
 
 
 def test_what_was_not_routed_does_not_count():

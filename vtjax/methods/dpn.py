@@ -6,7 +6,8 @@
 
     install(spec, params, ...)  -> a spec whose decoder pools at some layers, and parameters with routers
     vlm(spec)                   -> its model: tokens keep their slots, dead ones are masked (training, exact results)
-    methods.dpn_deploy          -> the forms in which pooled tokens are gone and time is saved
+    methods.dpn_packed          -> the same in fewer slots where the paths are known before (training that saves time)
+    methods.dpn_deploy, _switch -> the forms in which pooled tokens are gone and time is saved
 
 At a stage a router reads the state of the router token, which stands behind the question and so has seen image and
 question, and one of three poolings is taken for the whole image: none, half the width, half of both sides. With
@@ -106,13 +107,16 @@ class Dpn:
         assert x is not None
         pooled, left, halved = ops.pool(
             x, valid, place, lattice.halved, choice, self.grid,
-            most=self.stage, kind=self.pool, filters=knobs.get("filters"),
+            most=self.stage, kind=self.pool, filters=knobs.get("filters"), source=tokens.source,
         )  # fmt: skip
         pooled = jnp.where(left[..., None], scaled(pooled, scale), pooled)
         before = {"visual_before": valid.sum(1, dtype=jnp.float32), "live_before": alive.sum(1)}
         lattice = dataclasses.replace(lattice, halved=halved)
         if memory is not None:
-            memory = dataclasses.replace(memory, x=pooled, number=memory.number * left)
+            # Of its image, as the tower may have pruned the cell in which a window's tokens are pooled.
+            number = memory.number.reshape(len(x), -1, self.grid[0] * self.grid[1])
+            number = jnp.broadcast_to(number.max(2, keepdims=True), number.shape).reshape(left.shape)
+            memory = dataclasses.replace(memory, x=pooled, number=jnp.where(left, number, 0))
             tokens = tokens.replace(memory=memory, lattice=lattice)
         else:
             alive = jnp.where(place >= 0, left.astype(jnp.float32), alive)

@@ -144,7 +144,8 @@ class LM:
             same name.
           want: per-block outputs to return in `aux["blocks"][l]`: "tokens", from blocks with attention "keys",
             "values", "queries", and from blocks with cross-attention "cross_keys", "cross_values", "cross_lse".
-          slots: `[B, M]`, whose logits are wanted, of those that leave the last block; None = of all. Where answers are
+          slots: `[B, M]`, whose logits are wanted, of those that leave the last block, or where a reducer says which
+            slots those came from (`Tokens.source`), of those that entered; None = of all that leave. Where answers are
             short, those of the others are most of the memory of a training step.
 
         Returns:
@@ -161,6 +162,8 @@ class LM:
         tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, segments, memory, lattice)
         tokens, blocks = self._run(params, tokens, knobs, want)
         x = self._norm(params, tokens.x)
+        if slots is not None and tokens.source is not None:
+            slots = jnp.maximum(jnp.take_along_axis(tokens.source, jnp.asarray(slots), axis=1), 0)
         wanted = x if slots is None else jnp.take_along_axis(x, jnp.asarray(slots)[:, :, None], axis=1)
         return self._logits(params, wanted), {"features": x, "tokens": tokens, "blocks": blocks}
 

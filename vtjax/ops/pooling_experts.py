@@ -75,21 +75,29 @@ def route_loss(
     tau: Float[Array, ""] | float,
     *,
     form: str = "argmax_global",
+    group: int = 0,
 ) -> Float[Array, ""]:
     """max(0, tau - mean of sigma), the hinge that asks for `tau` halvings per stage on average over the batch.
 
     `form`: "argmax_global" takes sigma_k p_k of the likeliest expert over all routed pairs (the release);
     "argmax_per_stage" has a hinge per stage, and their mean; "expected" takes sum_k sigma_k p_k, which has no dead
-    ends. 0 where nothing was routed. Source: spec section 3.
+    ends. `group`: rows of the batch that share a hinge, of which the mean is taken (the release: those of one device);
+    0 = all of them. 0 where nothing was routed. Source: spec section 3; section 7, Q3.
+
+    Raises:
+      ValueError: groups that do not divide the batch.
     """
+    rows, stages = routed.shape
+    if group < 0 or (group and rows % group):
+        raise ValueError(f"group must divide the batch of {rows}, found {group}")
     sigma = jnp.asarray(SCALES, jnp.float32)
     if form == "expected":
         value = (sigma * p).sum(-1)
     else:
         best = p.argmax(-1, keepdims=True)
         value = (sigma[best] * jnp.take_along_axis(p, best, axis=-1))[..., 0]
-    weight = routed.astype(jnp.float32)
-    axis = 0 if form == "argmax_per_stage" else None
+    value, weight = (a.reshape(-1, group or rows, stages) for a in (value, routed.astype(jnp.float32)))
+    axis = 1 if form == "argmax_per_stage" else (1, 2)
     count = weight.sum(axis)
     hinge = jnp.maximum(tau - (value * weight).sum(axis) / jnp.maximum(count, 1.0), 0.0) * (count > 0)
     return hinge.sum() / jnp.maximum((count > 0).sum(), 1)
@@ -109,6 +117,7 @@ def pool(
     most: int,
     kind: str = "max",
     filters: Mapping[str, Any] | None = None,
+    source: Int[Array, "B N0"] | None = None,
 ) -> tuple[Float[Array, "B N D"], Bool[Array, "B N"], Int[Array, "B 2"]]:
     """Every sample's images pooled by its expert, in place. Slots of text stay as they are.
 
@@ -122,6 +131,8 @@ def pool(
       most: the largest a or b that `halved` can hold: stages before this one.
       kind: of `POOLS`; "dwconv" weighs every cell of the window by `filters[HxW] [area, D]`, its own filter per
         channel.
+      source: the slot of every slot that entered the decoder, in their order, -1 = gone, where tokens were moved
+        together; None = none was.
 
     Returns:
       The tokens, which of them are valid now, and the state after.
@@ -129,8 +140,16 @@ def pool(
     a, b = halved[:, 0], halved[:, 1]
     wide, tall = jnp.asarray([w for _, w in WINDOWS])[choice] > 1, jnp.asarray([h for h, _ in WINDOWS])[choice] > 1
 
+    if source is not None:
+        origin = jnp.argsort(source < 0, axis=1, stable=True)[:, : x.shape[1]]
+
     def shifted(array: Array, unit: int, times: Array) -> Array:
         """The slot `unit * 2^times` further on. What wraps around lands in slots that die."""
+        if source is not None:
+            there, slots = origin + unit * 2 ** times[:, None], source.shape[1]
+            at = jnp.where(there < slots, jnp.take_along_axis(source, jnp.minimum(there, slots - 1), axis=1), -1)
+            at = at.reshape(*at.shape, *[1] * (array.ndim - 2))
+            return jnp.where(at >= 0, jnp.take_along_axis(array, jnp.maximum(at, 0), axis=1), 0)
         found = jnp.roll(array, -unit, axis=1)
         for number in range(1, most + 1):
             here = (times == number).reshape(-1, *[1] * (array.ndim - 1))
