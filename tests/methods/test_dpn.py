@@ -15,7 +15,7 @@ from vtjax import methods, spec, weights
 from vtjax.account import flops
 from vtjax.account import params as account
 from vtjax.errors import InputError
-from vtjax.methods import das, dpn, dpn_deploy
+from vtjax.methods import das, dpn, dpn_deploy, dpn_switch
 from vtjax.models import segments
 from vtjax.models.adapters import STYLES
 from vtjax.models.vlm import VLM
@@ -251,6 +251,17 @@ def test_generation_after_a_pooled_prefill_is_full_recomputation():
     lengths = [cache.keys[f"block_{layer:02d}"].shape[2] for layer in (0, *AT)]
     assert lengths == sorted(lengths, reverse=True) and lengths[-1] < lengths[0] - 40
     assert dpn_deploy.cache_bytes(cache) < 0.8 * DEPTH * 2 * 3 * lengths[0] * 2 * 4 * 4
+    # One question alone: one program for every path, and caches cut to the path.
+    switch = dpn_switch.Switch(model, keep=new - 1)
+    for row in range(3):
+        alone = dpn_deploy.entered(model, PARAMS, IDS[row : row + 1], IMAGES[row : row + 1], MASK[row : row + 1])
+        again, _, path = switch.generate(PARAMS, alone, new)
+        assert again[0].tolist() == tokens[row].tolist() and path[0].tolist() == choice[row].tolist()
+        held = switch.prefill(PARAMS, alone).cache
+        left = [N // 2 ** sum(path[0, :stage]) for stage in range(4)]  # an expert halves as often as its number says
+        slots = [n + alone.asks.shape[1] + new - 1 for n in left]
+        assert [held.keys[f"block_{layer:02d}"].shape[2] for layer in (0, *AT)] == slots
+        assert [stretch.alive.sum() for stretch in held.stretches] == [n + MASK[row].sum() - N for n in left]
 
 
 @pytest.mark.parametrize(
@@ -277,11 +288,11 @@ def test_deployed_forms_say_what_the_masked_model_says(options):
     np.testing.assert_allclose(forced.logits, also, atol=2e-5)
     leaning = {**params["decoder"], "dpn": {**params["decoder"]["dpn"], "relax": jnp.float32(1.0)}}
     assert (dpn_deploy.Staged(model)({**params, "decoder": leaning}, rows).choice == 0).all()  # the guard's dense path
-    switch = jax.jit(dpn_deploy.Switch(model).__call__)
+    switch = jax.jit(dpn_switch.Switch(model).__call__)
     for row in range(3):
         part = [a[row : row + 1] for a in (IDS, IMAGES, MASK)]
-        logits, choice = switch(params, dpn_deploy.entered(model, params, *part))
-        assert choice.tolist() == made["choice"][row].tolist()
+        logits, choice, cache = switch(params, dpn_deploy.entered(model, params, *part))
+        assert choice[0].tolist() == made["choice"][row].tolist() and cache is None
         np.testing.assert_allclose(logits[0], last[row], atol=2e-5)
 
 
@@ -409,7 +420,7 @@ def test_published_work():
         (lambda: dpn.forced(SPEC, (1, 1)), "an expert for each of 3 stages, found (1, 1)"),
         (lambda: dpn.settled(SPEC, path=(1, 1, 3)), "numbers of experts, 0..2, found (1, 1, 3)"),
         (lambda: dpn.reducer(dpn.describe(dpn.Dpn(0, GRID)).replace("False", "no"), SPEC), "reduce must hold"),
-        (lambda: dpn_deploy.Switch(dpn.vlm(SPEC))(PARAMS, ROWS), "one question at a time (Staged takes several), foun"),
+        (lambda: dpn_switch.Switch(dpn.vlm(SPEC))(PARAMS, ROWS), "one question at a time (Staged takes several), foun"),
         (lambda: dpn_deploy.entered(dpn.vlm(SPEC), PARAMS, *gapped(), MASK[:1]), "found a gap in sample 0"),
         (lambda: dpn.install(BASE.edit(bridge=BridgeSpec(hidden=20, prefix=True)), None, KEY), "a grid of patches"),
         (lambda: dpn.reducer("dpn:stage=0", SPEC), "must read as dpn.describe writes it"),
@@ -430,6 +441,7 @@ def test_published_work():
             "visual tokens that stand in the text, found a bridge of cross-attention",
         ),
         (lambda: dpn_deploy.Staged(dpn.vlm(SPEC)).generate(PARAMS, ROWS, 4), "Staged needs keep=3 or more"),
+        (lambda: dpn_switch.Switch(dpn.vlm(SPEC), 2).generate(PARAMS, ROWS, 4), "Switch needs keep=3 or more"),
         (lambda: dataclasses.replace(SMALL, router_token=5), "an id other than image_token=5"),
     ],
 )  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DPN where pooled tokens are gone: prefill in which time and cache shrink with them (spec section 8.4).
 
-    Switch(model, ...)  one compiled program for one question: at every stage the length decides which body runs
-    Staged(model, ...)  a batch: after every stage the host reads the choices and puts samples of one length together
+    dpn_switch.Switch(model, ...)  one compiled program for one question: the length decides which body runs
+    Staged(model, ...)             a batch: after every stage the host puts samples of one length together
 
 Both compute what the masked model (`dpn.vlm`) computes at inference, up to rounding. Samples have one image each; text
 goes to the front of its row, as [prefix | grid | rest | filling].
@@ -64,7 +64,7 @@ class Prefilled(NamedTuple):
     """
 
     logits: Float[Array, "B V"]
-    choice: Int[np.ndarray, "B M"]
+    choice: Int[Array | np.ndarray, "B M"]
     cache: Cache | None
 
 
@@ -202,78 +202,6 @@ def grids(grid: Grid, stages: int) -> list[list[Grid]]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Switch:
-    """One program for one question, `switch(params, rows) -> (logits [1, V], choice [M])`; jit it. It leaves no cache:
-    to go on from one question is `Staged` with a batch of one.
-
-    Every body slices its own static length, and what leaves it is padded to the longest. It is not to be vmapped: a
-    switch then runs all its bodies.
-
-    Attributes:
-      model: of `dpn.vlm`, whose spec brings the routers.
-
-    Raises:
-      InputError: more than one question.
-    """
-
-    model: VLM
-
-    def __call__(self, params: Any, rows: Rows) -> tuple[Array, Array]:
-        if len(rows.x) != 1:
-            raise InputError(f"Switch takes one question at a time (Staged takes several), found {len(rows.x)}")
-        spec = self.model.spec
-        made, segments_, known = (
-            dpn.reducers(spec),
-            dpn.stretches(spec),
-            grids(spec.grid, len(dpn.reducers(spec))),
-        )
-        given: dict[int, Any] = dict(self.model.reducers)
-        slots, choices = rows.asks.shape[1], []
-        # Number of the grid among those of its segment.
-        state: Any = jnp.int32(0)
-        for stage, layers in enumerate(segments_):
-            here = known[stage]
-            counts = sorted({r * c for r, c in here}, reverse=True)
-            length = jnp.asarray([counts.index(r * c) for r, c in here])[state]
-            n = jnp.asarray([r * c for r, c in here])[state]
-
-            def body(x: Array, count: int, layers: range = layers, rows: Rows = rows) -> Array:
-                cut = rows._replace(x=x[:, : slots + count])
-                out, _ = run_layers(self.model, params, cut, count, layers, keep=False)
-                return jnp.pad(out.x, ((0, 0), (0, x.shape[1] - out.x.shape[1]), (0, 0)))
-
-            bodies = [functools.partial(body, count=count) for count in counts]
-            rows = rows._replace(x=jax.lax.switch(length, bodies, rows.x) if len(bodies) > 1 else bodies[0](rows.x))
-            if stage == len(made):
-                break
-            layer = made[stage][0]
-            reducer, held = given[layer], stage_knobs(params, layer)
-            # `n` is traced here: the slots behind the grid are found by it.
-            choice, scale = route(reducer, held, rows, n)
-            choices.append(choice[0])
-            after = known[stage + 1]
-            longest = slots + after[0][0] * after[0][1]
-            pools, next_ = [], []
-            for grid in here:
-                for expert, (h, w) in enumerate(WINDOWS):
-                    pools.append(functools.partial(self._pool, reducer, held, grid, expert, slots, longest))
-                    next_.append(after.index((grid[0] // h, grid[1] // w)))
-            number = state * len(WINDOWS) + choice[0]
-            rows = rows._replace(x=jax.lax.switch(number, pools, rows, scale))
-            state = jnp.asarray(next_)[number]
-        last = known[-1]
-        return finish(self.model, params, rows, jnp.asarray([r * c for r, c in last])[state]), jnp.stack(choices)
-
-    @staticmethod
-    def _pool(
-        reducer: Dpn, held: Any, grid: Grid, expert: int, slots: int, longest: int, rows: Rows, scale: Array
-    ) -> Array:
-        cut = rows._replace(x=rows.x[:, : slots + grid[0] * grid[1]])
-        x = pooled(reducer, held, cut, scale, grid, expert).x
-        return jnp.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0)))
-
-
 class Staged:
     """A batch, stage by stage: `staged(params, rows) -> Prefilled`.
 
@@ -391,17 +319,20 @@ class Staged:
         Raises:
           InputError: the cache has no room for so many tokens.
         """
-        if self.keep is None or self.keep < new_tokens - 1:
-            raise InputError(
-                f"Staged needs keep={new_tokens - 1} or more for {new_tokens} new tokens, found {self.keep}"
-            )
+        check_room("Staged", self.keep, new_tokens)
         done = self(params, rows)
         assert done.cache is not None
         model = self.model.lm
         tokens, count = generate_lib.go_on(
             model, self.model.decoder_params(params), done.logits, done.cache, new_tokens
         )
-        return tokens, count, done.choice
+        return tokens, count, np.asarray(done.choice)
+
+
+def check_room(form: str, keep: int | None, new_tokens: int) -> None:
+    """Raises InputError for a cache that has no room for so many tokens."""
+    if keep is None or keep < new_tokens - 1:
+        raise InputError(f"{form} needs keep={new_tokens - 1} or more for {new_tokens} new tokens, found {keep}")
 
 
 def cache_bytes(cache: Cache) -> int:
