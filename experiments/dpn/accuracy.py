@@ -5,6 +5,7 @@
     python -m experiments.dpn.accuracy arms        the arms of the comparison, from the dense models
     python -m experiments.dpn.accuracy tau         more and less budget
     python -m experiments.dpn.accuracy routers     routers learn first, while the model stands still
+    python -m experiments.dpn.accuracy easyvqa     the same on easy-VQA: its dense model, then a few arms
     python -m experiments.dpn.accuracy paths       every path in the dense models as they are, by type of question;
                                                    routers read the token in front of the answer
 
@@ -110,36 +111,55 @@ def routers() -> Iterator[Arm]:
         )
 
 
-ARMS = {"arms": arms, "tau": tau, "routers": routers}
+def easyvqa() -> Iterator[Arm]:
+    """On questions that people have seen before: 64 visual tokens, of which all questions need few."""
+    known = {**OURS, **QUALITY, **WORK, "dpn.token": "answer", "dpn.budget": "0.44"}
+    yield "dense", {"dpn.mode": "off"}
+    yield "static (1, 1, 1)", {"dpn.mode": "forced", "dpn.path": "(1, 1, 1)"}
+    yield "routers", {**known, "dpn.trainable": "routers"}
+    yield "routers, then all", {**known, "after": "routers"}
 
 
-def dense_run(seed: int) -> str:
+ARMS = {"arms": arms, "tau": tau, "routers": routers, "easyvqa": easyvqa}
+
+
+def runs(kind: str) -> str:
+    """The folder of the runs of a kind."""
+    return "runs/dpn_easyvqa" if kind == "easyvqa" else "runs/dpn"
+
+
+def dense_run(seed: int, kind: str = "arms") -> str:
     """Where the dense model of a seed lies."""
-    return f"runs/dpn/dense_{seed}"
+    return f"{runs(kind)}/dense_{seed}"
 
 
-def arm_run(name: str, seed: int) -> str:
+def arm_run(name: str, seed: int, kind: str = "arms") -> str:
     """Where the run of an arm lies."""
-    return f"runs/dpn/arms/{re.sub('[^a-z0-9=.]+', '_', name).strip('_')}_{seed}"
+    return f"{runs(kind)}/arms/{re.sub('[^a-z0-9=.]+', '_', name).strip('_')}_{seed}"
 
 
-def dense(seed: int) -> dict[str, Any]:
+def dense(seed: int, kind: str = "arms") -> dict[str, Any]:
     """Trains the dense model of a seed, or finds it done."""
-    config = config_lib.load_config(CONFIG, "sortofclevr_dense", {"seed": str(seed)})
-    config_lib.override(config, "workdir", dense_run(seed))
+    if kind == "easyvqa":
+        config = config_lib.load_config("configs/vlm.py", "easyvqa", {"seed": str(seed), "model.decoder.depth": "8"})
+    else:
+        config = config_lib.load_config(CONFIG, "sortofclevr_dense", {"seed": str(seed)})
+    config_lib.override(config, "workdir", dense_run(seed, kind))
     task, data = assemble.assemble(config)
-    result = loop.train(task, data, config, dense_run(seed))
+    result = loop.train(task, data, config, dense_run(seed, kind))
     kept = ("params", "params_sha256", "loss", "count")
     return {"steps": config.steps, **{k: v for k, v in result.items() if k in kept or k.startswith("top1")}}
 
 
-def arm(name: str, overrides: dict[str, str], seed: int, executables: Executables) -> dict[str, Any]:
+def arm(
+    name: str, overrides: dict[str, str], seed: int, executables: Executables, kind: str = "arms"
+) -> dict[str, Any]:
     """Trains one arm from the dense model of the seed, and measures it."""
     given = {**overrides, "seed": str(seed)}
     before = given.pop("after", "")
-    given["init_from"] = arm_run(before, seed) if before else dense_run(seed)
-    config = config_lib.load_config(CONFIG, "sortofclevr", given)
-    workdir = arm_run(name, seed)
+    given["init_from"] = arm_run(before, seed, kind) if before else dense_run(seed, kind)
+    config = config_lib.load_config(CONFIG, "easyvqa" if kind == "easyvqa" else "sortofclevr", given)
+    workdir = arm_run(name, seed, kind)
     config_lib.override(config, "workdir", workdir)
     task, data = assemble.assemble(config)
     result = loop.train(task, data, config, workdir, executables)
@@ -278,7 +298,9 @@ def main(arguments: list[str]) -> int:
             if not wanted(name, options.only) or (options.what, name, seed) in known:
                 continue
             if options.what in ARMS:
-                found = arm(name, overrides, seed, executables)
+                if options.what == "easyvqa":
+                    dense(seed, "easyvqa")
+                found = arm(name, overrides, seed, executables, options.what)
             else:
                 found = {"dense": dense, "paths": paths}[options.what](seed)
             options.out.parent.mkdir(exist_ok=True)

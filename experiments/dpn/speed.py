@@ -3,7 +3,7 @@
 
     python -m experiments.dpn.speed latency        one question: 576 visual and 64 text tokens, SmolLM2's shape
     python -m experiments.dpn.speed throughput     eight questions with different paths, regrouped by the host
-    python -m experiments.dpn.speed tokens         one question, fewer visual tokens: where it stops to pay
+    python -m experiments.dpn.speed tokens         one question, 1024 visual tokens down to 64: where it stops to pay
     python -m experiments.dpn.speed decode         four answers of 32 tokens over short caches, and the caches' bytes
 
 Weights are random, and routers are set such that a path is taken; they and all dispatching are in the time. `realised`
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtjax.account import record, timing
-from vtjax.methods import dpn, dpn_deploy
+from vtjax.methods import dpn, dpn_deploy, dpn_switch
 from vtjax.models import generate
 from vtjax.models.vlm import VLM
 from vtjax.ops.pooling_experts import WINDOWS
@@ -36,12 +36,20 @@ SMOLLM2 = {"depth": 30, "width": 576, "heads": 9, "kv_heads": 3, "mlp": 1536, "v
 TEXT = 64
 NEW = 32  # tokens of an answer
 PATHS = ((0, 0, 0), (1, 1, 1), (2, 1, 1), (2, 2, 2))
-SIDES = {"latency": (24,), "throughput": (24,), "tokens": (8, 16, 24, 32), "decode": (24,)}
+Grid = tuple[int, int]
+# Rows and columns of an image's grid, multiples of 8.
+GRIDS: dict[str, tuple[Grid, ...]] = {
+    "latency": ((24, 24),),
+    "throughput": ((24, 24),),
+    "tokens": ((32, 32), (24, 24), (16, 24), (16, 16), (8, 16), (8, 8)),
+    "decode": ((24, 24),),
+}
 
 
-def model(side: int) -> tuple[VLMSpec, Any]:
-    """A decoder of SmolLM2's shape behind side x side patches; random weights."""
-    tower = ViTSpec.uniform(depth=1, width=64, heads=1, mlp=64, image_size=side * 2, patch=2)
+def model(grid: Grid) -> tuple[VLMSpec, Any]:
+    """A decoder of SmolLM2's shape behind a grid of patches; random weights."""
+    size = 2 * grid[0], 2 * grid[1]
+    tower = ViTSpec.uniform(depth=1, width=64, heads=1, mlp=64, image_size=size, patch=2)
     base = VLMSpec(tower, BridgeSpec(hidden=64), LMSpec.uniform(**SMOLLM2), image_token=SMOLLM2["vocab"])
     spec, _ = dpn.install(base, None, jax.random.key(0), least=1)
     params = jax.jit(VLM(spec.unreduced()).init)(jax.random.key(1))
@@ -85,15 +93,15 @@ def static(deployed: VLM, params: Any, rows: Any, path: Sequence[int]) -> jax.Ar
     return dpn_deploy.finish(deployed, params, rows, grid[0] * grid[1])
 
 
-def one(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str, Any]:
+def one(what: str, grid: Grid, path: Sequence[int], rounds: int) -> dict[str, Any]:
     """Times one path for one question."""
-    spec, params = model(side)
+    spec, params = model(grid)
     params = taking(spec, params, path)
     deployed = dpn.vlm(spec)
-    ids, images = asked(spec, 1), np.zeros((1, side * 2, side * 2, 3), np.float32)
+    ids, images = asked(spec, 1), np.zeros((1, *spec.image_size, 3), np.float32)
     rows = dpn_deploy.entered(deployed, params, ids, images)
-    switch = jax.jit(dpn_deploy.Switch(deployed).__call__)
-    taken = np.asarray(switch(params, rows)[1])
+    switch = jax.jit(dpn_switch.Switch(deployed).__call__)
+    taken = np.asarray(switch(params, rows).choice)[0]
     if taken.tolist() != list(path):
         raise AssertionError(f"the routers must take {tuple(path)}, found {taken}")
     lm, decoder = VLM(spec.unreduced()).lm, params["decoder"]
@@ -109,14 +117,14 @@ def one(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str, Any
         calls=2,
         warmup=1,
     )
-    return {**told(what, spec, [path], side), **measures(spec, [path], found)}
+    return {**told(what, spec, [path]), **measures(spec, [path], found)}
 
 
-def many(what: str, side: int, rounds: int) -> dict[str, Any]:
+def many(what: str, grid: Grid, rounds: int) -> dict[str, Any]:
     """Times eight questions that take four paths, two each."""
-    spec, params = model(side)
+    spec, params = model(grid)
     paths = [path for path in PATHS for _ in range(2)]
-    ids, images = asked(spec, len(paths)), np.zeros((len(paths), side * 2, side * 2, 3), np.float32)
+    ids, images = asked(spec, len(paths)), np.zeros((len(paths), *spec.image_size, 3), np.float32)
     deployed = dpn.vlm(spec)
     rows = dpn_deploy.entered(deployed, params, ids, images)
     # Random routers do not differ between random questions: theirs is the time, the paths are given.
@@ -132,14 +140,14 @@ def many(what: str, side: int, rounds: int) -> dict[str, Any]:
         calls=1,
         warmup=1,
     )
-    return {**told(what, spec, paths, side), **measures(spec, paths, found)}
+    return {**told(what, spec, paths), **measures(spec, paths, found)}
 
 
-def decoding(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str, Any]:
+def decoding(what: str, grid: Grid, path: Sequence[int], rounds: int) -> dict[str, Any]:
     """Times the tokens after the first one, for four questions that take one path."""
-    spec, params = model(side)
+    spec, params = model(grid)
     paths = [path] * 4
-    ids, images = asked(spec, len(paths)), np.zeros((len(paths), side * 2, side * 2, 3), np.float32)
+    ids, images = asked(spec, len(paths)), np.zeros((len(paths), *spec.image_size, 3), np.float32)
     deployed = dpn.vlm(spec)
     rows = dpn_deploy.entered(deployed, params, ids, images)
     pooled = dpn_deploy.Staged(deployed, keep=NEW - 1)(params, rows, np.asarray(paths, np.int32))
@@ -158,7 +166,7 @@ def decoding(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str
     )
     times = found.timings
     return {
-        **told(what, spec, paths, side),
+        **told(what, spec, paths),
         **found.summary(),
         "new_tokens": NEW,
         "pooled_ratio": times["dense"].median / times["pooled"].median,
@@ -167,12 +175,12 @@ def decoding(what: str, side: int, path: Sequence[int], rounds: int) -> dict[str
     }
 
 
-def told(what: str, spec: VLMSpec, paths: Sequence[Sequence[int]], side: int) -> dict[str, Any]:
+def told(what: str, spec: VLMSpec, paths: Sequence[Sequence[int]]) -> dict[str, Any]:
     """What was timed."""
     macs = [dpn.path_macs(spec, path, TEXT) for path in paths]
     dense = dpn.path_macs(spec, (0,) * len(paths[0]), TEXT)
     return {
-        **{"kind": what, "visual": side * side, "text": TEXT, "batch": len(paths)},
+        **{"kind": what, "visual": spec.visual_tokens, "text": TEXT, "batch": len(paths)},
         "paths": [list(path) for path in paths] if len(paths) > 1 else list(paths[0]),
         "mac_ratio": dense * len(paths) / sum(macs),
     }
@@ -194,18 +202,18 @@ def measures(spec: VLMSpec, paths: Sequence[Sequence[int]], found: timing.Compar
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=tuple(SIDES))
+    parser.add_argument("what", choices=tuple(GRIDS))
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(exist_ok=True)
-    for side in SIDES[options.what]:
+    for grid in GRIDS[options.what]:
         if options.what == "throughput":
-            cases = iter([many(options.what, side, options.rounds)])
+            cases = iter([many(options.what, grid, options.rounds)])
         else:
-            chosen = PATHS[-1:] if options.what == "tokens" else PATHS[1:]
+            chosen = PATHS[1::2] if options.what == "tokens" else PATHS[1:]
             measure = decoding if options.what == "decode" else one
-            cases = (measure(options.what, side, path, options.rounds) for path in chosen)
+            cases = (measure(options.what, grid, path, options.rounds) for path in chosen)
         for found in cases:
             record.write(options.out, found)
             said = {name: round(v, 3) for name, v in found.items() if name.endswith(("_realised", "_ratio"))}

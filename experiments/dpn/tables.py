@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.ltmp.tables import circumstances
+from vtjax.data.question_sets import EASY_VQA_TYPES
 from vtjax.viz import tables
 
 HERE = Path(__file__).resolve().parent
@@ -29,8 +30,10 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         ("dense", "accuracy", dense),
         ("arms", "accuracy", lambda r: arms(r, ("arms", "tau"))),
         ("routers", "accuracy", lambda r: arms(r, ("routers",))),
+        ("easyvqa", "accuracy", lambda r: arms(r, ("easyvqa",), EASY_VQA_TYPES, "easyvqa")),
         ("paths", "accuracy", paths),
         ("speed", "speed", speed),
+        ("tokens", "speed", tokens),
         ("decode", "speed", decode),
     )
     return tables.from_records(results, made)
@@ -61,12 +64,13 @@ def dense(records: Records) -> str:
     return tables.markdown(("seed", "parameters", "steps", "all", *TYPES, "list"), rows) + "\n\n" + circumstances(used)
 
 
-def arms(records: Records, kinds: tuple[str, ...]) -> str:
+def arms(records: Records, kinds: tuple[str, ...], types: tuple[str, ...] = TYPES, controls: str = "arms") -> str:
     """Accuracy and work of every arm; what its own decisions are worth against the same ones permuted; and how it
-    stands to the dense arm and to the best static path of no more work, over the seeds that both have."""
+    stands to the dense arm and to the best static path of no more work, over the seeds that both have. `controls`: the
+    kind that those two are of."""
     rows: list[tuple[Any, ...]] = []
-    dense = by_arm(records, "arms").get("dense", [])
-    static = {name: found for name, found in by_arm(records, "arms").items() if name.startswith("static")}
+    dense = by_arm(records, controls).get("dense", [])
+    static = {name: found for name, found in by_arm(records, controls).items() if name.startswith("static")}
     for kind in kinds:
         for name, found in by_arm(records, kind).items():
             work = mean(found, "mac_ratio")
@@ -80,8 +84,8 @@ def arms(records: Records, kinds: tuple[str, ...]) -> str:
                     len(found),
                     f"{work:.3f}",
                     f"**{np.mean(tops):.1f}**" + (f" [{min(tops):.1f}, {max(tops):.1f}]" if len(tops) > 1 else ""),
-                    " / ".join(f"{100 * mean(found, f'top1@{t}'):.0f}" for t in TYPES),
-                    " / ".join(f"{mean(found, f'halvings@{t}'):.2f}" for t in TYPES),
+                    " / ".join(f"{100 * mean(found, f'top1@{t}'):.0f}" for t in types),
+                    " / ".join(f"{mean(found, f'halvings@{t}'):.2f}" for t in types),
                     f"{mean(found, 'information_bits'):.2f}" if own else "",
                     own,
                     "" if name == "dense" else beside(found, dense),
@@ -152,8 +156,8 @@ def paired(pairs: list[tuple[np.ndarray, np.ndarray]]) -> str:
 
 def speed(records: Records) -> str:
     """Time saved over work saved, the latest record of every case."""
-    rows = []
-    for r in _latest(records):
+    rows, used = [], [r for r in records if r["kind"] in ("latency", "throughput")]
+    for r in _latest(used):
         path = "four paths, two each" if r["batch"] > 1 else ", ".join(map(str, r["paths"]))
         for side in ("switch", "static", "staged"):
             if f"{side}_ratio" in r:
@@ -169,8 +173,39 @@ def speed(records: Records) -> str:
                         f"**{r[f'{side}_realised']:.2f}**",
                     )
                 )
+    if not rows:
+        return ""
     header = ("batch", "visual tokens", "experts", "program", "times less work", "times as fast", "realised")
-    return tables.markdown(header, rows) + "\n\n" + circumstances(records)
+    return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+PAYS = 0.9  # share of the saved work that is saved time
+
+
+def tokens(records: Records) -> str:
+    """One question with fewer and fewer visual tokens, and from which count on the saved work is saved time."""
+    used = [r for r in records if r["kind"] == "tokens"]
+    if not used:
+        return ""
+    ordered = sorted(_latest(used), key=lambda r: (str(r["paths"]), -r["visual"]))
+    rows = [
+        (
+            ", ".join(map(str, r["paths"])),
+            r["visual"],
+            *(f"{r[name]:.2f}" for name in ("mac_ratio", "switch_ratio", "switch_realised", "static_realised")),
+        )
+        for r in ordered
+    ]
+    header = ("experts", "visual tokens", "times less work", "times as fast", "realised", "realised, static")
+    told = []
+    for path in dict.fromkeys(str(r["paths"]) for r in ordered):
+        # From the largest count down to the first that fails.
+        pays = [r["switch_realised"] >= PAYS for r in ordered if str(r["paths"]) == path]
+        counts = [r["visual"] for r in ordered if str(r["paths"]) == path]
+        least = counts[pays.index(False) - 1] if False in pays[1:] and pays[0] else counts[-1]
+        told.append(f"{path[1:-1]}: {f'from {least} tokens on' if pays[0] else 'at no count'}")
+    line = f"At least {PAYS} of the saved work is saved time, by path: {'; '.join(told)}."
+    return "\n\n".join((tables.markdown(header, rows), line, circumstances(used)))
 
 
 def decode(records: Records) -> str:
