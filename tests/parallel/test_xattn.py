@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from experiments.lvxattn.exactness import WIDE
 from vtjax.ops import partial_softmax
 from vtjax.ops.partial_softmax import Part
 from vtjax.parallel import strategies
@@ -25,15 +26,16 @@ MESH = Mesh(np.array(jax.devices()[:1]), ("cp",))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 3, 8])
-def test_every_strategy_is_dense_attention(devices: int, tmp_path: Path) -> None:
-    """Outputs, log-sum-exp and all gradients in float64; odd numbers of devices are a bug of the released code."""
-    given = ["--n", str(devices), "--dtype", "float64", "--out", str(tmp_path / "exactness.jsonl")]
+@pytest.mark.parametrize(("devices", "dtype"), [(1, "float64"), (3, "float64"), (8, "float64"), (4, WIDE)])
+def test_every_strategy_is_dense_attention(devices: int, dtype: str, tmp_path: Path) -> None:
+    """Outputs, log-sum-exp and all gradients; odd numbers of devices are a bug of the released code. In bfloat16 four
+    devices miss the tolerance where sums travel in it."""
+    given = ["--n", str(devices), "--dtype", dtype, "--out", str(tmp_path / "exactness.jsonl")]
     words = [sys.executable, "-m", "experiments.lvxattn.exactness", *given]
     done = subprocess.run(words, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "exactness.jsonl").read_text())
-    assert set(found["worst"]) == set(found["weights"]) == set(STRATEGIES)
+    assert set(found["worst"]) == set(found.get("weights", STRATEGIES)) == set(STRATEGIES)
 
 
 def test_merging_parts() -> None:
@@ -87,6 +89,7 @@ def test_padding_reaches_nothing_and_large_logits_stay_finite() -> None:
     ("change", "says"),
     [
         ({"strategy": "ring"}, "strategy must be one of auto, gather_q, .*, found 'ring'"),
+        ({"wire": "float64"}, "wire must be None or one of bfloat16, float32, found 'float64'"),
         ({"axis": "model"}, "axis must be of the mesh, cp, found 'model'"),
         ({"q": jnp.zeros((1, 2, 3, 4))}, "query heads must be a multiple of key heads, found 3 and 2"),
         ({"k": jnp.zeros((1, 5, 2, 8))}, r"q, k, v must be .*, found \[1, 2, 4, 4\], \[1, 5, 2, 8\], \[1, 5, 2, 4\]"),
@@ -111,6 +114,9 @@ def test_bytes_of_the_table_of_the_paper() -> None:
     assert (round(ring.forward / 1e6), round(expanded.forward / 1e6)) == (9441, 37764)
     one = Case(8, 1, 2048, 6404, 32, 8, 128, 2)
     assert round(strategies.sent(one, "ring_kv").forward / 1e6) == 23
+    # Sums in float32: one of two, and one of three, tensors of queries is twice as large.
+    narrow, wide = (strategies.sent(one._replace(wire=w), "gather_q") for w in (0, 4))
+    assert wide.forward - narrow.forward == wide.backward - narrow.backward == 7 / 8 * one.q
 
 
 def test_the_choice_flips_where_the_bytes_do() -> None:

@@ -169,10 +169,10 @@ def backward(
         z = jnp.where(visible, scale * _product("bkgnd,bmkd->bkgnm", q, k, dtype), -jnp.inf)
         p = jnp.exp(z - lse)
         dv = _product("bkgnm,bkgnd->bmkd", p.astype(do.dtype), do, dtype)
+        # Not rounded to q's dtype: the gradients are, once, and a second rounding can be as large again.
         ds = p * (_product("bkgnd,bmkd->bkgnm", do, v, dtype) - delta) * scale
-        ds = ds.astype(q.dtype)
-        dk = _product("bkgnm,bkgnd->bmkd", ds, q, dtype)
-        return dq + _product("bkgnm,bmkd->bkgnd", ds, k, dtype), (dk.astype(wanted), dv.astype(wanted))
+        dk = _product("bkgnm,bkgnd->bmkd", ds, q.astype(dtype), dtype)
+        return dq + _product("bkgnm,bmkd->bkgnd", ds, k.astype(dtype), dtype), (dk.astype(wanted), dv.astype(wanted))
 
     dq, each = _over_chunks(step, _varying(jnp.zeros(q.shape, dtype), q, k), k, v, number)
     dk, dv = (jnp.moveaxis(x, 0, 1).reshape(len(x[0]), -1, *x.shape[3:])[:, :m] for x in each)

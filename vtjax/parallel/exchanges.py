@@ -37,6 +37,8 @@ class Plan:
       check_vma: `shard_map` keeps track of what differs between devices.
       kernel: what a device runs, one of `kernels.KERNELS`.
       slow: the first axis of several goes over a slow network.
+      wire: dtype in which partial results travel, outputs and gradients that are summed or merged; None: the inputs'.
+        Queries, keys and values always travel as they are.
     """
 
     mesh: Any
@@ -48,6 +50,11 @@ class Plan:
     check_vma: bool = True
     kernel: str = "chunked"
     slow: bool = False
+    wire: str | None = None
+
+    def partial(self, x: Array) -> jnp.dtype:
+        """The dtype in which a partial result travels, of inputs `x`."""
+        return x.dtype if self.wire is None else jnp.promote_types(x.dtype, self.wire)
 
     @property
     def legs(self) -> tuple[tuple[str, ...], ...]:
@@ -116,24 +123,26 @@ def _gather_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array,
     low, high = _as_gathered(plan, low), _as_gathered(plan, high)
     part = _local(plan, _gathered(plan, q), k, v, low, high, number)
     for leg in plan.legs:
-        part = ops.merge_all(Part(_exchanged(plan, part.o.astype(q.dtype), leg), _exchanged(plan, part.lse, leg)))
+        part = ops.merge_all(
+            Part(_exchanged(plan, part.o.astype(plan.partial(q)), leg), _exchanged(plan, part.lse, leg))
+        )
     return part
 
 
 def _everywhere_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> tuple[Array, Array, Array]:
-    """This device's part of dq for all rows, and dk and dv, complete, all in q's dtype."""
+    """This device's part of dq for all rows, and dk and dv, complete, all in the dtype that travels."""
     do, lse, delta, low, high, number = known
     low, high = _as_gathered(plan, low), _as_gathered(plan, high)
     both = _gathered(plan, jnp.stack([lse, delta], -1))
     q_all, do_all = _gathered(plan, q), _gathered(plan, do)
     known = both[..., 0], both[..., 1], low, high, number
-    return _local_back(plan, q_all, k, v, do_all, *known, dtype=q.dtype)
+    return _local_back(plan, q_all, k, v, do_all, *known, dtype=plan.partial(q))
 
 
 def _gather_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
     dq, dk, dv = _everywhere_back(plan, q, k, v, *known)
     for leg in plan.legs:
-        dq = _exchanged(plan, dq.astype(q.dtype), leg).astype(ops.statistics(q)).sum(0)
+        dq = _exchanged(plan, dq.astype(plan.partial(q)), leg).astype(ops.statistics(q)).sum(0)
     return dq, dk, dv
 
 
@@ -145,7 +154,7 @@ def _gather_q_scatter(plan: Plan, q: Array, k: Array, v: Array, low: Array, high
     def reduced(x: Array) -> Array:
         return lax.psum_scatter(x, plan.axis, scatter_dimension=1, tiled=True)
 
-    weighted = reduced((weight[..., None] * part.o).astype(q.dtype)).astype(weight.dtype)
+    weighted = reduced((weight[..., None] * part.o).astype(plan.partial(q))).astype(weight.dtype)
     total = reduced(weight)
     here = lax.dynamic_slice_in_dim(base, _place(plan) * total.shape[1], total.shape[1], 1)
     return ops.normalised(weighted, here, total)
@@ -200,7 +209,7 @@ def _ring_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, n
         return _local(plan, block[0], k, v, *block[1:], number)
 
     def wire(part: Part) -> Part:
-        return Part(part.o.astype(q.dtype), part.lse)
+        return Part(part.o.astype(plan.partial(q)), part.lse)
 
     def visit(block: Any, part: Part) -> Part:
         return wire(ops.merge(_next(plan, part), found(block)))
@@ -220,12 +229,12 @@ def _ring_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
 
     def first(block: Any) -> Any:
         more = found(block)
-        return more[0].astype(q.dtype), dk + more[1], dv + more[2]
+        return more[0].astype(plan.partial(q)), dk + more[1], dv + more[2]
 
     def visit(block: Any, carry: Any) -> Any:
         more = found(block)
         dq = _next(plan, carry[0]).astype(own.dtype) + more[0]
-        return dq.astype(q.dtype), carry[1] + more[1], carry[2] + more[2]
+        return dq.astype(plan.partial(q)), carry[1] + more[1], carry[2] + more[2]
 
     dq, *complete = _around(plan, (q, do, lse, delta, low, high), first, visit)
     return own + _next(plan, dq).astype(own.dtype), *complete
@@ -253,7 +262,7 @@ def _ring_kv_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
         return _local_back(plan, q, *block[:2], do, lse, delta, low, high, block[2])
 
     def wire(*gradients: Array) -> tuple[Array, ...]:
-        return tuple(x.astype(k.dtype) for x in gradients)
+        return tuple(x.astype(plan.partial(k)) for x in gradients)
 
     def first(block: Any) -> Any:
         more = found(block)

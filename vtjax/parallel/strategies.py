@@ -26,8 +26,8 @@ STATISTIC = 4  # bytes of a log-sum-exp
 
 
 class Case(NamedTuple):
-    """Sizes of a call: devices, batch, rows of text, visual tokens, query heads, key heads, head width, and bytes of an
-    element."""
+    """Sizes of a call: devices, batch, rows of text, visual tokens, query heads, key heads, head width, bytes of an
+    element, and of one of a partial result (`wire`); 0 where these are equal."""
 
     n: int
     batch: int
@@ -37,6 +37,12 @@ class Case(NamedTuple):
     kv_heads: int
     head_dim: int
     bytes: int
+    wire: int = 0
+
+    @property
+    def partial(self) -> float:
+        """How much larger partial results are than what they are made of."""
+        return self.wire / self.bytes if self.wire else 1.0
 
     @property
     def q(self) -> int:
@@ -90,16 +96,16 @@ def sent(case: Case, strategy: str) -> Sent:
     Raises:
       ValueError: an unknown strategy; "gspmd", whose collectives are the partitioner's.
     """
-    r, n = (case.n - 1) / case.n, case.n
+    r, n, w = (case.n - 1) / case.n, case.n, case.partial
     q, known, kv = case.q, case.statistics, case.kv
     wide = kv * case.heads // case.kv_heads
     found = {
         "local": Sent(0, 0, 0),
-        "gather_q": Sent(r * (2 * q + known), r * (3 * q + 2 * known), 4),
-        "gather_q_scatter": Sent(r * (2 * q + 3 * known), r * (3 * q + 2 * known), 5),
-        "ring_q": Sent(r * (2 * q + known), r * (3 * q + 2 * known), 2 * n),
-        "ring_kv": Sent(r * kv, 2 * r * kv, 2 * n),
-        "ring_kv_expanded": Sent(r * wide, 2 * r * wide, 2 * n),
+        "gather_q": Sent(r * (q + w * q + known), r * (2 * q + w * q + 2 * known), 4),
+        "gather_q_scatter": Sent(r * (q + w * q + 3 * known), r * (2 * q + w * q + 2 * known), 5),
+        "ring_q": Sent(r * (q + w * q + known), r * (2 * q + w * q + 2 * known), 2 * n),
+        "ring_kv": Sent(r * kv, (1 + w) * r * kv, 2 * n),
+        "ring_kv_expanded": Sent(r * wide, (1 + w) * r * wide, 2 * n),
         "ulysses": Sent(r / n * (2 * q + kv + known), r / n * (3 * q + 2 * kv + 2 * known), 4),
         "replicated_q": Sent(
             (n - 1) * case.batch * case.rows * case.heads * (case.head_dim + 1) * STATISTIC,

@@ -36,6 +36,7 @@ from vtjax.parallel.mesh import axes_size
 from vtjax.parallel.strategies import STRATEGIES
 
 EVERYTHING = 2**31 - 1
+WIRES = ("bfloat16", "float32")
 
 
 def cross_attention(
@@ -53,6 +54,7 @@ def cross_attention(
     check_vma: bool = True,
     kernel: str = "auto",
     slow: bool = False,
+    wire: str | None = None,
     hardware: strategies.Hardware = strategies.V5E,
 ) -> Float[Array, "B S_Q H D"] | tuple[Float[Array, "B S_Q H D"], Float[Array, "B S_Q H"]]:
     """Softmax attention of rows of text to visual tokens that lie over a mesh axis. Differentiable in q, k and v, also
@@ -77,6 +79,9 @@ def cross_attention(
       slow: the first of several axes goes over a slow network, between slices of TPUs: queries enter a slice once, and
         parts are merged within slices before they leave them (spec section 6.6). With `strategy="gather_q"`, which
         "auto" then is.
+      wire: dtype in which partial outputs and gradients travel, "float32"; None = that of q. In bfloat16 each of n
+        parts is rounded once before the sum is (a ring's at every hop): with float32 results are rounded once, for a
+        third more bytes in the backward pass of "gather_q" and half as many more in the forward pass.
       hardware: for "auto", whose default is about a TPU v5e.
 
     Returns:
@@ -90,6 +95,8 @@ def cross_attention(
     _check(q, k, v, q_interval, kv_id, mesh, axes, strategy)
     if slow and (len(axes) < 2 or strategy not in ("auto", "gather_q", "replicated_q", "local")):
         raise ValueError(f"slow=True needs several axes and strategy='gather_q', found {axes} and {strategy!r}")
+    if wire is not None and wire not in WIRES:
+        raise ValueError(f"wire must be None or one of {', '.join(WIRES)}, found {wire!r}")
     strategy = "gather_q" if slow and strategy == "auto" else strategy
     (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
     n = axes_size(mesh, axes)
@@ -97,7 +104,8 @@ def cross_attention(
     groups = axes_size(mesh, head_axes)
     if strategy == "auto":
         own = b // axes_size(mesh, batch_axes), s_q, s_k, heads // groups, kv_heads // groups
-        strategy = strategies.choose(strategies.Case(n, *own, d, q.dtype.itemsize), hardware)
+        partial = jnp.promote_types(q.dtype, wire or q.dtype).itemsize
+        strategy = strategies.choose(strategies.Case(n, *own, d, q.dtype.itemsize, partial), hardware)
         _say(strategy, n, *own)
     plan = Plan(
         mesh=mesh,
@@ -109,6 +117,7 @@ def cross_attention(
         check_vma=check_vma,
         kernel=kernels.choose(kernel, mesh, q.dtype),
         slow=slow,
+        wire=wire,
     )
     if strategy == "ulysses" and kv_heads // groups % n:
         raise ValueError(f"strategy='ulysses' needs key heads that divide over {n} devices, found {kv_heads // groups}")
