@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DAS, `configs/das.py:VARIANT[,option=value...]`: tiny, easyvqa_base, easyvqa, llava15_7b, lavin_7b_scienceqa; and
-of fusion encoders fusion_tiny, meter_vqa2, meter_flickr30k, vilt_nlvr2.
+"""DAS, `configs/das.py:VARIANT[,option=value...]`: tiny, easyvqa_base, easyvqa, sortofclevr, llava15_7b,
+lavin_7b_scienceqa; and of fusion encoders fusion_tiny, meter_vqa2, meter_flickr30k, vilt_nlvr2.
 
 Options: `steps` and `batch_size`, where 0 keeps the recipe's own value; `phase`: search or finetune, and of fusion
 encoders full (trained whole, without adapters); `arm`: das, or what it is compared with from the same start and with
@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common, vlm
+from configs import common, dpn, vlm
 from vtjax.errors import check_choice
 from vtjax.methods import das as method
 
@@ -147,6 +147,26 @@ def easyvqa(steps: int, batch_size: int) -> ConfigDict:
     leaves = {"val_split": "train[3500:]", "warmup": config.steps // 3, "every": 2}
     transfer(config, width=16, skip_width=32, **leaves)
     config.optim.groups.bridge = common.group("^bridge/")  # as LaVIN and LLaVA have it
+    return config
+
+
+def sortofclevr(steps: int, batch_size: int) -> ConfigDict:
+    """Transfer of the model that DPN is put into, which knows objects in the middle of cells of a grid, to objects
+    anywhere, without their marks: a task that needs the first of its eight layers, so that the choice matters.
+
+    Commands: `vtjax run --config=configs/das.py:sortofclevr --config.init_from=runs/dpn/dense_0
+    --workdir=runs/das/sortofclevr/search_0` (the model: `configs/dpn.py:sortofclevr_dense`), then
+    `vtjax run --config=configs/das.py:sortofclevr,phase=finetune --config.init_from=runs/dpn/dense_0
+    --config.das.preferences=runs/das/sortofclevr/search_0 --workdir=DIR`. Hardware: one CPU core. Time: three minutes
+    each. Expected: PENDING.
+    """
+    config = dpn.sortofclevr_dense(steps or 200, batch_size)
+    config.data.update(cells=0, types=("coarse", "object", "relation"), train_split="train[:3500]")
+    config.optim.update(lr=3e-3, warmup=config.steps // 10)
+    config.eval_every, config.checkpoint.every = 0, 200
+    leaves = {"val_split": "train[3500:]", "warmup": config.steps // 3, "every": 2}
+    transfer(config, width=16, skip_width=32, **leaves)
+    config.optim.groups.bridge = common.group("^bridge/")
     return config
 
 
@@ -336,6 +356,7 @@ VARIANTS = {
     "tiny": tiny,
     "easyvqa_base": easyvqa_base,
     "easyvqa": easyvqa,
+    "sortofclevr": sortofclevr,
     "llava15_7b": llava15_7b,
     "lavin_7b_scienceqa": lavin_7b_scienceqa,
     "fusion_tiny": fusion_tiny,

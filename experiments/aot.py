@@ -7,6 +7,7 @@ python -m experiments.aot dgmr                                   6 compiles of d
 python -m experiments.aot vlm                                    3 compiles of multimodal models
 python -m experiments.aot dpn                                    2 compiles
 python -m experiments.aot lvxattn                                3 compiles with frames over eight devices
+python -m experiments.aot das                                    4 compiles of searches
 python -m experiments.aot vit --only=b16_i1k:train:v6e           what contains this
 python -m experiments.aot vit --only=v5e --out=FILE.jsonl        into another file
 
@@ -87,7 +88,15 @@ def lvxattn() -> Iterator[Case]:
     yield Case("configs/lvxattn.py:llama3v_11b", "train", "v5p:2x4x4")
 
 
-EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm, "dpn": dpn, "lvxattn": lvxattn}
+def das() -> Iterator[Case]:
+    """Searches: every layer is a conditional, and its adapters are trained."""
+    yield Case("configs/das.py:vilt_nlvr2", "train", "v5e:2x4")
+    yield Case("configs/das.py:meter_vqa2", "train", "v5e:4x4")
+    yield Case("configs/das.py:llava15_7b", "train", "v5e:4x4")
+    yield Case("configs/das.py:lavin_7b_scienceqa", "train", "v5e:4x4")
+
+
+EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm, "dpn": dpn, "lvxattn": lvxattn, "das": das}
 
 
 def compile_one(case: Case) -> dict[str, Any] | None:

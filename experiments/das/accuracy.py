@@ -3,15 +3,18 @@
 
     python -m experiments.das.accuracy base        the models that are transferred
     python -m experiments.das.accuracy search      the searches: the bandit's, and a greedy one
-    python -m experiments.das.accuracy arms        full fine-tuning, LoRA, adapters; 1, 2 and 4 of 12 layers left out,
-                                                   chosen by the bandit, greedily and by chance
+    python -m experiments.das.accuracy arms        full fine-tuning, LoRA, adapters; 1, 2, 4 and 8 of 12 layers left
+                                                   out, chosen by the bandit, greedily and by chance
     python -m experiments.das.accuracy others      trained prompts, DGMR at equal work, weights in eight bits
     python -m experiments.das.accuracy disturbed   searches with noisy answers or few of them, and what follows
     python -m experiments.das.accuracy base search arms others disturbed    all of it, seed by seed
+    python -m experiments.das.accuracy search arms --task=sortofclevr
+                                                   a task that needs some layers; its models are those of
+                                                   experiments.dpn.accuracy (runs/dpn/dense_SEED)
 
 `--seed=S` and `--only=TEXT` choose; what was recorded is not run again; runs lie in runs/das and resume. Every record
-in results/accuracy.jsonl holds which questions were answered rightly, so that differences are paired; that of a search
-its preferences after every update, and the validation loss without each layer.
+in results/accuracy.jsonl (sortofclevr.jsonl) holds which questions were answered rightly, so that differences are
+paired; that of a search its preferences after every update, and the validation loss without each layer.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +50,11 @@ from vtjax.viz import tables
 from vtjax.weights import store
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS = ROOT / "experiments" / "das" / "results" / "accuracy.jsonl"
+RESULTS = ROOT / "experiments" / "das" / "results"
 CONFIG = "configs/das.py"
-VARIANT = "easyvqa"
 SEEDS = (0, 1, 2, 3, 4)
 M = 2
+MOST = 8  # so many that the rest is needed: where a choice should matter
 ONE_BATCH = f"bandit m={M} one batch"
 LAYER_BATCHES = 8  # validation batches by which a layer is judged alone
 PROMPTS = 16
@@ -89,18 +92,18 @@ def base() -> Iterator[Arm]:
 
 def search() -> Iterator[Arm]:
     """What chooses: the bandit, also with the release's one validation batch, and greedily."""
-    for m in (1, M, 4):
+    for m in (1, M, 4, MOST):
         yield Arm(f"bandit m={m}", leaves={"das.skips": str(m)})
     yield Arm(ONE_BATCH, leaves={"das.skips": str(M), "das.fixed_val_batch": "true"})
     yield Arm(f"greedy m={M}", leaves={"das.skips": str(M), "das.by": "greedy"})
 
 
 def arms() -> Iterator[Arm]:
-    """Nothing left out, and one, two and four layers of twelve."""
+    """Nothing left out, and one, two, four and eight layers of twelve."""
     yield Arm("full", "arm=full", {"optim.lr": "1e-3"})
     yield Arm("lora", "arm=lora")
     yield Arm("adapters", "phase=finetune", {"das.skips": "0"})
-    for m in (M, 1, 4):
+    for m in (M, 1, 4, MOST):
         for name in (f"bandit m={m}", *((ONE_BATCH, f"greedy m={m}") if m == M else ())):
             yield Arm(name, "phase=finetune", {"das.skips": str(m)}, chosen=("search", name))
         yield Arm(f"random m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": "random"})
@@ -125,7 +128,54 @@ def disturbed() -> Iterator[Arm]:
         yield Arm(way, "phase=finetune", {"das.skips": str(M)}, chosen=("disturbed", f"search, {way}"))
 
 
+def needed_search() -> Iterator[Arm]:
+    """Where some layers are needed: two and four of eight."""
+    for m in (M, 4):
+        yield Arm(f"bandit m={m}", leaves={"das.skips": str(m)})
+    yield Arm(f"greedy m={M}", leaves={"das.skips": str(M), "das.by": "greedy"})
+
+
+def needed_arms() -> Iterator[Arm]:
+    """The same, chosen by the bandit, greedily, by chance, and the last ones: what one would do who knows nothing of
+    the model but that its first layers matter most."""
+    yield Arm("adapters", "phase=finetune", {"das.skips": "0"})
+    for m in (M, 4):
+        for name in (f"bandit m={m}", *((f"greedy m={m}",) if m == M else ())):
+            yield Arm(name, "phase=finetune", {"das.skips": str(m)}, chosen=("search", name))
+        yield Arm(f"random m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": "random"})
+        last = list(range(8 - m, 8))
+        yield Arm(f"last m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": str(last)})
+
+
+class Transfer(NamedTuple):
+    """A model and what it is transferred to.
+
+    Attributes:
+      variant: of the config.
+      model: where the model of a seed lies; "" = the base of the same seed among the runs.
+      runs: folder of the runs.
+      records: name of their file.
+      kinds: what can be run.
+    """
+
+    variant: str
+    model: str
+    runs: str
+    records: str
+    kinds: dict[str, Callable[[], Iterator[Arm]]]
+
+
 KINDS = {"base": base, "search": search, "arms": arms, "others": others, "disturbed": disturbed}
+TASKS = {
+    "easyvqa": Transfer("easyvqa", "", "runs/das", "accuracy.jsonl", KINDS),
+    "sortofclevr": Transfer(
+        "sortofclevr",
+        "runs/dpn/dense_{seed}",
+        "runs/das/sortofclevr",
+        "sortofclevr.jsonl",
+        {"search": needed_search, "arms": needed_arms},
+    ),
+}
 
 
 def run_of(root: str, kind: str, name: str, seed: int) -> str:
@@ -133,14 +183,17 @@ def run_of(root: str, kind: str, name: str, seed: int) -> str:
     return f"{root}/{kind}/{re.sub('[^a-z0-9=.]+', '_', name).strip('_')}_{seed}"
 
 
-def settings(root: str, kind: str, arm: Arm, seed: int, more: dict[str, str]) -> config_lib.Config:
+def settings(
+    root: str, kind: str, arm: Arm, seed: int, more: dict[str, str], task: Transfer = TASKS["easyvqa"]
+) -> config_lib.Config:
     """The config of one run. `more`: further overrides, for runs at another size."""
     given = {**arm.leaves, **more, "seed": str(seed)}
     if kind != "base":
-        given["init_from"] = run_of(root, *arm.after, seed)
+        after = task.model.format(seed=seed) if arm.after[0] == "base" else ""
+        given["init_from"] = after or run_of(root, *arm.after, seed)
     if all(arm.chosen):
         given["das.preferences"] = run_of(root, *arm.chosen, seed)
-    variant = f"{VARIANT}_base" if kind == "base" else ",".join(filter(None, (VARIANT, arm.options)))
+    variant = f"{task.variant}_base" if kind == "base" else ",".join(filter(None, (task.variant, arm.options)))
     if "arm=" in arm.options:  # no leaf of the method
         given = {leaf: value for leaf, value in given.items() if not leaf.startswith("das.")}
     config = config_lib.load_config(CONFIG, variant, given)
@@ -167,9 +220,17 @@ def prepared(config: config_lib.Config, way: str) -> tuple[Any, Any, Any]:
     return *assemble.assemble(config), None
 
 
-def one(root: str, kind: str, arm: Arm, seed: int, more: dict[str, str], executables: Executables) -> dict[str, Any]:
+def one(
+    root: str,
+    kind: str,
+    arm: Arm,
+    seed: int,
+    more: dict[str, str],
+    executables: Executables,
+    transfer: Transfer = TASKS["easyvqa"],
+) -> dict[str, Any]:
     """Trains one arm, or finds it done, and measures it."""
-    config = settings(root, kind, arm, seed, more)
+    config = settings(root, kind, arm, seed, more, transfer)
     task, data, model = prepared(config, arm.way)
     found: dict[str, Any] = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.optim.lr}
     if arm.way == "int8":
@@ -264,20 +325,26 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("what", choices=KINDS, nargs="+")
     parser.add_argument("--seed", type=int, action="append", help="one of them; else all")
     parser.add_argument("--only", default="", help="arms whose name contains this; =NAME is that one")
-    parser.add_argument("--out", type=Path, default=RECORDS)
-    parser.add_argument("--runs", default="runs/das", help="folder of the runs")
+    parser.add_argument("--task", choices=TASKS, default="easyvqa")
+    parser.add_argument("--out", type=Path, help="of the records; else in results/")
+    parser.add_argument("--runs", help="folder of the runs; else runs/das or below it")
     parser.add_argument("--leaf", action="append", default=[], help="LEAF=VALUE, for runs at another size")
     options = parser.parse_args(arguments)
     more = dict(pair.split("=", 1) for pair in options.leaf)
-    rows = tables.read_jsonl(options.out) if options.out.exists() else []
+    task = TASKS[options.task]
+    unknown = [kind for kind in options.what if kind not in task.kinds]
+    if unknown:
+        parser.error(f"with --task={options.task} one of {', '.join(task.kinds)}, found {unknown[0]}")
+    out, runs = options.out or RESULTS / task.records, options.runs or task.runs
+    rows = tables.read_jsonl(out) if out.exists() else []
     known, executables = {(r["kind"], r["name"], r["seed"]) for r in rows}, Executables()
     for seed in options.seed or SEEDS:
-        for kind, arm in [(what, arm) for what in options.what for arm in KINDS[what]()]:
+        for kind, arm in [(what, arm) for what in options.what for arm in task.kinds[what]()]:
             if not wanted(arm.name, options.only) or (kind, arm.name, seed) in known:
                 continue
-            found = one(options.runs, kind, arm, seed, more, executables)
-            options.out.parent.mkdir(exist_ok=True)
-            record.write(options.out, {"kind": kind, "name": arm.name, "seed": seed, **found})
+            found = one(runs, kind, arm, seed, more, executables, task)
+            out.parent.mkdir(exist_ok=True)
+            record.write(out, {"kind": kind, "name": arm.name, "seed": seed, **found})
             print(f"{kind}: {arm.name}, seed {seed}: {100 * found['top1']:.1f} %", file=sys.stderr)
     return 0
 

@@ -124,6 +124,11 @@ def test_arms_start_from_what_they_say() -> None:
     noisy = config("disturbed", "noise 0.2")
     assert (noisy.init_from, noisy.das.preferences) == ("R/base/base_3", "R/disturbed/search_noise_0.2_3")
     assert config("base", "base").init_from == ""
-    for kind, arms in accuracy.KINDS.items():
-        names = [arm.name for arm in arms()]
-        assert len(names) == len(set(names)), kind
+    for task in accuracy.TASKS.values():
+        for kind, arms in task.kinds.items():
+            names = [arm.name for arm in arms()]
+            assert len(names) == len(set(names)), kind
+    task = accuracy.TASKS["sortofclevr"]
+    last = next(arm for arm in task.kinds["arms"]() if arm.name == "last m=2")
+    found = accuracy.settings("R", "arms", last, 1, {}, task)
+    assert (found.init_from, found.das.remove, found.das.skips) == ("runs/dpn/dense_1", "[6, 7]", 2)
