@@ -4,6 +4,8 @@ llama3v_11b, owl3_7b, openflamingo_3b on TPU.
 
 Options: `steps` and `batch_size`, where 0 keeps the recipe's own value; `frames` of a video, likewise.
 `--config.mesh.context=N` lays the frames of every sample over N devices; with 1 the model is the local one.
+`--config.mesh.slice=S` lays them over S slices of a pod first, joined by a slower network, and then over the N devices
+of each: parts are merged within a slice before they leave it.
 `config.attend`: `strategy`, how attention is distributed (`auto`: by the cost model); `kernel`, what a device runs;
 `check_vma` of `shard_map`; `stripe`, which gives device i the frames i, i + N, ...
 """
@@ -28,6 +30,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
 def over_frames(config: ConfigDict, **data: Any) -> ConfigDict:
     """A config of `configs.vlm` with the leaves of this experiment."""
     config.experiment = "lvxattn"
+    config.mesh.slice = 1
     config.attend = ConfigDict({"strategy": "auto", "kernel": "auto", "check_vma": True, "stripe": True})
     for name in ("objects", "mark", "cells"):  # of "marked_shapes"
         del config.data[name]

@@ -44,6 +44,11 @@ def build(config: ConfigDict) -> Task:
     cross = spec.bridge.cross
     if cross is None:
         raise InputError("config.model.bridge.cross must be a form of cross-attention for config.attend, found 'none'")
+    if config.mesh.slice > 1 and config.attend.strategy not in ("auto", "gather_q"):
+        raise InputError(
+            f"config.attend.strategy must be auto or gather_q with frames over several slices "
+            f"(config.mesh.slice={config.mesh.slice}), found {config.attend.strategy!r}"
+        )
     heads = cross.kv_heads or spec.decoder.blocks[cross.layers[0]].kv_heads
     if config.attend.strategy == "ulysses":
         context, tensor = config.mesh.context, config.mesh.tensor
@@ -65,8 +70,10 @@ def build(config: ConfigDict) -> Task:
 def distributed(config: ConfigDict) -> dict[str, Any]:
     """The options of `VLM` by which frames and attention are distributed over the ambient mesh."""
     options = {name: config.attend[name] for name in ("strategy", "check_vma", "kernel")}
+    slices = config.mesh.slice > 1
+    axis = ("slice", "context") if slices else "context"
     return {
-        "attend": attend_over(None, "context", **options),
+        "attend": attend_over(None, axis, slow=slices, **options),
         "frames": Frames(frames.join, frames.split, frames.constrain),
     }
 
@@ -85,19 +92,21 @@ def data(config: ConfigDict, task: Task) -> Data:
 
 def order(config: ConfigDict) -> list[int]:
     """Which frame stands where (`frames.order`)."""
-    return frames.order(config.data.frames, mesh.make(config.mesh).shape["context"], config.attend.stripe)
+    made = mesh.make(config.mesh)
+    devices = mesh.axes_size(made, mesh.frame_axes(made))
+    return frames.order(config.data.frames, devices, config.attend.stripe)
 
 
 def batch_shapes(config: ConfigDict, task: Task, training: bool) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """For `vtjax aot`: the arrays of a global batch, rows of `config.data.limit` tokens and `config.data.frames`
-    frames, filled up to a multiple of the context axis."""
+    frames, filled up to a multiple of the devices along them."""
     spec: Any = task.spec
     assert isinstance(spec, VLMSpec)
     size, ints = spec.image_size, np.dtype(np.int32)
     shapes = question_loader.batch_shapes(config.data, batch_size=config.batch_size, image_size=size)
     (rows, length), (images, floats) = shapes["input_ids"][0], shapes["images"]
-    context = max(config.mesh.context, 1)
-    many = -(-config.data.frames // context) * context
+    devices = max(config.mesh.context, 1) * config.mesh.slice
+    many = -(-config.data.frames // devices) * devices
     return {
         **shapes,
         "images": ((rows, many, *images[1:]), floats),

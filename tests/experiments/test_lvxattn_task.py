@@ -54,6 +54,8 @@ def test_frames_over_eight_devices_and_over_two_processes_are_the_run_of_one(tmp
     alone = run("one", 1)
     over = "--config.mesh.context=4", "--config.mesh.data=2"
     np.testing.assert_allclose(run("eight", 8, *over), alone, rtol=2e-4)
+    slices = "--config.mesh.slice=2", "--config.mesh.context=2", "--config.mesh.data=2"
+    np.testing.assert_allclose(run("slices", 8, *slices), alone, rtol=2e-4)
     # Four devices each, and the context axis reaches over both.
     words = ("run", f"--config={short[0]}", *short[1:], f"--workdir={tmp_path / 'pair'}")
     children = Pair(*words, "--config.mesh.context=8").children
@@ -71,6 +73,10 @@ def test_frames_over_eight_devices_and_over_two_processes_are_the_run_of_one(tmp
         (
             {"attend__strategy": "ulysses", "mesh__context": 4},
             "'ulysses' needs key heads that divide over config.mesh.context=4, found 2",
+        ),
+        (
+            {"attend__strategy": "ring_q", "mesh__slice": 2},
+            r"strategy must be auto or gather_q .* several slices \(config.mesh.slice=2\), found 'ring_q'",
         ),
         ({"data__frames": 3}, "needle needs 4 frames per camera, one in every quarter, found 3 for 1"),
     ],

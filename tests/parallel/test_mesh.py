@@ -16,6 +16,11 @@ def test_one_device_by_default_and_axes_are_auto() -> None:
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
+def test_one_slice_is_no_axis() -> None:
+    mesh = mesh_lib.make({"slice": 1})
+    assert mesh.axis_names == mesh_lib.AXES and mesh_lib.frame_axes(mesh) == ("context",)
+
+
 def test_absent_axes_have_size_one() -> None:
     assert dict(mesh_lib.make({"fsdp": -1}).shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 
@@ -29,7 +34,9 @@ def test_absent_axes_have_size_one() -> None:
         ({"context": 2}, "mesh data=1, fsdp=1, context=2, tensor=1 does not fit 1 devices"),
         ({"data": 0}, "mesh sizes must be positive"),
         ({"data": -2}, "mesh sizes must be positive"),
-        ({"model": 2}, "mesh has no axis 'model', expected data, fsdp, context, tensor"),
+        ({"model": 2}, "mesh has no axis 'model', expected data, fsdp, context, tensor, slice"),
+        ({"slice": 2}, "mesh data=1, fsdp=1, slice=2, context=1, tensor=1 does not fit 1 devices"),
+        ({"slice": -1}, "config.mesh.slice must be 1 or more, found -1"),
     ],
 )
 def test_bad_meshes_say_so_in_one_line(config: dict[str, int], message: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -37,9 +38,9 @@ def on_eight(*cases: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["forms", "strategies", "recomputed"])
+@pytest.mark.parametrize("case", ["forms", "strategies", "recomputed", "slices"])
 def test_loss_and_gradients_are_those_of_one_device(case: str) -> None:
-    """Over context alone, beside data, and beside fsdp and tensor; in float32."""
+    """Over context alone, beside data, beside fsdp and tensor, and over two slices; in float32."""
     found = on_eight(case)
     assert len(found) >= 5 and [r for r in found if not r["error"] < 3e-5] == []
 
@@ -47,7 +48,7 @@ def test_loss_and_gradients_are_those_of_one_device(case: str) -> None:
 @pytest.mark.slow
 def test_what_is_generated_is_what_one_device_generates() -> None:
     found = on_eight("generated")
-    assert len(found) == 7 and all(r["same"] for r in found)
+    assert len(found) == 8 and all(r["same"] for r in found)
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_frames_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) 
             mesh_lib.place({"images": images}, jax.sharding.Mesh(grid, mesh_lib.AXES), frames=("images",))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (8, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (8, 1, 1, 1), (1, 1, 2, 4, 1)])
 def test_a_process_makes_the_frames_of_its_devices_only(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +101,9 @@ def test_a_process_makes_the_frames_of_its_devices_only(
         np.array([Device(i, i // 2) for i in range(8)], object).reshape(shape),
         np.arange(8).reshape(shape) // 2,
     )
-    mesh, places = jax.sharding.Mesh(grid, mesh_lib.AXES), frames.order(9, shape[2], stripe=True)
+    mesh = jax.sharding.Mesh(grid, mesh_lib.AXES if len(shape) == 4 else mesh_lib.WITH_SLICES)
+    along = math.prod(shape[2:-1])
+    places = frames.order(9, along, stripe=True)
     data = {"cameras": 1, "pack": 3, "length": 9}
     whole, asked, drawn = next(loader(frame_order=places, **data).train(3)), [], needle.Needles.some
     monkeypatch.setattr(needle.Needles, "some", lambda *of: asked.append(of[2]) or drawn(*of))
@@ -109,7 +112,8 @@ def test_a_process_makes_the_frames_of_its_devices_only(
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         mesh_lib._contexts.cache_clear()
         mine = mesh_lib.local_frames(mesh, len(places))
-        assert len(mine) == len(places) * len(set(np.argwhere(processes == process)[:, 2])) // shape[2]
+        own = {tuple(place[2:-1]) for place in np.argwhere(processes == process).tolist()}
+        assert len(mine) == len(places) * len(own) // along
         part = next(loader(frame_order=[places[place] for place in mine], **data).train(3))
         for name in ("images", "image_number"):
             np.testing.assert_array_equal(part[name], whole[name][:, mine])

@@ -44,6 +44,8 @@ MESHES: dict[str, dict[str, int]] = {
     "data": {"data": 2, "context": 4},
     "fsdp": {"data": 1, "fsdp": 2, "context": 4},
     "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+    "slices": {"data": 1, "slice": 2, "context": 4},
+    "slices and fsdp": {"data": 1, "fsdp": 2, "slice": 2, "context": 2},
 }
 
 
@@ -80,7 +82,8 @@ def batch(count: int = F) -> dict[str, np.ndarray]:
 
 def laid(given: dict[str, np.ndarray], mesh: Any, stripe: bool) -> dict[str, np.ndarray]:
     """Frames in the order of the devices, filled up."""
-    order = np.array(frames.order(given["images"].shape[1], mesh.shape["context"], stripe))
+    devices = mesh_lib.axes_size(mesh, mesh_lib.frame_axes(mesh))
+    order = np.array(frames.order(given["images"].shape[1], devices, stripe))
     there = order >= 0
     images = np.where(there[:, None, None, None], given["images"][:, order], 0)
     return {**given, "images": images, "image_number": np.where(there, given["image_number"][:, order], 0)}
@@ -89,7 +92,9 @@ def laid(given: dict[str, np.ndarray], mesh: Any, stripe: bool) -> dict[str, np.
 def distributed(spec: VLMSpec, **options: Any) -> VLM:
     attend = {name: options.pop(name) for name in ("strategy", "check_vma") if name in options}
     through = Frames(frames.join, frames.split, frames.constrain)
-    over = attend_over(None, "context", **attend)
+    # Under a mesh that has slices parts are merged within them first.
+    slices = "slice" in jax.sharding.get_abstract_mesh().shape
+    over = attend_over(None, ("slice", "context") if slices else "context", slow=slices, **attend)
     return VLM(spec, constrain=rules.constrain, attend=over, frames=through, **options)
 
 
@@ -174,10 +179,19 @@ def main(cases: list[str]) -> None:
                 told = {"remat": remat, "check_vma": check, "strategy": "gather_q"}
                 for form, mesh in (("hyper", "all"), ("flamingo", "data")):
                     say("agreement", form=form, **told, error=agreement(form, mesh, **told))
+    if "slices" in cases:
+        for form, mesh in (
+            ("flamingo", "slices"),
+            ("hyper", "slices and fsdp"),
+            ("mllama", "slices"),
+            ("fused", "slices"),
+        ):
+            say("agreement", form=form, mesh=mesh, error=agreement(form, mesh))
+        say("agreement", remat="names", error=agreement("flamingo", "slices", remat="names"))
     if "generated" in cases:
         for form in CROSS:
             say("generated", form=form, same=generated(form, "data"))
-        for mesh in ("context", "all"):
+        for mesh in ("context", "all", "slices"):
             say("generated", form="flamingo", mesh=mesh, same=generated("flamingo", mesh))
     if "sent" in cases:
         for form in ("flamingo", "mllama"):

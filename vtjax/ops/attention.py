@@ -325,16 +325,16 @@ def _splash(q, k, v, size, alive, scale, interpret=False):
 def _on_shards(run):
     """`run(q, k, v, segments)` on `[B, H, N, D]`, on every device's own samples and heads: XLA does not partition a
     kernel. Of the ambient mesh "tensor" splits the heads and the other axes the samples, where they divide; without
-    "context" where they do not."""
+    "context" and "slice" where they do not."""
 
     def whole(q, k, v, segments):
         mesh = jax.sharding.get_abstract_mesh()
         axes = [a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
         if all(mesh.shape[axis] == 1 for axis in axes):
             return run(q, k, v, segments)
-        # Frames lie over the context axis, samples do not.
+        # Frames lie over these two axes, samples do not.
         frames = tuple(axis for axis in axes if axis != "tensor")
-        samples = tuple(axis for axis in frames if axis != "context")
+        samples = tuple(axis for axis in frames if axis not in ("slice", "context"))
         divides = (b for b in (frames, samples) if len(q) % math.prod(mesh.shape[axis] for axis in b) == 0)
         batch = next(divides, ())
         heads = "tensor" if "tensor" in axes and q.shape[1] % mesh.shape["tensor"] == 0 else None

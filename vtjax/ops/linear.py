@@ -32,7 +32,8 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     rows, columns = x, g
-    if jax.sharding.get_abstract_mesh().shape.get("context", 1) == 1:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if sizes.get("context", 1) * sizes.get("slice", 1) == 1:
         # Tokens that lie over devices beside the batch would be gathered to be flattened.
         rows, columns = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     over = (tuple(range(rows.ndim - 1)),) * 2

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames of a batch of samples, one after the other and yet where they lie: what a tower that takes `[B, H, W, C]` does
-with `[B, F, H, W, C]` whose samples lie over `(data, fsdp)` and whose frames lie over `context`.
+with `[B, F, H, W, C]` whose samples lie over `(data, fsdp)` and whose frames lie over `context`, or over `slice` and
+`context` (`mesh.frame_axes`).
 
 A plain reshape to `[B F, ...]` would move frames between devices wherever a device has more than one sample; the order
 here is that of the devices, and nothing moves. Under no mesh it is a plain reshape.
@@ -8,53 +9,56 @@ here is that of the devices, and nothing moves. Under no mesh it is a plain resh
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from vtjax.parallel import rules
-from vtjax.parallel.mesh import BATCH_AXES, FRAME_AXES, axes_size
+from vtjax.parallel.mesh import BATCH_AXES, axes_size, frame_axes
 from vtjax.parallel.rules import ambient
 
 
 def join(x: Array) -> Array:
-    """`[B, F, ...]` -> `[B F', ...]`, where F' >= F divides over the context axis: fewer frames than devices are filled
+    """`[B, F, ...]` -> `[B F', ...]`, where F' >= F divides over the devices: fewer frames than devices are filled
     up with zeros."""
     x = jnp.pad(x, ((0, 0), (0, padding(x.shape[1])), *((0, 0),) * (x.ndim - 2)))
-    samples, devices = _grid(x.shape[0])
+    samples, devices, along = _grid(x.shape[0])
     b, f, *rest = x.shape
     if samples * devices == 1:
         return x.reshape(b * f, *rest)
-    x = jax.lax.with_sharding_constraint(x, P(BATCH_AXES, "context", *_free(rest)))
+    x = jax.lax.with_sharding_constraint(x, P(BATCH_AXES, along, *_free(rest)))
     x = x.reshape(samples, b // samples, devices, f // devices, *rest).swapaxes(1, 2)
-    return jax.lax.with_sharding_constraint(x.reshape(b * f, *rest), P(FRAME_AXES, *_free(rest)))
+    return jax.lax.with_sharding_constraint(x.reshape(b * f, *rest), P((*BATCH_AXES, *along), *_free(rest)))
 
 
 def split(x: Array, batch: int) -> Array:
     """What was made of `join`'s frames, `[B F', ...]` -> `[B, F', ...]`."""
-    samples, devices = _grid(batch)
+    samples, devices, along = _grid(batch)
     f, rest = x.shape[0] // batch, x.shape[1:]
     if samples * devices == 1:
         return x.reshape(batch, f, *rest)
-    x = jax.lax.with_sharding_constraint(x, P(FRAME_AXES, *_free(rest)))
+    x = jax.lax.with_sharding_constraint(x, P((*BATCH_AXES, *along), *_free(rest)))
     x = x.reshape(samples, devices, batch // samples, f // devices, *rest).swapaxes(1, 2)
-    return jax.lax.with_sharding_constraint(x.reshape(batch, f, *rest), P(BATCH_AXES, "context", *_free(rest)))
+    return jax.lax.with_sharding_constraint(x.reshape(batch, f, *rest), P(BATCH_AXES, along, *_free(rest)))
 
 
 def constrain(x: Array) -> Array:
     """`x` `[B F, ...]` of `join`, with its first dimension pinned to all axes along which frames lie, where it divides.
     As `rules.constrain` under a mesh that knows no frames."""
-    mesh = ambient(FRAME_AXES)
+    mesh = _mesh()
     if mesh is None:
         return rules.constrain(x)
-    if x.ndim == 0 or x.shape[0] % axes_size(mesh, FRAME_AXES):
+    axes = (*BATCH_AXES, *frame_axes(mesh))
+    if x.ndim == 0 or x.shape[0] % axes_size(mesh, axes):
         return x
-    return jax.lax.with_sharding_constraint(x, P(FRAME_AXES, *_free(x.shape[1:])))
+    return jax.lax.with_sharding_constraint(x, P(axes, *_free(x.shape[1:])))
 
 
 def padding(frames: int) -> int:
-    """How many frames are missing for the context axis of the ambient mesh."""
+    """How many frames are missing for the devices of the ambient mesh."""
     return -frames % _grid(0)[1]
 
 
@@ -70,12 +74,20 @@ def order(frames: int, devices: int, stripe: bool) -> list[int]:
     return [frame if frame < frames else -1 for frame in found]
 
 
-def _grid(batch: int) -> tuple[int, int]:
-    """Devices along samples and along frames; 1 and 1 where there is no mesh, or the samples do not divide."""
-    mesh = ambient(FRAME_AXES)
+def _mesh() -> Any:
+    """The ambient mesh, where the partitioner has all axes in its hands along which frames lie; else None."""
+    mesh = ambient((*BATCH_AXES, "context"))
+    return None if mesh is None else ambient((*BATCH_AXES, *frame_axes(mesh)))
+
+
+def _grid(batch: int) -> tuple[int, int, tuple[str, ...]]:
+    """Devices along samples and along frames, and the axes of these; 1 and 1 where there is no mesh, or the samples do
+    not divide."""
+    mesh = _mesh()
     if mesh is None or batch % axes_size(mesh, BATCH_AXES):
-        return 1, 1
-    return axes_size(mesh, BATCH_AXES), mesh.shape["context"]
+        return 1, 1, ()
+    along = frame_axes(mesh)
+    return axes_size(mesh, BATCH_AXES), axes_size(mesh, along), along
 
 
 def _free(rest: list[int] | tuple[int, ...]) -> list[object]:

@@ -4,7 +4,8 @@
 Four axes: `data` (batch only), `fsdp` (batch and parameters), `context` (frames and rows of one sample, and
 parameters), `tensor` (the widths inside a layer). The batch is split over `(data, fsdp)`. Axis types are `Auto`: the
 partitioner fills in what the rules leave open. Where the devices lie in several slices, joined by a data centre
-network, the data axis spans the slices and the others stay within one.
+network, the data axis spans the slices and the others stay within one; unless there is a fifth axis, `slice`, over
+which the frames of one sample lie before they lie over `context`: for videos that one slice does not hold.
 """
 
 from __future__ import annotations
@@ -25,26 +26,29 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 DEFAULT = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
 """All devices along the batch."""
-FRAME_AXES = (*BATCH_AXES, "context")
-"""Over which frames lie, samples first."""
+WITH_SLICES = ("data", "fsdp", "slice", "context", "tensor")
+"""The axes of a mesh whose `slice` is larger than 1; other meshes do without it."""
 
 
 def make(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over all devices of all processes (or over `devices`).
 
     Args:
-      config: size per axis, a dict or ConfigDict as `DEFAULT`; one axis may be -1, "all the rest". Absent axes
-        have size 1.
+      config: size per axis, a dict or ConfigDict as `DEFAULT`; one axis, not `slice`, may be -1, "all the rest".
+        Absent axes have size 1. On devices of one slice `slice` splits it as if it were several.
 
     Raises:
       InputError: an unknown axis, a size that is neither positive nor -1, two axes of -1, a product that is not the
-        number of devices, or a data axis that does not divide over the slices.
+        number of devices, or a data axis (with `slice`: both) that does not divide over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     for name in config:
-        if name not in AXES:
-            raise InputError(f"mesh has no axis {name!r}, expected {', '.join(AXES)}")
-    sizes = {name: int(config.get(name, 1)) for name in AXES}
+        if name not in WITH_SLICES:
+            raise InputError(f"mesh has no axis {name!r}, expected {', '.join(AXES)}, slice")
+    if (over := int(config.get("slice", 1))) < 1:
+        raise InputError(f"config.mesh.slice must be 1 or more, found {over}")
+    axes = WITH_SLICES if over > 1 else AXES
+    sizes = {name: int(config.get(name, 1)) for name in axes}
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise InputError(f"mesh sizes must be positive, with at most one -1 (all the rest), found {asked}")
@@ -57,21 +61,26 @@ def make(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
             + (f", so a multiple of {fixed} with -1" if -1 in sizes.values() else "")
         )
     slices = len({slice_of(device) for device in devices})
-    if sizes["data"] % slices:
-        raise InputError(f"config.mesh.data must be a multiple of the {slices} slices, found {sizes['data']}")
+    if over > 1 and slices % over and slices > 1:
+        raise InputError(f"config.mesh.slice must divide the {slices} slices, found {over}")
+    outer = {**dict.fromkeys(axes, 1), "data": slices}
+    if over > 1 and slices > 1:
+        outer |= {"slice": over, "data": slices // over}
+    if sizes["data"] % outer["data"]:
+        several = f"the {outer['data']} slices" + (f" beside config.mesh.slice={over}" if over > 1 else "")
+        raise InputError(f"config.mesh.data must be a multiple of {several}, found {sizes['data']}")
     # An axis may take part of a dimension of the torus: tensor=2 has to be possible on 4 x 4 x 4 chips.
     free = {"allow_split_physical_axes": True}
     try:
         if slices == 1:
             grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **free)
         else:
-            inner = {**sizes, "data": sizes["data"] // slices}
-            outer = {**dict.fromkeys(AXES, 1), "data": slices}
+            inner = {name: size // outer[name] for name, size in sizes.items()}
             grid = mesh_utils.create_hybrid_device_mesh(tuple(inner.values()), tuple(outer.values()), devices, **free)
     except (NotImplementedError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"mesh {asked} cannot be laid over these {len(devices)} devices: {reason}") from None
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def slice_of(device: jax.Device) -> int:
@@ -82,6 +91,11 @@ def slice_of(device: jax.Device) -> int:
 def axes_size(mesh: Any, axes: Sequence[str]) -> int:
     """Devices along these axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def frame_axes(mesh: Any) -> tuple[str, ...]:
+    """Over which the frames of one sample lie: `context`, and before it `slice` where the mesh has it."""
+    return tuple(axis for axis in ("slice", "context") if axis in mesh.shape)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -95,13 +109,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def frame_sharding(mesh: Mesh) -> NamedSharding:
-    """`[B, F, ...]`: samples over `(data, fsdp)`, the frames of each over `context`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
+    """`[B, F, ...]`: samples over `(data, fsdp)`, the frames of each over `frame_axes`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, frame_axes(mesh)))
 
 
 def device_sharding(mesh: Mesh) -> NamedSharding:
     """First dimension over all devices, one entry each."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -126,17 +140,19 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def local_frames(mesh: Mesh, frames: int) -> list[int]:
-    """Places, of F = `frames` that divide over `context`, that this process's devices hold of some row, ascending."""
-    each = frames // mesh.shape["context"]
+    """Places, of F = `frames` that divide over `frame_axes`, that this process's devices hold of a row, ascending."""
+    each = frames // axes_size(mesh, frame_axes(mesh))
     return [place for index in _contexts(mesh) for place in range(index * each, (index + 1) * each)]
 
 
 @functools.lru_cache(maxsize=8)
 def _contexts(mesh: Mesh) -> tuple[int, ...]:
-    """Positions along the context axis at which this process has a device."""
-    axis, here = mesh.axis_names.index("context"), jax.process_index()
-    places = (place for place, device in np.ndenumerate(mesh.devices) if device.process_index == here)
-    return tuple(sorted({place[axis] for place in places}))
+    """Positions along the frames, slice by slice, at which this process has a device."""
+    here, axes = jax.process_index(), frame_axes(mesh)
+    places = np.argwhere([[device.process_index == here] for device in mesh.devices.flat])[:, 0]
+    along = dict(zip(mesh.axis_names, np.unravel_index(places, mesh.devices.shape), strict=True))
+    found = np.ravel_multi_index([along[axis] for axis in axes], [mesh.shape[axis] for axis in axes])
+    return tuple(sorted(set(found.tolist())))
 
 
 @functools.lru_cache(maxsize=8)
@@ -159,10 +175,10 @@ def place(
         without 64-bit types).
       batch_size: rows of the global batch; None = those of all processes together, each row held by one.
       frames: names of arrays `[b, f, ...]` that hold frames of every row: of F in all the places
-        `local_frames(mesh, F)`, so all of them where one process has the whole context axis.
+        `local_frames(mesh, F)`, so all of them where one process has whole samples.
 
     Returns:
-      Arrays `[batch_size, ...]`, split over `(data, fsdp)`; those of frames, `[batch_size, F, ...]`, over `context`.
+      Arrays `[batch_size, ...]`, split over `(data, fsdp)`; those of frames, `[batch_size, F, ...]`, over `frame_axes`.
 
     Raises:
       InputError: the global batch or the frames do not divide over the mesh, or the arrays differ in their number of
@@ -184,7 +200,8 @@ def place(
         held, each = _contexts(mesh), 0
         if name in frames:
             each = _share(name, local.shape[1], held, mesh)
-            shape, sharding = (total, each * mesh.shape["context"], *local.shape[2:]), frame_sharding(mesh)
+            many = each * axes_size(mesh, frame_axes(mesh))
+            shape, sharding = (total, many, *local.shape[2:]), frame_sharding(mesh)
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(total)  # neighbours in the batch are neighbours here
@@ -202,8 +219,9 @@ def place(
 def _share(name: str, count: int, held: tuple[int, ...], mesh: Mesh) -> int:
     """Frames of a row on each device, where this process has `count` of them at the positions `held`."""
     if count % len(held) or not count:
-        part = "" if len(held) == mesh.shape["context"] else f" (of which {len(held)} positions are this process's)"
-        raise InputError(
-            f"{name} must hold a multiple of the mesh's context={mesh.shape['context']} frames{part}, found {count}"
-        )
+        axes = frame_axes(mesh)
+        sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+        whole = len(held) == axes_size(mesh, axes)
+        part = "" if whole else f" (of which {len(held)} positions are this process's)"
+        raise InputError(f"{name} must hold a multiple of the mesh's {sizes} frames{part}, found {count}")
     return count // len(held)

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtjax.errors import InputError
-from vtjax.parallel.mesh import BATCH_AXES, FRAME_AXES, axes_size
+from vtjax.parallel.mesh import BATCH_AXES, axes_size
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def constrain(x: jax.Array) -> jax.Array:
         return x
     free: list[Any] = [P.UNCONSTRAINED] * (x.ndim - 1)
     devices = mesh.shape.get("context", 1)
-    if x.ndim == 3 and devices > 1 and x.shape[1] % devices == 0 and ambient(FRAME_AXES) is not None:
+    if x.ndim == 3 and devices > 1 and x.shape[1] % devices == 0 and ambient((*BATCH_AXES, "context")) is not None:
         free[0] = "context"
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *free))
 
