@@ -3,18 +3,23 @@
 
     vtjax run --config=configs/lvxattn.py:video --workdir=runs/needle
     python -m experiments.lvxattn.needle --workdir=runs/needle
-    python -m experiments.lvxattn.needle --workdir=runs/needle --frames=64,256 --videos=32 --only=exact
+    python -m experiments.lvxattn.needle --workdir=runs/needle --frames=1024,2048 --batch=1 --read=64,128,256,512
+    python -m experiments.lvxattn.needle --workdir=runs/needle --frames=1024,2048 --batch=1 --what=time
 
 Each way sees the same videos of the test split:
 
 - `exact`: all frames, laid over eight (pretended) devices; equal to attention on one device that holds them all;
-- `sampled`: every k-th frame, so many as `--kept`, on one device;
-- `pooled`: all frames, of each the mean of its keys and of its values, on one device: a frame is one token;
-- `top`: all frames, attention to the `--kept` ones whose mean key fits some row of the text best, on one device.
+- `sampled`: every k-th frame, on one device;
+- `pooled`: of each frame the mean of its keys and of its values, on one device: a frame is one token;
+- `top`: attention to the `--kept` frames whose mean key fits some row of the text best, on one device.
 
-`device_bytes` is what the compiled program takes of a device (arguments, temporaries, results), `one_device_bytes` what
-exact attention takes of a single one: where that is above `--limit`, a device of that size cannot hold the video, and
-`held_by_one` is false. Batches are `--batch` videos. Records go to results/needle.jsonl; nothing in them is a time.
+How many frames the last three read, evenly over the video, is `--read`; without it `sampled` reads `--kept` and the
+other two all. `device_bytes` is what the compiled program takes of a device (arguments, temporaries, results),
+`one_device_bytes` what exact attention takes of a single one: where that is above `--limit`, a device of that size
+cannot hold the video, and `held_by_one` is false. Batches are `--batch` videos.
+
+`--what=time` measures how long a batch takes each way, and so how many frames the others may read in the time of exact
+attention (`needle_time.py`); it wants a machine that does nothing else. Records go to results/needle.jsonl.
 """
 
 from __future__ import annotations
@@ -23,13 +28,16 @@ import argparse
 import os
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RECORDS = Path(__file__).resolve().parent / "results" / "needle.jsonl"
 CONFIG = "configs/lvxattn.py:video"
 WAYS = ("exact", "sampled", "pooled", "top")
 DEVICES = 8
+KEPT = 16
+"""Frames of the videos of training."""
 
 
 def pooled(tokens: int) -> Any:
@@ -72,14 +80,35 @@ def by_frame(x: Any, tokens: int) -> Any:
     return x.reshape(len(x), -1, tokens, *x.shape[2:])
 
 
-def measured(way: str, frames: int, m: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of one way on videos of so many frames, and the bytes it takes of a device."""
+class Prepared(NamedTuple):
+    """A way, compiled for batches of one length.
+
+    Attributes:
+      run: `(params, placed batch) -> sums` of `experiments.vlm.main.sums`.
+      params: on the devices.
+      data: whose batches hold the frames that are read.
+      place: a batch on the devices.
+      kinds: of the questions.
+      told: what is static, for the record.
+    """
+
+    run: Any
+    params: Any
+    data: Any
+    place: Any
+    kinds: tuple[str, ...]
+    told: dict[str, Any]
+
+
+def prepared(way: str, frames: int, read: int, m: Any, arguments: argparse.Namespace) -> Prepared:
+    """One way for videos of so many frames, of which it reads `read`; with the bytes it takes of a device."""
     import jax
 
     from experiments.lvxattn import main as experiment
     from experiments.vlm import main as vlm
     from vtjax.cli import config as config_lib
     from vtjax.models.vlm import VLM
+    from vtjax.parallel import frames as frames_lib
     from vtjax.parallel import mesh as mesh_lib
 
     over = DEVICES if way == "exact" else 1
@@ -88,11 +117,9 @@ def measured(way: str, frames: int, m: Any, arguments: argparse.Namespace) -> di
     # The words are those of the model; without a training split nothing else is drawn from it.
     leaves |= {"data.train_split": "", "data.cameras": 1}
     config = config_lib.load_config(CONFIG, overrides={name: str(value) for name, value in leaves.items()})
-    order = list(range(frames))
-    if way == "sampled":
-        order = order[:: -(-frames // arguments.kept)]
-    elif way == "exact":
-        order = experiment.frames.order(frames, over, config.attend.stripe)
+    order = list(range(frames))[:: -(-frames // read)]
+    if way == "exact":
+        order = frames_lib.order(frames, over, config.attend.stripe)
     options = experiment.options(config)
     tokens = m.spec.visual_tokens
     if way in ("pooled", "top"):
@@ -101,67 +128,117 @@ def measured(way: str, frames: int, m: Any, arguments: argparse.Namespace) -> di
     of: Any = types.SimpleNamespace(spec=m.spec)  # all that the data want of a task
     data = vlm.data(config, of, frame_order=order)
     mesh = mesh_lib.make(config.mesh, jax.devices()[:over])
-    one = mesh_lib.make({"data": 1}, jax.devices()[:1])
     kinds = vlm.types_of(config)
 
-    def evaluated(options: dict[str, Any]) -> Any:
-        model = VLM(m.spec, **options)
-        return jax.jit(lambda params, batch: vlm.sums(vlm.asked(model, params, batch), batch, kinds))
-
     def compiled(options: dict[str, Any], mesh: Any, batch: Any) -> tuple[Any, Any, int]:
+        model = VLM(m.spec, **options)
+        evaluated = jax.jit(lambda params, batch: vlm.sums(vlm.asked(model, params, batch), batch, kinds))
         with jax.set_mesh(mesh):
             params = jax.tree.map(lambda x: mesh_lib.put(x, mesh_lib.replicated(mesh)), m.params)
             placed = mesh_lib.place(batch, mesh, arguments.batch, experiment.OVER)
-            found = evaluated(options).lower(params, placed).compile()
-        plan = found.memory_analysis()
+            found = evaluated.lower(params, placed).compile()
+        plan: Any = found.memory_analysis()
         taken = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes
         return found, params, int(taken)
 
     first = next(iter(data.eval()))
     run, params, taken = compiled(options, mesh, first)
-    whole = compiled(experiment.options(config), one, first)[2] if way == "exact" else None
-    total: dict[str, float] = {}
-    for batch in data.eval():
-        placed = mesh_lib.place(batch, mesh, arguments.batch, experiment.OVER)
-        for name, value in jax.device_get(run(params, placed)).items():
-            total[name] = total.get(name, 0.0) + float(value)
     told = {"way": way, "frames": frames, "batch": arguments.batch, "devices": over, "device_bytes": taken}
-    if whole is not None:
+    told |= {"read": frames if way == "exact" else len(order)}
+    if way == "exact":
+        whole = compiled(experiment.options(config), mesh_lib.make({"data": 1}, jax.devices()[:1]), first)[2]
         told |= {"one_device_bytes": whole, "limit_bytes": arguments.limit, "held_by_one": whole <= arguments.limit}
-    if way in ("sampled", "top"):
-        told["kept"] = len(order) if way == "sampled" else min(arguments.kept, frames)
-    parts = {kind: total[f"top1@{kind}"] / total[f"count@{kind}"] for kind in kinds if total[f"count@{kind}"]}
-    return {**told, "questions": int(total["count"]), "top1": total["top1"] / total["count"], **parts}
+    if way == "top":
+        told["kept"] = min(arguments.kept, len(order))
+
+    def place(batch: Any) -> Any:
+        return mesh_lib.place(batch, mesh, arguments.batch, experiment.OVER)
+
+    return Prepared(run, params, data, place, kinds, told)
+
+
+def measured(way: str, frames: int, read: int, m: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of one way on videos of so many frames, and the bytes it takes of a device."""
+    import jax
+
+    this = prepared(way, frames, read, m, arguments)
+    total: dict[str, float] = {}
+    for batch in this.data.eval():
+        for name, value in jax.device_get(this.run(this.params, this.place(batch))).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    kinds = (kind for kind in this.kinds if total[f"count@{kind}"])
+    parts = {kind: total[f"top1@{kind}"] / total[f"count@{kind}"] for kind in kinds}
+    return {**this.told, "questions": int(total["count"]), "top1": total["top1"] / total["count"], **parts}
+
+
+def reads(way: str, frames: int, wanted: Sequence[int], kept: int) -> list[int]:
+    """How many frames a way reads, where `wanted` says so or not."""
+    if way == "exact":
+        return [frames]
+    return [min(count, frames) for count in wanted or ((kept if way == "sampled" else frames),)]
 
 
 def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last record of every haystack, way and length."""
-    return list({(r["haystack"], r["way"], r["frames"]): r for r in records}.values())
+    """The last accuracy of every haystack, way and length. Records of before `--read` and `--batch` were of the reads
+    that are taken without the one, and of four videos."""
+    full = []
+    for r in records:
+        if "way" in r:
+            usual = reads(r["way"], r["frames"], (), r.get("kept", 0))[0]
+            full.append({"read": usual, "batch": 4, **r})
+    return list({tuple(r[name] for name in ("haystack", "frames", "batch", "way", "read")): r for r in full}.values())
+
+
+def cases(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Every exact record, with those of the other ways on the same videos; by haystack and length."""
+    used = latest(records)
+    names = ("haystack", "frames", "batch")
+    found = []
+    for exact in sorted((r for r in used if r["way"] == "exact"), key=lambda r: tuple(r[name] for name in names)):
+        others = [r for r in used if r["way"] != "exact" and all(r[name] == exact[name] for name in names)]
+        found.append((exact, others))
+    return found
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: accuracy by length and way, and what a device holds."""
+    """Markdown: accuracy by length and way, and what a device holds. `sampled` reads as many frames as `top` keeps, the
+    other two read all."""
     from vtjax.viz import tables
 
     rows = []
-    used = latest(records)
-    for haystack, frames in sorted({(r["haystack"], r["frames"]) for r in used}):
-        by = {r["way"]: r for r in used if (r["haystack"], r["frames"]) == (haystack, frames)}
-        if "exact" in by:
-            exact = by["exact"]
-            memory = [f"{exact[name] / 2**20:.1f}" for name in ("one_device_bytes", "device_bytes")]
-            held = "yes" if exact["held_by_one"] else "no"
-            accuracy = [f"{by[way]['top1']:.3f}" if way in by else "" for way in WAYS]
-            rows.append((haystack, str(frames), *memory, held, *accuracy))
-    head = ("haystack", "frames", "MiB on one device", f"MiB on each of {DEVICES}", "one holds it", *WAYS)
+    for exact, others in cases(records):
+        usual = {r["way"]: r for r in others if r["read"] == (r["frames"] if r["way"] != "sampled" else KEPT)}
+        memory = [f"{exact[name] / 2**20:.1f}" for name in ("one_device_bytes", "device_bytes")]
+        held = "yes" if exact["held_by_one"] else "no"
+        accuracy = [f"{r['top1']:.3f}" if r else "" for r in (exact, *(usual.get(way) for way in WAYS[1:]))]
+        rows.append((exact["haystack"], str(exact["frames"]), str(exact["batch"]), *memory, held, *accuracy))
+    head = ("haystack", "frames", "videos", "MiB on one device", f"MiB on each of {DEVICES}", "one holds it", *WAYS)
     return tables.markdown(head, rows)
+
+
+def by_read(records: list[dict[str, Any]]) -> str:
+    """Markdown: accuracy of the cheaper ways by the frames that they read, and what they take of their device."""
+    from vtjax.viz import tables
+
+    rows = []
+    for exact, others in cases(records):
+        if len(others) < len(WAYS):  # each was tried once
+            continue
+        for read in sorted({r["read"] for r in others}):
+            by = {r["way"]: r for r in others if r["read"] == read}
+            taken = max(r["device_bytes"] for r in by.values()) / 2**20
+            accuracy = [f"{by[way]['top1']:.3f}" if way in by else "" for way in WAYS[1:]]
+            rows.append((exact["haystack"], exact["frames"], f"{exact['top1']:.3f}", read, f"{taken:.1f}", *accuracy))
+    head = ("haystack", "frames", "exact", "frames read", "MiB on its device", *WAYS[1:])
+    return tables.markdown(head, rows) if rows else ""
 
 
 def figure(records: list[dict[str, Any]]) -> Any:
     """Accuracy against the length of the video; dashed: where one device no longer holds it."""
     from vtjax.viz import curves
 
-    used = [r for r in latest(records) if r["haystack"] == records[-1]["haystack"]]
+    found = [(exact, others) for exact, others in cases(records) if (exact["haystack"], exact["batch"]) == ("drawn", 4)]
+    used = [r for exact, others in found for r in (exact, *others)]
     drawn = curves.new_figure(6.4, 3.9)
     axes = drawn.add_subplot()
     for color, way in zip(curves.COLORS, WAYS, strict=False):
@@ -183,13 +260,16 @@ def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="of a run of configs/lvxattn.py:video or clips")
+    parser.add_argument("--what", default="accuracy", choices=("accuracy", "time"))
     parser.add_argument("--frames", default="16,32,64,128,256,512", help="lengths of the videos")
     parser.add_argument("--videos", type=int, default=64, help="of every length, three questions each")
-    parser.add_argument("--kept", type=int, default=16, help="frames that `sampled` and `top` read")
+    parser.add_argument("--read", default="", help="frames that the ways on one device read, several numbers")
+    parser.add_argument("--kept", type=int, default=KEPT, help="frames that `top` attends to")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--limit", type=int, default=32 * 2**20, help="bytes that a device is taken to have")
     parser.add_argument("--haystack", default="drawn", choices=("drawn", "clips"))
     parser.add_argument("--only", default="", help="one of the ways")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each way, for times")
     parser.add_argument("--out", type=Path, default=RECORDS)
     arguments = parser.parse_args()
     if arguments.only and arguments.only not in WAYS:
@@ -198,15 +278,21 @@ def main() -> int:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
     os.environ["JAX_PLATFORMS"] = "cpu"
+    frames, wanted = (list(map(int, filter(None, text.split(",")))) for text in (arguments.frames, arguments.read))
+    if arguments.what == "time":
+        from experiments.lvxattn import needle_time
+
+        return needle_time.run(frames, wanted, arguments)
 
     import vtjax
     from vtjax.account import record
 
     m = vtjax.load(arguments.workdir)
-    for frames in map(int, arguments.frames.split(",")):
+    for length in frames:
         for way in (arguments.only,) if arguments.only else WAYS:
-            told = {"haystack": arguments.haystack, **measured(way, frames, m, arguments)}
-            print(record.write(arguments.out, told), flush=True)
+            for read in reads(way, length, wanted, arguments.kept):
+                told = {"haystack": arguments.haystack, **measured(way, length, read, m, arguments)}
+                print(record.write(arguments.out, told), flush=True)
     return 0
 
 
