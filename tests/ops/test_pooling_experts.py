@@ -58,7 +58,7 @@ def test_every_path_is_that_of_plain_pooling_row_by_row(kind):
 @pytest.mark.parametrize("grid", [(4, 16), (16, 4)])
 def test_a_grid_need_not_be_square(grid):
     x = RNG.normal(size=(9, 64, D)).astype(np.float32)
-    paths, place = np.array(list(itertools.product(range(3), repeat=2))), jnp.broadcast_to(np.arange(64), (9, 64))
+    paths, place = jnp.asarray(list(itertools.product(range(3), repeat=2))), jnp.broadcast_to(np.arange(64), (9, 64))
 
     @jax.jit
     def two(x):
