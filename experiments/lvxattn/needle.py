@@ -13,6 +13,8 @@ Each way sees the same videos of the test split:
 - `pooled`: of each frame the mean of its keys and of its values, on one device: a frame is one token;
 - `top`: attention to the `--kept` frames whose mean key fits some row of the text best, on one device.
 
+`--cameras=2`: videos of two cameras, for a run of configs/lvxattn.py:cameras; accuracy is told by type of question.
+
 How many frames the last three read, evenly over the video, is `--read`; without it `sampled` reads `--kept` and the
 other two all. `device_bytes` is what the compiled program takes of a device (arguments, temporaries, results),
 `one_device_bytes` what exact attention takes of a single one: where that is above `--limit`, a device of that size
@@ -107,6 +109,7 @@ def prepared(way: str, frames: int, read: int, m: Any, arguments: argparse.Names
     from experiments.lvxattn import main as experiment
     from experiments.vlm import main as vlm
     from vtjax.cli import config as config_lib
+    from vtjax.data import needle
     from vtjax.models.vlm import VLM
     from vtjax.parallel import frames as frames_lib
     from vtjax.parallel import mesh as mesh_lib
@@ -115,7 +118,7 @@ def prepared(way: str, frames: int, read: int, m: Any, arguments: argparse.Names
     leaves = {"data.frames": frames, "batch_size": arguments.batch, "mesh.context": over, "mesh.data": 1}
     leaves |= {"data.n": 4 * arguments.videos, "data.haystack": arguments.haystack, "data.prefetch": 2}
     # The words are those of the model; without a training split nothing else is drawn from it.
-    leaves |= {"data.train_split": "", "data.cameras": 1}
+    leaves |= {"data.train_split": "", "data.cameras": arguments.cameras, "data.pack": len(needle.TYPES)}
     config = config_lib.load_config(CONFIG, overrides={name: str(value) for name, value in leaves.items()})
     order = list(range(frames))[:: -(-frames // read)]
     if way == "exact":
@@ -144,7 +147,7 @@ def prepared(way: str, frames: int, read: int, m: Any, arguments: argparse.Names
     first = next(iter(data.eval()))
     run, params, taken = compiled(options, mesh, first)
     told = {"way": way, "frames": frames, "batch": arguments.batch, "devices": over, "device_bytes": taken}
-    told |= {"read": frames if way == "exact" else len(order)}
+    told |= {"read": frames if way == "exact" else len(order), "cameras": arguments.cameras}
     if way == "exact":
         whole = compiled(experiment.options(config), mesh_lib.make({"data": 1}, jax.devices()[:1]), first)[2]
         told |= {"one_device_bytes": whole, "limit_bytes": arguments.limit, "held_by_one": whole <= arguments.limit}
@@ -185,13 +188,14 @@ def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for r in records:
         if "way" in r:
             usual = reads(r["way"], r["frames"], (), r.get("kept", 0))[0]
-            full.append({"read": usual, "batch": 4, **r})
-    return list({tuple(r[name] for name in ("haystack", "frames", "batch", "way", "read")): r for r in full}.values())
+            full.append({"read": usual, "batch": 4, "cameras": 1, **r})
+    names = ("haystack", "cameras", "frames", "batch", "way", "read")
+    return list({tuple(r[name] for name in names): r for r in full}.values())
 
 
 def cases(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Every exact record, with those of the other ways on the same videos; by haystack and length."""
-    used = latest(records)
+    """Every exact record of one camera, with those of the other ways on the same videos; by haystack and length."""
+    used = [r for r in latest(records) if r["cameras"] == 1]
     names = ("haystack", "frames", "batch")
     found = []
     for exact in sorted((r for r in used if r["way"] == "exact"), key=lambda r: tuple(r[name] for name in names)):
@@ -233,6 +237,22 @@ def by_read(records: list[dict[str, Any]]) -> str:
     return tables.markdown(head, rows) if rows else ""
 
 
+def by_type(records: list[dict[str, Any]]) -> str:
+    """Markdown: accuracy of exact attention by type of question, with several cameras."""
+    from experiments.ltmp.tables import circumstances
+    from vtjax.data import needle
+    from vtjax.viz import tables
+
+    used = [r for r in latest(records) if r["cameras"] > 1 and r["way"] == "exact"]
+    used.sort(key=lambda r: (r["cameras"], r["frames"]))
+    rows = []
+    for r in used:
+        accuracy = (f"{r[name]:.3f}" for name in ("top1", *needle.TYPES))
+        rows.append((r["haystack"], r["cameras"], r["frames"], r["questions"], *accuracy))
+    head = ("haystack", "cameras", "frames", "questions", "all", *needle.TYPES)
+    return tables.markdown(head, rows) + "\n\n" + circumstances(used) if rows else ""
+
+
 def figure(records: list[dict[str, Any]]) -> Any:
     """Accuracy against the length of the video; dashed: where one device no longer holds it."""
     from vtjax.viz import curves
@@ -259,7 +279,7 @@ def figure(records: list[dict[str, Any]]) -> Any:
 def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="of a run of configs/lvxattn.py:video or clips")
+    parser.add_argument("--workdir", required=True, help="of a run of configs/lvxattn.py:video, clips or cameras")
     parser.add_argument("--what", default="accuracy", choices=("accuracy", "time"))
     parser.add_argument("--frames", default="16,32,64,128,256,512", help="lengths of the videos")
     parser.add_argument("--videos", type=int, default=64, help="of every length, three questions each")
@@ -267,6 +287,7 @@ def main() -> int:
     parser.add_argument("--kept", type=int, default=KEPT, help="frames that `top` attends to")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--limit", type=int, default=32 * 2**20, help="bytes that a device is taken to have")
+    parser.add_argument("--cameras", type=int, default=1)
     parser.add_argument("--haystack", default="drawn", choices=("drawn", "clips"))
     parser.add_argument("--only", default="", help="one of the ways")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each way, for times")

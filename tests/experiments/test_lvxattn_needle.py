@@ -61,6 +61,13 @@ def test_tables_show_the_last_record_and_the_next_more_frames() -> None:
     )
     assert needle.by_read(found).splitlines()[3] == "| drawn | 64 | 0.900 | 16 | 1.0 | 0.400 | 0.400 | 0.400 |"
     assert needle_time.table(found[:-1]) == "" and len(needle.cases(found)) == 1
+    types = {"color": 1.0, "shape": 0.5, "quarter": 0.25, "camera": 0.75}
+    two = record("exact", 64, 0.625, cameras=2, questions=8, **types)
+    assert needle.by_type([*found, two]).splitlines()[2:4] == [
+        "| drawn | 2 | 64 | 8 | 0.625 | 1.000 | 0.500 | 0.250 | 0.750 |",
+        "",
+    ]
+    assert needle.cases([*found, two]) == needle.cases(found) and needle.by_type(found) == ""
     # Before there was --read and --batch.
     old = {name: value for name, value in record("sampled", 0, 0.7, kept=16).items() if name not in ("read", "batch")}
     assert [r["read"] for r in needle.latest([old])] == [16]
