@@ -358,6 +358,16 @@ def test_a_table_has_a_value_under_each_header() -> None:
     assert [value.strip() for value in made[2].split("|")[1:-1]] == ["200", "57", "2", "60", "30", "2.00"]
 
 
+def test_a_difference_says_its_interval_over_seeds_from_three_seeds_on() -> None:
+    def runs(*right: int) -> list[dict[str, Any]]:
+        return [{"seed": seed, "correct": "1" * n + "0" * (100 - n)} for seed, n in enumerate(right)]
+
+    # Differences of 1, 2 and 3 points: a deviation of 1, and t of 2 degrees of freedom 4.303.
+    assert tables.difference(runs(51, 52, 53), runs(50, 50, 50, 50)).startswith("+2.0 [")
+    assert tables.difference(runs(51, 52, 53), runs(50, 50, 50, 50)).endswith("], t ± 2.5")
+    assert tables.difference(runs(51, 52), runs(50, 50)).endswith("]")
+
+
 def test_planted_redundancy_is_found() -> None:
     found = [scripts.planted(scripts.EASY, 200, policy, seed)[200] for policy in bandit.POLICIES for seed in range(3)]
     assert sum(sorted(places) == [0, 1, 2, 3] for places in found) >= 5
