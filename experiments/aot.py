@@ -6,7 +6,7 @@ python -m experiments.aot ltmp                                   6 compiles
 python -m experiments.aot dgmr                                   6 compiles of distillation
 python -m experiments.aot vlm                                    3 compiles of multimodal models
 python -m experiments.aot dpn                                    2 compiles
-python -m experiments.aot lvxattn                                3 compiles with frames over eight devices
+python -m experiments.aot lvxattn                                4 compiles of long videos, one over two slices
 python -m experiments.aot das                                    4 compiles of searches
 python -m experiments.aot vit --only=b16_i1k:train:v6e           what contains this
 python -m experiments.aot vit --only=v5e --out=FILE.jsonl        into another file
@@ -31,12 +31,13 @@ from experiments.command import ROOT, vtjax
 
 
 class Case(NamedTuple):
-    """One compile of the recipe's own batch and mesh: all devices along the data axis."""
+    """One compile of the recipe's own batch and mesh (all devices along the data axis), but for some `leaves`."""
 
     config: str
     step: str
     topology: str
     slices: int = 1
+    leaves: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         several = f"{self.slices}x" if self.slices > 1 else ""
@@ -82,10 +83,11 @@ def dpn() -> Iterator[Case]:
 
 
 def lvxattn() -> Iterator[Case]:
-    """The paper's models over long videos, the frames of a sample over eight devices."""
+    """The paper's models over long videos, the frames of a sample over eight devices, or over two slices of eight."""
     yield Case("configs/lvxattn.py:openflamingo_3b", "train", "v5e:4x4")
     yield Case("configs/lvxattn.py:owl3_7b", "train", "v5p:2x4x4")
     yield Case("configs/lvxattn.py:llama3v_11b", "train", "v5p:2x4x4")
+    yield Case("configs/lvxattn.py:llama3v_11b", "train", "v5p:2x4x4", 2, ("mesh.slice=2",))
 
 
 def das() -> Iterator[Case]:
@@ -102,6 +104,7 @@ EXPERIMENTS = {"vit": vit, "ltmp": ltmp, "dgmr": dgmr, "vlm": vlm, "dpn": dpn, "
 def compile_one(case: Case) -> dict[str, Any] | None:
     """What `vtjax aot` says; None where it failed. Without weights, which a compile does not need."""
     words = [f"--config={case.config}", f"--step={case.step}", f"--topology={case.topology}"]
+    words += [f"--config.{leaf}" for leaf in case.leaves]
     try:
         return vtjax("aot", *words, f"--slices={case.slices}", "--config.init_from=")
     except subprocess.CalledProcessError:

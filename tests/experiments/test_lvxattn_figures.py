@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from experiments.lvxattn import links, links_down, network, traffic
+from experiments.lvxattn import links, links_down, network, tables, traffic
 from tests import devices
 from vtjax.account import aot
 
@@ -106,3 +106,23 @@ def test_keys_are_projected_again_and_attention_is_not_done_again(tmp_path: Path
     for strategy in ("gather_q", "ring_q", "ring_kv", "ulysses"):
         kept, names, full = (found[strategy, mode] for mode in ("none", "names", "full"))
         assert kept == names and full["forward"] == 2 * kept["forward"] > 0
+
+
+def test_compiled_steps_tell_what_crosses_slices() -> None:
+    where = {"hardware": {"cpu": "x", "cores": 1, "devices": {}}, "versions": {"jax": "1"}, "date": "2026-01-01"}
+    one = {"config": "configs/lvxattn.py:tiny", "step": "train", "topology": "v5e:2x2", "slices": 2, **where}
+    mesh = {"data": 1, "fsdp": 1, "slice": 2, "context": 4, "tensor": 1}
+    sent = {"all-gather": {"count": 3, "bytes": 2**21}, "dcn-send": {"count": 2, "bytes": 2**20}}
+    fits = {**one, "mesh": mesh, "fits": True, "hbm_bytes_per_device": 2**30, "hbm_limit": 2**34, "collectives": sent}
+    not_so = {
+        **one,
+        "slices": 1,
+        "mesh": {"context": 4},
+        "fits": False,
+        "hbm_bytes_per_device": 2**35,
+        "hbm_limit": 2**34,
+    }
+    assert tables.compiled([fits, not_so]).splitlines()[2:4] == [
+        "| tiny | 2 x v5e:2x2 | slice 2, context 4 | 1.0 of 16.0 | all-gather 2.0 | 1.0 |",
+        "| tiny | v5e:2x2 | context 4 | 32.0 of 16.0, **no** |  |  |",
+    ]
