@@ -51,7 +51,7 @@ def five(config: ConfigDict, add: str, **leaves: Any) -> ConfigDict:
 
 
 LTMP = ("variant", "tau", "similarity", "merge_threshold", "prune_threshold", "target", "budget_weight")
-DPN = ("at", "pool", "router", "temperature", "gate", "n_min", "budget", "lam")
+DPN = ("at", "pool", "router", "token", "temperature", "gate", "n_min", "budget", "lam", "quality", "quality_share")
 
 
 def tiny(steps: int, batch_size: int, add: str) -> ConfigDict:
@@ -73,7 +73,7 @@ def tiny(steps: int, batch_size: int, add: str) -> ConfigDict:
         add,
         dgmr={"keep": 24},
         ltmp={"target": 0.8},
-        dpn={"at": (2,), "gate": "st", "n_min": 2, "budget": 0.8, "lam": 1.0},
+        dpn={"at": (2,), "gate": "st", "n_min": 2, "budget": 0.8, "lam": 1.0, "quality": 1.0},
         das={"skips": 1, "every": 2, "warmup": 1, "width": 4, "skip_width": 8, "candidates": 2},
     )
 

@@ -63,6 +63,8 @@ def build(config: ConfigDict) -> Task:
     model = methods.build(spec, **lvxattn.options(config))
     types, balance, group_of = vlm.types_of(config), vlm.answer_weights(config), optim.group_of(config.optim)
     searching = config.add == "search"
+    routes = bool(dpn.reducers(spec)) and not das.is_installed(spec.decoder)  # experts are drawn, routers learn
+    learns_routes = routes and config.dpn.quality > 0
 
     def init(key: jax.Array) -> tuple[Any, Any, Any]:
         params = completed(spec, convert(base_init(key)[0], key), jax.random.fold_in(key, 3))
@@ -73,7 +75,7 @@ def build(config: ConfigDict) -> Task:
         found: dict[str, Any] = {}
         if searching:
             found["skipped"] = extra["skip"]
-        if key is not None and dpn.reducers(spec) and not das.is_installed(spec.decoder):
+        if key is not None and routes:
             found |= dpn.drawing(spec, key)
         return found
 
@@ -87,6 +89,10 @@ def build(config: ConfigDict) -> Task:
         if dpn.reducers(spec):
             told["over_budget"] = over_budget(model, batch, found.aux, knobs["dpn.budget"])
             total = total + knobs["dpn.lam"] * told["over_budget"]
+        if learns_routes:
+            made, pick = dpn.decisions(found.aux, spec), jax.random.fold_in(key, 1)
+            told["harm"] = dpn_task.harm(model, params, batch, made, pick, config.dpn.quality_share, False)
+            total = total + knobs["dpn.quality"] * told["harm"]
         return total, told
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
@@ -148,16 +154,22 @@ def build(config: ConfigDict) -> Task:
             "ltmp.budget_weight": config.ltmp.budget_weight,
             "dpn.budget": config.dpn.budget,
             "dpn.lam": config.dpn.lam,
+            "dpn.quality": config.dpn.quality,
         },
         bounds=lambda path: (0.0, 1.0) if path.startswith(f"tower/{ltmp.NAME}/") else None,
         decisions=None if searching else decisions,
         relax=relaxed,
         summary={"add": config.add, "methods": present(spec)},
+        conclusion=None if search is None else search.conclusion,
+        fresh="" if begun or has(base, config.add) else FRESH.get(config.add, ""),
         frames=lvxattn.OVER,
     )
 
 
 SETTLE = 8  # batches
+FRESH = {"dpn": "routers", "search": "adapters", "das": "adapters"}
+"""What a step adds that says nothing before it is trained."""
+
 FIXED = {"by": "bandit", "ramp": 0, "fixed_val_batch": False, "keep": False}
 """Leaves of DAS that have one value in this experiment."""
 
@@ -165,6 +177,7 @@ FIXED = {"by": "bandit", "ramp": 0, "fixed_val_batch": False, "keep": False}
 def check(config: ConfigDict) -> None:
     """Raises InputError for settings that no run can have."""
     check_choice("config.add", config.add, STEPS)
+    check_choice("config.dpn.token", config.dpn.token, dpn_task.TOKENS)
     # The leaves of all steps are read, so that one set of overrides serves the whole chain.
     for name in ("dgmr", "ltmp", "dpn"):
         _ = {leaf: config[name][leaf] for leaf in config[name]}
@@ -241,8 +254,8 @@ def _with_ltmp(config: ConfigDict, base: VLMSpec, init: Any) -> tuple[VLMSpec, C
 def _with_dpn(config: ConfigDict, base: VLMSpec, init: Any) -> tuple[VLMSpec, Convert]:
     settings = config.dpn
     options = {name: settings[name] for name in ("pool", "router", "temperature", "gate")}
-    at = tuple(settings.at)
-    spec, _ = dpn.install(base, None, jax.random.key(0), at=at, least=settings.n_min, **options)
+    options |= {"at": tuple(settings.at), "token": dpn_task.token_of(config, base)}
+    spec, _ = dpn.install(base, None, jax.random.key(0), least=settings.n_min, **options)
     return spec, lambda params, key: params
 
 

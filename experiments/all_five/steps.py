@@ -11,7 +11,8 @@ Records go to results/steps.jsonl. `train` writes one per run: accuracy on the t
 tokens, and parameters. `moved` compiles the forward pass for eight devices that
 hold one frame each, once as LV-XAttn's cost model would have it and once with keys and values that go round
 (`ring_kv`). `time` lets all models take turns on one batch: the compiled program, in which dead tokens of LTMP and DPN
-are masked, so that only DGMR and DAS save time; and once more with the tower's mean counts fixed, whose tokens go.
+are masked, so that only DGMR and DAS save time; the same model without them (`methods.crossed_deploy`), its rooms
+calibrated on other batches; and one whose tower drops its mean counts whatever it sees, which is another model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "results" / "steps.jsonl"
 CONFIG = "configs/all_five.py"
 DEVICES = 8
+CALIBRATION = 8  # batches
 WHOLE = ("dgmr", "ltmp", "dpn")  # steps in which all weights are trained
 
 
@@ -168,7 +170,7 @@ def times(options: argparse.Namespace, steps: tuple[str, ...]) -> dict[str, Any]
 
 
 def programs(options: argparse.Namespace, add: str) -> dict[str, Any]:
-    """The step's compiled program, and where its tower reduces one whose tokens are gone."""
+    """The step's compiled program, and where its tower reduces those whose tokens are gone."""
     import jax
     import numpy as np
 
@@ -185,6 +187,8 @@ def programs(options: argparse.Namespace, add: str) -> dict[str, Any]:
     made = {add: lambda: compiled(params, placed)}
     spec, _ = checkpoint.load_params(config.workdir)
     if ltmp.reducers(plain(spec.tower)):
+        short = jax.jit(gone(config, spec, params))
+        made[f"{add}, tokens gone"] = lambda: short(params, placed)
         model = methods.build(spec, **lvxattn.options(config))
         layers = jax.jit(lambda p, b: vlm.asked(model, p, b).aux["tower"])(params, placed)
         counts = [
@@ -197,6 +201,38 @@ def programs(options: argparse.Namespace, add: str) -> dict[str, Any]:
     return made
 
 
+def gone(config: Any, spec: Any, params: Any) -> Any:
+    """`(params, batch) -> the loss of every question`, of the model without the tokens that it drops.
+
+    Raises:
+      AssertionError: it says something else than the masked model to a batch that its rooms were not made for.
+    """
+    import jax
+    import numpy as np
+
+    from experiments.lvxattn import main as lvxattn
+    from experiments.vlm import main as vlm
+    from vtjax import methods
+    from vtjax.cli import assemble
+    from vtjax.methods import crossed_deploy
+    from vtjax.parallel import mesh as mesh_lib
+
+    mesh = mesh_lib.make(config.mesh)
+    _, data = assemble.assemble(config)
+    model = methods.build(spec, **vlm.options(config))
+    drawn = [data.draw("train", index) for index in range(CALIBRATION)]
+    with jax.set_mesh(mesh):
+        rooms = crossed_deploy.calibrate(model, params, np.concatenate([batch["images"] for batch in drawn]))
+        deployed: Any = crossed_deploy.Crossed(model, rooms)
+        other = mesh_lib.place(data.draw("eval", 0), mesh, config.batch_size, lvxattn.OVER)
+        short = jax.jit(lambda p, b: vlm.asked(deployed, p, b))(params, other)
+        masked = jax.jit(lambda p, b: vlm.asked(model, p, b))(params, other)
+    np.testing.assert_allclose(short.loss, masked.loss, rtol=1e-3, atol=1e-4)
+    say = {name: np.asarray(short.aux[name]).tolist() for name in ("read", "overflow")}
+    print(f"slots {rooms.tower} of {spec.tower.tokens} in the tower; {say}", file=sys.stderr)
+    return lambda p, b: vlm.asked(deployed, p, b).loss
+
+
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,6 +243,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--variant", default="video")
     parser.add_argument("--runs", default="runs/all_five", help="folder of the runs")
     parser.add_argument("--leaf", action="append", default=[], help="LEAF=VALUE, for runs at another size")
+    parser.add_argument("--again", default="", help="STEP,STEP: recorded, and to be recorded anew; the newest counts")
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
     if options.what == "moved":
@@ -230,7 +267,7 @@ def main(arguments: list[str]) -> int:
         write("all", times(options, built))
         return 0
     for add in {"train": STEPS, "control": ("random", "control"), "moved": built}[options.what]:
-        if (kind, add, options.seed) in known:
+        if (kind, add, options.seed) in known and add not in options.again.split(","):
             continue
         if kind == "moved":
             write(add, moved(options, add))

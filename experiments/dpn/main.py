@@ -103,30 +103,9 @@ def build(config: ConfigDict) -> Task:
             told["distill"] = divergence(known, found.logits, batch)
             total = total + knobs["dpn.distill"] * told["distill"]
         if settings.quality and settings.mode == "adaptive":
-            told["harm"] = harm(params, batch, made, pick)
+            told["harm"] = harm(model, params, batch, made, pick, share, harm_only)
             total = total + knobs["dpn.quality"] * told["harm"]
         return total, {name: value.mean() for name, value in told.items()}
-
-    def harm(params: Any, batch: Any, made: Any, key: jax.Array) -> jax.Array:
-        """What the answers' loss would gain from each expert of one stage, weighed by its probability: the mean over a
-        slice of the batch of sum_k p_k (L_k - L_identity), with the other stages as drawn. Its gradient in p compares
-        experts on the same sample, which that of the gate does not."""
-        rows = max(1, round(share * made["choice"].shape[0]))
-        part = {name: value[:rows] for name, value in batch.items()}
-        held, frozen = made["choice"][:rows], jax.lax.stop_gradient(params)
-        stage = jax.random.randint(key, (), 0, stages)
-        here = jnp.arange(stages) == stage
-
-        def of(expert: int) -> jax.Array:
-            choice = jnp.where(here[None], expert, held)
-            return vlm.asked(model, frozen, part, dpn.given(spec, choice)).loss.sum(-1)
-
-        harms = jnp.stack([of(expert) for expert in range(len(ops.WINDOWS))], axis=-1)
-        harms = jax.lax.stop_gradient(harms - harms[:, :1])
-        if harm_only:
-            harms = jnp.maximum(harms, 0.0)
-        p, weight = (made[name][:rows, stage] for name in ("p", "routed"))
-        return ((p * harms).sum(-1) * weight).sum() / jnp.maximum(weight.sum(), 1.0)
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         found = vlm.asked(model, params, batch, routing(None, batch))
@@ -152,6 +131,34 @@ def build(config: ConfigDict) -> Task:
         decisions=decisions,
         relax=relaxed,
     )
+
+
+def harm(model: VLM, params: Any, batch: Any, made: Any, key: jax.Array, share: float, only: bool) -> jax.Array:
+    """What the answers' loss would gain from each expert of one stage, weighed by its probability: the mean over a
+    slice of the batch of sum_k p_k (L_k - L_identity), with the other stages as drawn. Its gradient in p compares
+    experts on the same sample, which that of the gate does not.
+
+    Args:
+      made: `dpn.decisions` of the batch.
+      share: of the batch that all experts are tried on.
+      only: count what an expert makes worse, not what it makes better.
+    """
+    rows, stages = max(1, round(share * made["choice"].shape[0])), made["choice"].shape[1]
+    part = {name: value[:rows] for name, value in batch.items()}
+    held, frozen = made["choice"][:rows], jax.lax.stop_gradient(params)
+    stage = jax.random.randint(key, (), 0, stages)
+    here = jnp.arange(stages) == stage
+
+    def of(expert: int) -> jax.Array:
+        choice = jnp.where(here[None], expert, held)
+        return vlm.asked(model, frozen, part, dpn.given(model.spec, choice)).loss.sum(-1)
+
+    harms = jnp.stack([of(expert) for expert in range(len(ops.WINDOWS))], axis=-1)
+    harms = jax.lax.stop_gradient(harms - harms[:, :1])
+    if only:
+        harms = jnp.maximum(harms, 0.0)
+    p, weight = (made[name][:rows, stage] for name in ("p", "routed"))
+    return ((p * harms).sum(-1) * weight).sum() / jnp.maximum(weight.sum(), 1.0)
 
 
 def teacher_init(config: ConfigDict) -> Any:

@@ -126,6 +126,10 @@ def test_what_the_tower_dropped_is_not_pooled_and_the_rest_lies_on_its_grid(whol
     aux = run(params, dpn.given(spec, jnp.full((2, 1), 2)))
     windows = live.reshape(2, 3, 2, 2, 2, 2).any((3, 5))
     assert dpn.decisions(aux, spec)["visual"][:, 0].tolist() == windows.sum((1, 2, 3)).tolist()
+    # Also where the first cell of a window, in whose slot its tokens are pooled, was pruned.
+    assert not live.reshape(2, 3, 2, 2, 2, 2)[:, :, :, 0, :, 0][windows].all()
+    read = np.asarray(aux["tokens"].memory.number).reshape(2, 3, -1) > 0
+    np.testing.assert_array_equal(read.sum(2), windows.sum((2, 3)))
 
 
 @pytest.fixture(scope="module")

@@ -190,14 +190,14 @@ class Deployed:
                 longest = some.live.max()
                 if known[-1] < spec.tokens:
                     checks.append(longest > known[-1])
-                size, padded = _least(known, longest, attend, some)
+                size, padded = least(known, longest, attend, *some)
                 done.append(padded)
                 slots.append(jnp.broadcast_to(size, padded.live.shape))
             state = _flat(done)
             known = self._rows(layer, together)
             if known[-1] < together * spec.tokens:
                 checks.append(state.live.sum() > known[-1])
-            size, state = _least(known, state.live.sum(), functools.partial(_mlp, second, p, knobs, known[-1]), state)
+            size, state = least(known, state.live.sum(), functools.partial(_mlp, second, p, knobs, known[-1]), *state)
             rows = jnp.broadcast_to(size / together, (together,))
             # In the order of the images again.
             values = (state.start, state.live, jnp.concatenate(slots), rows)
@@ -238,7 +238,7 @@ def groups_of(images: int, groups: int) -> list[slice]:
     return [slice(start, min(start + length, images)) for start in range(0, images, length)]
 
 
-def _least(known: Choices, needed: Array, run: Callable[..., Any], state: Packed) -> tuple[Array, Any]:
+def least(known: Choices, needed: Array, run: Callable[..., Any], *state: Any) -> tuple[Array, Any]:
     """`run(size, *state)` with the least size that holds what is needed, else the largest; the size, and the result."""
     branches = [functools.partial(run, size) for size in known]
     if len(branches) == 1:
