@@ -45,10 +45,13 @@ def dpn(**leaves: Any) -> ConfigDict:
             "budget": 0.5,  # share of the dense work, of loss="macs"
             "lam": 1e-3,  # its weight
             "lam_warmup": 0,  # steps over which it grows
+            "route_group": 0,  # rows of the batch that share a hinge; 0: all of them
             "distill": 0.0,  # weight of the divergence from the model without poolings (ours)
             "quality": 0.0,  # weight of what experts would do to the loss (ours)
             "quality_share": 0.25,  # of the batch that all experts are tried on
             "harm_only": False,  # count what an expert makes worse, not what it makes better
+            "layout": "lattice",  # packed: in training, fewer slots where experts are not chosen by routers
+            "exec": "staged",  # the form that `vtjax bench` times: switch (one question at a time), masked
         }
     )
     return common.with_leaves(config, leaves)

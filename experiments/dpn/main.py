@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.dpn.deploy import deploy
@@ -23,7 +24,7 @@ from experiments.vlm import main as vlm
 from vtjax import answer
 from vtjax.account import flops
 from vtjax.errors import InputError, check_choice
-from vtjax.methods import dpn
+from vtjax.methods import dpn, dpn_packed
 from vtjax.models.vlm import VLM
 from vtjax.ops import losses
 from vtjax.ops import pooling_experts as ops
@@ -36,6 +37,8 @@ __all__ = ["build", "deploy"]
 TOKENS = ("router", "answer")
 MODES = ("adaptive", "random", "forced", "by_type", "off")
 TRAINABLE = ("routers", "lora", "all")
+LAYOUTS = ("lattice", "packed")
+EXECS = ("masked", "switch", "staged")
 
 
 def build(config: ConfigDict) -> Task:
@@ -59,6 +62,11 @@ def build(config: ConfigDict) -> Task:
             f"config.dpn.path must hold {stages} experts for each of the types {', '.join(types) or '(none)'}, "
             f"found {path}"
         )
+    learner = model
+    if settings.layout == "packed":
+        # In training only: the guard may take an evaluation to the dense path, for which cut rows have no room.
+        known = {"forced": [path], "off": [(0,) * stages], "by_type": np.reshape(path, (-1, stages)).tolist()}
+        learner = dpn_packed.vlm(spec, paths=known.get(settings.mode, ()), **given)
     group_of, balance = optim.group_of(config.optim), vlm.answer_weights(config)
     warmup, share, harm_only = (settings[name] for name in ("lam_warmup", "quality_share", "harm_only"))
 
@@ -85,14 +93,15 @@ def build(config: ConfigDict) -> Task:
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
         draw, pick = jax.random.split(key)
-        found = vlm.asked(model, params, batch, routing(draw, batch))
+        found = vlm.asked(learner, params, batch, routing(draw, batch))
         made = dpn.decisions(found.aux, spec)
         answer = vlm.mean_loss(found, batch, balance)
         warm = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         if settings.loss == "macs":
             route = over_budget(spec, batch, made, knobs["dpn.budget"])
         else:
-            route = ops.route_loss(made["p"], made["routed"], knobs["dpn.tau"], form=settings.loss)
+            form, group = settings.loss, settings.route_group
+            route = ops.route_loss(made["p"], made["routed"], knobs["dpn.tau"], form=form, group=group)
         total = answer + knobs["dpn.lam"] * warm * route
         told = {"answer": answer, "route": route, **shares(spec, batch, made)}
         told["train_top1"] = found.right.sum() / jnp.maximum(found.asked.sum(), 1.0)
@@ -260,6 +269,8 @@ def check(config: ConfigDict) -> None:
         ("trainable", TRAINABLE),
         ("loss", (*ops.LOSSES, "macs")),
         ("gate", ops.GATES),
+        ("layout", LAYOUTS),
+        ("exec", EXECS),
     ):
         check_choice(f"config.dpn.{name}", settings[name], known)
     most = max(ops.SCALES)
@@ -272,6 +283,11 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"config.dpn.{name} must be 0 or more, found {settings[name]}")
     if not 0.0 < settings.quality_share <= 1.0:
         raise InputError(f"config.dpn.quality_share must be in (0, 1], found {settings.quality_share}")
+    rows, group = config.batch_size // max(config.accumulate, 1), settings.route_group
+    if group < 0 or (group and (rows % group or settings.loss == "macs")):
+        raise InputError(
+            f"config.dpn.route_group must divide the {rows} rows of a step, or be 0, as for loss='macs', found {group}"
+        )
     if settings.distill and not config.init_from:
         raise InputError("config.dpn.distill needs a model to learn from (config.init_from), found none")
     if config.data.pack != 1:

@@ -140,6 +140,10 @@ def test_the_terms_of_the_loss(one: Any) -> None:
     parts = told["answer"] + 1e-3 * told["route"] + told["distill"] + told["harm"]
     np.testing.assert_allclose(total, parts, rtol=1e-6)
     assert told["distill"] > 0 and 0 < told["mac_ratio"] < 1 and told["answer"] > 0
+    # A batch that asks nothing says nothing, and no mean divides by zero.
+    nothing = {name: jnp.full_like(batch[name], -1) for name in ("segments", "question", "learned", "type")}
+    (empty, _), flat = slope(routers, knobs, {**batch, **nothing, "weights": 0 * batch["weights"]})
+    assert np.isfinite(empty) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(flat))
     # The harm is heard by the routers: it tells them of one sample which expert would have been better for it.
     without = slope(routers, {**knobs, "dpn.quality": jnp.float32(0)}, batch)[1]
     both = zip(jax.tree.leaves(whole), jax.tree.leaves(without), strict=True)
@@ -168,6 +172,26 @@ def test_forced_and_random_arms(dense: Path, one: Any) -> None:
         assert share is None or ratio == share
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "path"), [("forced", "(1, 2, 1)"), ("by_type", f"({'2, 1, 1, ' * 5})"), ("adaptive", "()")]
+)
+def test_packed_training_is_lattice_training(mode: str, path: str, dense: Path, one: Any) -> None:
+    batch, told = one[3], []
+    for layout in experiment.LAYOUTS:
+        settings = inserted(dense, dpn__mode=mode, dpn__path=path, dpn__layout=layout)
+        task = assemble.task(settings)
+        params = task.init(jax.random.key(0))[0]
+        knobs = {name: jnp.float32(value) for name, value in task.knobs.items()}
+        run = jax.jit(
+            jax.value_and_grad(lambda p, b, t=task, k=knobs: t.loss(p, {}, {}, k, b, jax.random.key(1), 0)[0])
+        )
+        told.append(run(params, batch))
+    np.testing.assert_allclose(told[0][0], told[1][0], rtol=1e-5)
+    for a, b in zip(*(jax.tree.leaves(slope) for _, slope in told), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1e-2, float(jnp.abs(a).max())))
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -190,6 +214,10 @@ def test_forced_and_random_arms(dense: Path, one: Any) -> None:
         ({"data__pack": 9}, "config.data.pack must be 1, as experts are chosen by the question, found 9"),
         ({"dpn__quality_share": 0.0}, r"config.dpn.quality_share must be in \(0, 1\], found 0.0"),
         ({"dpn__at": "(2, 4, 7)"}, r"dpn.at must ascend within 1..6 of 8 layers, found \(2, 4, 7\)"),
+        ({"dpn__layout": "dense"}, "config.dpn.layout must be one of lattice, packed, found 'dense'"),
+        ({"dpn__exec": "vmap"}, "config.dpn.exec must be one of masked, switch, staged, found 'vmap'"),
+        ({"dpn__route_group": 3}, "config.dpn.route_group must divide the 8 rows of a step, or be 0, .* found 3"),
+        ({"dpn__route_group": 2, "dpn__loss": "macs"}, "or be 0, as for loss='macs', found 2"),
         ({"dpn__n_min": 0}, "dpn.least must be at least 1 token, found 0"),
         (
             {"model__tower__image_size": "(72, 72)"},
