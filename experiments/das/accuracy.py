@@ -136,15 +136,18 @@ def needed_search() -> Iterator[Arm]:
 
 
 def needed_arms() -> Iterator[Arm]:
-    """The same, chosen by the bandit, greedily, by chance, and the last ones: what one would do who knows nothing of
-    the model but that its first layers matter most."""
+    """The same, chosen by the bandit, greedily, by chance (several draws, as one may be lucky), and the last ones: what
+    one would do who knows nothing of the model but that its first layers matter most."""
+    chance = np.random.default_rng(0)
     yield Arm("adapters", "phase=finetune", {"das.skips": "0"})
     for m in (M, 4):
         for name in (f"bandit m={m}", *((f"greedy m={m}",) if m == M else ())):
             yield Arm(name, "phase=finetune", {"das.skips": str(m)}, chosen=("search", name))
         yield Arm(f"random m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": "random"})
-        last = list(range(8 - m, 8))
-        yield Arm(f"last m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": str(last)})
+        drawn = [sorted(chance.choice(8, m, replace=False).tolist()) for _ in range(2)]
+        given = {f"random m={m}, draw {number}": layers for number, layers in enumerate(drawn, 2)}
+        for name, layers in {**given, f"last m={m}": list(range(8 - m, 8))}.items():
+            yield Arm(name, "phase=finetune", {"das.skips": str(m), "das.remove": str(layers)})
 
 
 class Transfer(NamedTuple):

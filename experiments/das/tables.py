@@ -30,6 +30,8 @@ def build(results: Path = HERE / "results") -> dict[str, str]:
         *(("planted", "search", planted), ("null", "search", null), ("toy", "search", toy)),
         *(("base", "accuracy", base), ("arms", "accuracy", arms), ("versus", "accuracy", versus)),
         *(("searches", "accuracy", searches), ("disturbed", "accuracy", disturbed)),
+        *(("needed", "sortofclevr", arms), ("needed_versus", "sortofclevr", versus)),
+        ("needed_searches", "sortofclevr", layers),
         *(("latency", "cost", latency), ("whole", "cost", whole), ("cost", "cost", cost)),
         ("counts", "counts", counts),
     )
@@ -135,15 +137,27 @@ def arms(records: Records) -> str:
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
 
+def side_by_side(own: Records, draws: list[Records]) -> tuple[Records, Records]:
+    """The seeds that all have, each with the questions of all draws behind each other, so that pairs stay pairs."""
+    there = [{r["seed"]: r["correct"] for r in runs} for runs in draws]
+    shared = [r for r in own if all(r["seed"] in seeds for seeds in there)]
+    return (
+        [{**r, "correct": r["correct"] * len(draws)} for r in shared],
+        [{**r, "correct": "".join(seeds[r["seed"]] for seeds in there)} for r in shared],
+    )
+
+
 def versus(records: Records) -> str:
     """The bandit's choice minus the other ways to choose as many layers."""
     found = by_arm(records, "arms")
     rows = []
-    for m in (1, 2, 4):
+    for m in (1, 2, 4, 8):
         own = found.get(f"bandit m={m}", [])
-        for name in (f"random m={m}", f"greedy m={m}", f"bandit m={m} one batch"):
+        for name in (f"random m={m}", f"greedy m={m}", f"last m={m}", f"bandit m={m} one batch"):
             if own and name in found:
-                rows.append((m, name, difference(own, found[name])))
+                draws = [found[name], *(runs for other, runs in found.items() if other.startswith(f"{name}, draw"))]
+                shown = f"{name}, {len(draws)} draws" if len(draws) > 1 else name
+                rows.append((m, shown, difference(*side_by_side(own, draws))))
     if not rows:
         return ""
     return tables.markdown(("m", "the bandit's choice minus", "points"), rows)
@@ -168,6 +182,20 @@ def searches(records: Records) -> str:
     header = ("search", "seeds", "training steps", "updates", "forward passes of candidates", "updates dropped")
     used = [r for runs in found.values() for r in runs]
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+
+def layers(records: Records) -> str:
+    """Preferences of the searches, and what the validation loss of the searched model is without each layer alone."""
+    used = [r for runs in by_arm(records, "search").values() for r in runs if r["name"].startswith("bandit")]
+    if not used:
+        return ""
+    count = len(used[0]["preference"])
+    rows: list[tuple[Any, ...]] = []
+    for r in used:
+        rows.append((r["name"], r["seed"], "preference", *(f"{x:+.2f}" for x in r["preference"])))
+        without = (f"{x - r['loss_with_all']:+.2f}" for x in r["loss_without"])
+        rows.append(("", "", "loss without it, minus with all", *without))
+    return tables.markdown(("search", "seed", "layer", *map(str, range(1, count + 1))), rows)
 
 
 def disturbed(records: Records) -> str:
