@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both sides of `vtjax bench`: the pooled model with its tokens gone, samples regrouped by length on the host
-(`dpn_deploy.Staged`), beside the same model without poolings. Prompts are the rows' questions up to the router token:
-a prefill, whose logits are those of the first word of the answer.
+"""Both sides of `vtjax bench`: the pooled model in the form that `config.dpn.exec` names, beside the same model without
+poolings. "staged": tokens are gone, samples are regrouped by length on the host (`dpn_deploy.Staged`); "switch": one
+program for one question at a time (`dpn_switch.Switch`); "masked": pooled tokens keep their slots, which saves nothing.
+Prompts are the rows' questions up to the router token: a prefill, whose logits are those of the first word of the
+answer.
 Letters: B rows, S tokens, M stages.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,12 +20,17 @@ from ml_collections import ConfigDict
 from experiments.vlm import main as vlm
 from vtjax.account import bench, flops
 from vtjax.errors import InputError
-from vtjax.methods import dpn, dpn_deploy
+from vtjax.methods import dpn, dpn_deploy, dpn_switch
 from vtjax.models.vlm import VLM
 from vtjax.spec import VLMSpec
 from vtjax.train.task import Task
 
 INPUTS = ("input_ids", "images", "segments")
+NAMES = {
+    "staged": "pooled, regrouped by length",
+    "switch": "pooled, one program for all lengths",
+    "masked": "pooled tokens masked",
+}
 
 
 def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench.Candidate, bench.Candidate]:
@@ -39,15 +47,20 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
     model = dpn.vlm(spec, **vlm.options(config))
     if model.tower_reducers:
         raise InputError("vtjax bench deploys DPN behind a tower that keeps its tokens, found one with reducers")
-    staged = dpn_deploy.Staged(model)
+    form = config.dpn.exec
+    forms: dict[str, Any] = {"staged": dpn_deploy.Staged(model), "switch": dpn_switch.Switch(model).prefill}
+    whole_rows = jax.jit(functools.partial(masked, model))
 
     def pooled(params: Any, ids: Any, images: Any, segments: Any) -> dpn_deploy.Prefilled:
         given = np.asarray(ids)
-        return staged(params, dpn_deploy.entered(model, params, given, images, prompt(spec, given, segments)))
+        mask = prompt(spec, given, segments)
+        if form == "masked":
+            return whole_rows(params, given, images, mask)
+        return forms[form](params, dpn_deploy.entered(model, params, given, images, mask))
 
     def spent(ids: Any, images: Any, segments: Any) -> float:
         texts = np.asarray(prompt(spec, np.asarray(ids), segments)).sum(1) - spec.visual_tokens
-        choice = pooled(params, ids, images, segments).choice
+        choice = np.asarray(pooled(params, ids, images, segments).choice)
         each = [dpn.path_macs(spec, path, int(n)) for path, n in zip(choice.tolist(), texts, strict=True)]
         return float(np.mean(each)) + beside(spec, texts)
 
@@ -61,8 +74,7 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
 
     def plain(params: Any, ids: Any, images: Any, segments: Any) -> jax.Array:
         mask = prompt(spec, ids, segments)
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return whole.apply(params, ids, images, mask, slots=last[:, None])[0][:, 0]
+        return whole.apply(params, ids, images, mask, slots=last(mask))[0][:, 0]
 
     def all_of_it(ids: Any, images: Any, segments: Any) -> float:
         texts = np.asarray(prompt(spec, np.asarray(ids), segments)).sum(1) - spec.visual_tokens
@@ -75,16 +87,27 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
     name = "itself without poolings" if dense is None else "--dense"
     return (
         bench.Candidate(
-            "pooled, regrouped by length",
+            NAMES[form],
             lambda *given: pooled(*given).logits,
             params,
             spent,
-            settings={"form": "staged"},
+            settings={"form": form},
             inputs=inputs,
             jit=False,
         ),
         bench.Candidate(name, plain, held, all_of_it, inputs=inputs),
     )
+
+
+def masked(model: VLM, params: Any, ids: Any, images: Any, mask: Any) -> dpn_deploy.Prefilled:
+    """The prefill in which pooled tokens keep their slots."""
+    y, aux = model.apply(params, ids, images, mask, slots=last(mask))
+    return dpn_deploy.Prefilled(y[:, 0], dpn.decisions(aux, model.spec)["choice"], None)
+
+
+def last(mask: Any) -> jax.Array:
+    """The slot of every row's last token, `[B, 1]`."""
+    return mask.shape[1] - 1 - jnp.argmax(jnp.asarray(mask)[:, ::-1], axis=1)[:, None]
 
 
 def prompt(spec: VLMSpec, ids: Any, segments: Any) -> Any:

@@ -41,6 +41,21 @@ def test_both_sides_answer_the_question_alone(given):
     assert short.macs(*inputs) < whole.macs(*inputs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["switch", "masked"])
+def test_other_forms_say_the_same(given, form):
+    config, task, rows = given
+    expected = deploy_lib.deploy(config, task, rows, None)[0]
+    config = config_lib.load_config("configs/dpn.py", "tiny", {"data.n": "8", "dpn.exec": form})
+    found = deploy_lib.deploy(config, task, rows, None)[0]
+    alone = [a[:1] for a in found.inputs(rows)]
+    assert_allclose(found.apply(found.params, *alone), expected.apply(expected.params, *alone), atol=1e-5)
+    assert found.macs(*alone) == expected.macs(*alone) and found.settings == {"form": form}
+    if form == "switch":
+        with pytest.raises(InputError, match="Switch takes one question at a time"):
+            found.apply(found.params, *found.inputs(rows))
+
+
 def test_other_models_are_refused(given):
     config, task, rows = given
     other = vtjax.Model(task.spec.edit(router_token=task.spec.router_token + 1), {}, lambda: None)
