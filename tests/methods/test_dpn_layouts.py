@@ -143,6 +143,7 @@ def test_cells_that_a_tower_pruned():
     np.testing.assert_allclose(y[1](PARAMS), y[0](PARAMS), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_several_images_are_pooled_alike_each_on_its_own_grid():
     """Two images of a text: in either layout each becomes what plain pooling makes of it."""
     rng, images = np.random.default_rng(6), GIVEN[2][:4].reshape(2, 2, 16, 16, 3)
