@@ -82,7 +82,11 @@ def video(steps: int, batch_size: int, frames: int) -> ConfigDict:
 
 def cameras(steps: int, batch_size: int, frames: int) -> ConfigDict:
     """As `video`, with two cameras. Which of them a question is about, the ids of the frames say, not the text alone:
-    the question sees those of its camera; the one that asks for a camera sees all."""
+    the question sees those of its camera; the one that asks for a camera sees all.
+
+    Command: `vtjax run --config=configs/lvxattn.py:cameras --workdir=runs/cameras`. Hardware and time: as `video`.
+    Expected: accuracy 0.87 on 200 videos of "val": colours and quarters 1.00, cameras 0.82, shapes 0.68; blindly 0.35.
+    """
     config = video(steps, batch_size, frames)
     config.data.update(cameras=2, pack=4, eval_split="val[:200]")
     return config
@@ -127,7 +131,7 @@ _PAPER = common.Expected("not run", "shapes of the published model", False)
 EXPECTED = {
     "tiny": common.Expected("", "for tests and notebooks: its figure means nothing", True, by_data=True),
     "video": common.Expected("accuracy 0.88; blindly 0.28", _README, True, by_data=True),
-    "cameras": common.Expected("to be measured", _README, False, by_data=True),
+    "cameras": common.Expected("accuracy 0.87; blindly 0.35", _README, True, by_data=True),
     "clips": common.Expected("to be measured", _README, False, by_data=True),
     "llama3v_11b": _PAPER,
     "owl3_7b": _PAPER,
