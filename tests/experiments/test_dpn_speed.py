@@ -24,8 +24,8 @@ def test_every_kind_of_timing_runs(what, tmp_path, monkeypatch):
     for r in found:
         assert r["mac_ratio"] > 1 and r["kind"] == what
         assert what == "decode" or any(r.get(f"{side}_realised", 0) > 0 for side in ("switch", "staged"))
-    built = dpn_tables.build(tmp_path)
-    assert set(built) == {{"tokens": "tokens", "decode": "decode"}.get(what, "speed")}
+    recorded = {name for name, text in dpn_tables.build(tmp_path).items() if text != tables.NOTHING}
+    assert recorded == {{"tokens": "tokens", "decode": "decode"}.get(what, "speed")}
 
 
 @pytest.mark.parametrize(
