@@ -98,8 +98,9 @@ def to_finetune(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert]:
     if (begun := _begun(config)) is not None:
         phases.check_gone(config, deployed.gone(begun[0].decoder), das.arms(begun[0]), config.workdir)
         return begun
-    if das.is_installed(base.decoder) and (own := deployed.gone(base.decoder)):  # a run brings its own
-        phases.check_gone(config, own, das.arms(base), config.init_from)
+    if das.is_installed(base.decoder) and not das.installed(base.decoder)[1]:  # a run of this phase, with its own
+        if own := deployed.gone(base.decoder):
+            phases.check_gone(config, own, das.arms(base), config.init_from)
         return base, lambda params, key: params
     whole, convert = _with_adapters(config, base)
     arms = das.arms(whole)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import vtjax as package
+from configs import common
 from experiments.das import phases, tables
 from experiments.das import search as scripts
 from vtjax.cli import assemble, main
@@ -27,6 +28,7 @@ from vtjax.ops import bandit
 from vtjax.train import checkpoint, loop
 from vtjax.train.executables import Executables
 from vtjax.train.state import flatten
+from vtjax.weights import store
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/das.py:tiny"
@@ -170,6 +172,19 @@ def test_which_layers_are_left_out_can_be_said_otherwise(base: Path) -> None:
     drawn = [skips(das__remove="random", das__skips=2, seed=seed) for seed in range(8)]
     assert all(len(s) == 2 for s in drawn) and len(set(map(tuple, drawn))) > 2
     assert drawn[0] == skips(das__remove="random", das__skips=2, seed=0)
+
+
+def test_a_run_that_left_nothing_out_is_evaluated_as_it_is(base: Path, tmp_path: Path) -> None:
+    """Also where a bridge was trained, which forbids a search's workdir as a start."""
+    run = f"{CONFIG},phase=finetune"
+    made = assemble.task(config(run, init_from=base, das__skips=0))
+    params = made.init(jax.random.key(3))[0]
+    store.save(tmp_path / "run.safetensors", made.spec, params)
+    values = config(run, init_from=tmp_path / "run.safetensors", das__skips=0).to_dict()
+    values["optim"]["groups"]["bridge"] = common.group("^bridge/")
+    again = assemble.task(config_lib.from_dict(values, "test"))
+    assert again.spec.decoder == made.spec.decoder and not again.fresh
+    jax.tree.map(np.testing.assert_array_equal, again.init(jax.random.key(0))[0], params)
 
 
 @pytest.mark.slow
