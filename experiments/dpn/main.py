@@ -139,6 +139,7 @@ def build(config: ConfigDict) -> Task:
         summary=_summary(config, spec, path),
         decisions=decisions,
         relax=relaxed,
+        fresh="routers" if settings.mode == "adaptive" and not dpn.reducers(base) else "",
     )
 
 

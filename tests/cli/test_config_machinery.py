@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -225,6 +226,12 @@ def test_a_workdir_brings_its_config_back(tmp_path):
     again = config_lib.of_workdir(str(tmp_path), {"seed": "3"})
     assert again.seed == 3
     assert again.to_dict() == {**config.to_dict(), "seed": 3}
+    older = config.to_dict()
+    del older["optim"]["lr"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(InputError, match="config.optim.lr must be there, found no such leaf"):
+        config_lib.of_workdir(str(tmp_path), {}).optim.lr  # noqa: B018
+    assert not hasattr(config, "nothing")
     for damaged in ("{", "[]", "\x00"):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(InputError, match="config.json must"):

@@ -86,6 +86,9 @@ def test_a_run_and_its_decisions(dense: Path, tmp_path: Path, capsys: Any) -> No
     sums = jax.jit(lambda p, b: task.evaluate(p, {}, {}, {}, b))(leaning, next(data.eval()))
     assert float(sums["mac_ratio"] / sums["count"]) == 1.0
     assert spec.edit(lineage=()) == task.spec.edit(lineage=())
+    # An evaluation of a model that DPN is only put into would measure routers that nobody trained.
+    fresh = [assemble.task(config(init_from=dense, dpn__at=AT, dpn__mode=mode)).fresh for mode in ("adaptive", "off")]
+    assert fresh == ["routers", ""] and not task.fresh
 
 
 def test_put_into_a_trained_model_it_says_what_that_says(dense: Path, one: Any) -> None:

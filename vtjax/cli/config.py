@@ -70,6 +70,10 @@ ALIASES = {
 """Other words for the last part of a leaf's name, for the hint about a leaf that does not exist."""
 
 
+class MissingLeaf(InputError, AttributeError):
+    """Code reads a leaf that a config has not."""
+
+
 class Config(ConfigDict):
     """A `ConfigDict` that remembers which leaves were read, and which an override set."""
 
@@ -88,6 +92,17 @@ class Config(ConfigDict):
         if "." not in key and not isinstance(value, ConfigDict):
             self._record.read.add(f"{self._prefix}{key}")
         return value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_"):
+                raise
+            raise MissingLeaf(
+                f"config.{self._prefix}{name} must be there, found no such leaf: a run may be older than it; then "
+                f"--config=FILE.py:VARIANT beside --workdir brings it"
+            ) from error
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As `ConfigDict.to_dict`; writing a config down is not reading its leaves."""
