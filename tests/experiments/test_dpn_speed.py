@@ -31,9 +31,9 @@ def test_every_kind_of_timing_runs(what, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("realised", "says"),
     [
-        ((0.95, 0.97, 0.8, 0.92), "2, 2, 2: from 576 tokens on."),
-        ((0.8, 0.97, 0.8, 0.92), "2, 2, 2: at no count."),
-        ((0.95, 0.97, 0.9, 0.92), "2, 2, 2: from 64 tokens on."),
+        ((0.95, 0.97, 0.94, 0.96), "2, 2, 2: from 576 tokens on."),
+        ((0.94, 0.97, 0.8, 0.96), "2, 2, 2: at no count."),
+        ((0.95, 0.97, 0.95, 0.96), "2, 2, 2: from 64 tokens on."),
     ],
 )
 def test_where_it_stops_to_pay(realised, says):
