@@ -40,6 +40,10 @@ WAYS = ("exact", "sampled", "pooled", "top")
 DEVICES = 8
 KEPT = 16
 """Frames of the videos of training."""
+VIDEOS = ("haystack", "cameras", "frames", "batch")
+"""What tells in a record which videos it is about."""
+COUNTS = ("frames", "read", "videos", "kept", "batch", "limit", "cameras", "rounds")
+"""Options that are positive numbers; of the first two, several."""
 
 
 def pooled(tokens: int) -> Any:
@@ -181,27 +185,38 @@ def reads(way: str, frames: int, wanted: Sequence[int], kept: int) -> list[int]:
     return [min(count, frames) for count in wanted or ((kept if way == "sampled" else frames),)]
 
 
+def videos_of(r: dict[str, Any]) -> tuple[Any, ...]:
+    """Which videos a record is about."""
+    return tuple(r[name] for name in VIDEOS)
+
+
 def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last accuracy of every haystack, way and length. Records of before `--read` and `--batch` were of the reads
-    that are taken without the one, and of four videos."""
+    """The last accuracy of every haystack, number of cameras, length and way, with what this reads and keeps. Records
+    of before `--read` and `--batch` were of the reads that are taken without the one, and of four videos."""
     full = []
     for r in records:
         if "way" in r:
             usual = reads(r["way"], r["frames"], (), r.get("kept", 0))[0]
-            full.append({"read": usual, "batch": 4, "cameras": 1, **r})
-    names = ("haystack", "cameras", "frames", "batch", "way", "read")
-    return list({tuple(r[name] for name in names): r for r in full}.values())
+            kept = r["kept"] if r["way"] == "top" else 0  # the others keep what they read
+            full.append({"read": usual, "batch": 4, "cameras": 1, **r, "kept": kept})
+    return list({(videos_of(r), r["way"], r["read"], r["kept"]): r for r in full}.values())
 
 
 def cases(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Every exact record of one camera, with those of the other ways on the same videos; by haystack and length."""
+    """Every exact record of one camera, with those of the other ways on the same videos, `top` with `KEPT` frames; by
+    haystack and length."""
     used = [r for r in latest(records) if r["cameras"] == 1]
-    names = ("haystack", "frames", "batch")
+    used = [r for r in used if r["way"] != "top" or r["kept"] == min(KEPT, r["read"])]
     found = []
-    for exact in sorted((r for r in used if r["way"] == "exact"), key=lambda r: tuple(r[name] for name in names)):
-        others = [r for r in used if r["way"] != "exact" and all(r[name] == exact[name] for name in names)]
+    for exact in sorted((r for r in used if r["way"] == "exact"), key=videos_of):
+        others = [r for r in used if r["way"] != "exact" and videos_of(r) == videos_of(exact)]
         found.append((exact, others))
     return found
+
+
+def is_usual(r: dict[str, Any]) -> bool:
+    """Whether a record's way reads what it reads without `--read`."""
+    return bool(r["read"] == reads(r["way"], r["frames"], (), KEPT)[0])
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -211,7 +226,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
     rows = []
     for exact, others in cases(records):
-        usual = {r["way"]: r for r in others if r["read"] == (r["frames"] if r["way"] != "sampled" else KEPT)}
+        usual = {r["way"]: r for r in others if is_usual(r)}
         memory = [f"{exact[name] / 2**20:.1f}" for name in ("one_device_bytes", "device_bytes")]
         held = "yes" if exact["held_by_one"] else "no"
         accuracy = [f"{r['top1']:.3f}" if r else "" for r in (exact, *(usual.get(way) for way in WAYS[1:]))]
@@ -226,7 +241,7 @@ def by_read(records: list[dict[str, Any]]) -> str:
 
     rows = []
     for exact, others in cases(records):
-        if len(others) < len(WAYS):  # each was tried once
+        if all(map(is_usual, others)):  # the other table has them
             continue
         for read in sorted({r["read"] for r in others}):
             by = {r["way"]: r for r in others if r["read"] == read}
@@ -254,11 +269,12 @@ def by_type(records: list[dict[str, Any]]) -> str:
 
 
 def figure(records: list[dict[str, Any]]) -> Any:
-    """Accuracy against the length of the video; dashed: where one device no longer holds it."""
+    """Accuracy against the length of the video, of what is read without `--read`; dashed: where one device no longer
+    holds it."""
     from vtjax.viz import curves
 
     found = [(exact, others) for exact, others in cases(records) if (exact["haystack"], exact["batch"]) == ("drawn", 4)]
-    used = [r for exact, others in found for r in (exact, *others)]
+    used = [r for exact, others in found for r in (exact, *filter(is_usual, others))]
     drawn = curves.new_figure(6.4, 3.9)
     axes = drawn.add_subplot()
     for color, way in zip(curves.COLORS, WAYS, strict=False):
@@ -274,6 +290,19 @@ def figure(records: list[dict[str, Any]]) -> Any:
     axes.minorticks_off()
     axes.legend(frameon=False)
     return drawn
+
+
+def wrong(arguments: argparse.Namespace) -> str:
+    """A line about an option that no measurement can have, or nothing."""
+    if arguments.only and arguments.only not in WAYS:
+        return f"--only must be one of {', '.join(WAYS)}, found {arguments.only!r}"
+    for name in COUNTS:
+        value = str(getattr(arguments, name))
+        if name == "read" and not value:
+            continue
+        if not all(number.isdecimal() and int(number) > 0 for number in value.split(",")):
+            return f"--{name} must be above 0, found {value!r}"
+    return ""
 
 
 def main() -> int:
@@ -293,8 +322,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6, help="turns of each way, for times")
     parser.add_argument("--out", type=Path, default=RECORDS)
     arguments = parser.parse_args()
-    if arguments.only and arguments.only not in WAYS:
-        print(f"--only must be one of {', '.join(WAYS)}, found {arguments.only!r}", file=sys.stderr)
+    if line := wrong(arguments):
+        print(line, file=sys.stderr)
         return 2
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"

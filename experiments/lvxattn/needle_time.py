@@ -55,50 +55,57 @@ def measured(frames: int, counts: Sequence[int], m: Any, arguments: argparse.Nam
             candidates[name], read[name] = timing.timer(this.run, this.params, batch), this.told["read"]
     found = timing.compare(candidates, rounds=arguments.rounds, calls=2, warmup=1)
     share = found.timings["exact"].median / needle.DEVICES
-    equal = {}
+    equal, beyond = {}, {}
     for way in needle.WAYS[1:]:
         names = [name for name in candidates if name.startswith(f"{way} ")]
-        equal[way] = affordable(share, [(read[name], found.timings[name].median) for name in names])
+        times = [(read[name], found.timings[name].median) for name in names]
+        equal[way], beyond[way] = affordable(share, times, frames)
     return {
         "kind": "time",
         "frames": frames,
         "batch": arguments.batch,
         "haystack": arguments.haystack,
+        "cameras": arguments.cameras,
+        "kept": arguments.kept,
         "cores": 1,
         "share_s": share,
         "equal": equal,
+        "beyond": beyond,
         "seconds": found.summary(),
         "seed": 0,
     }
 
 
-def affordable(share: float, times: Sequence[tuple[int, float]]) -> int:
-    """Frames that can be read in `share` seconds, by lines between `(frames, seconds)`; the fewest or the most of these
-    where the time lies outside."""
-    counts, seconds = zip(*sorted(times), strict=True)
-    # A measurement that is above that of more frames is noise.
-    return int(np.interp(share, np.maximum.accumulate(seconds), counts))
+def affordable(share: float, times: Sequence[tuple[int, float]], most: int) -> tuple[int, str]:
+    """Frames that can be read in `share` seconds, of `most` that there are, by lines between `(frames, seconds)`; and
+    "" or, where the time lies outside of these, "<" (fewer than the fewest of them) or ">" (more than the most)."""
+    counts, measured = zip(*sorted(times), strict=True)
+    seconds = np.maximum.accumulate(measured)  # a measurement that is above that of more frames is noise
+    beyond = "<" if share < seconds[0] else ">" if share > seconds[-1] and counts[-1] < most else ""
+    return int(np.interp(share, seconds, counts)), beyond
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: frames that each way may read in the time of exact attention, and its accuracy with the next more
-    frames that were tried."""
+    frames that were tried; none where it may read more than were timed."""
     from experiments.ltmp.tables import circumstances
     from vtjax.viz import tables
 
-    times = {(r["frames"], r["batch"]): r for r in records if r.get("kind") == "time"}
-    rows = []
+    timed = [r for r in records if r.get("kind") == "time" and r["kept"] == needle.KEPT]
+    times, used, rows = {needle.videos_of(r): r for r in timed}, [], []
     for exact, others in needle.cases(records):
-        if (found := times.get((exact["frames"], exact["batch"]))) is None:
+        if (found := times.get(needle.videos_of(exact))) is None:
             continue
+        used.append(found)
         cells = []
         for way in needle.WAYS[1:]:
-            equal = found["equal"][way]
+            equal, beyond = found["equal"][way], found["beyond"][way]
             tried = sorted((r["read"], r["top1"]) for r in others if r["way"] == way and r["read"] >= equal)
-            cells.append(f"{equal}: {tried[0][1]:.3f} (at {tried[0][0]})" if tried else f"{equal}")
+            accuracy = f": {tried[0][1]:.3f} (at {tried[0][0]})" if tried and beyond != ">" else ""
+            cells.append(f"{beyond} {equal}".strip() + accuracy)
         length = exact["haystack"], exact["frames"], exact["batch"]
         rows.append((*length, f"{1e3 * found['share_s']:.1f}", f"{exact['top1']:.3f}", *cells))
     if not rows:
         return ""
     head = ("haystack", "frames", "videos", "ms per device", *needle.WAYS)
-    return tables.markdown(head, rows) + "\n\n" + circumstances(list(times.values()))
+    return tables.markdown(head, rows) + "\n\n" + circumstances(used)

@@ -59,6 +59,21 @@ def test_some_frames_are_those_of_the_whole_video(cameras: int) -> None:
             np.testing.assert_array_equal(questions.frames_of(videos, index, wanted), whole[wanted])
 
 
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([0, 2, 0], r"frames of a video must differ, found \[0, 2, 0\]"),
+        ([-1], r"frames of a video must be in 0..8, found -1"),
+        ([3, 9], r"frames of a video must be in 0..8, found 9"),
+    ],
+)
+def test_frames_that_are_asked_for_are_there_and_differ(wanted: list[int], message: str) -> None:
+    videos = opened().images
+    assert isinstance(videos, needle.Needles)
+    with pytest.raises(InputError, match=message):
+        videos.some(0, wanted)
+
+
 def test_videos_that_know_of_no_single_frames_are_read_whole() -> None:
     whole = np.arange(2 * 5, dtype=np.uint8).reshape(2, 5, 1, 1, 1).repeat(3, -1)
     found = questions.frames_of(list(whole), 1, [4, 0])

@@ -34,6 +34,8 @@ def record(way: str, read: int, top1: float, **more: Any) -> dict[str, Any]:
         "top1": top1,
         "device_bytes": 2**20,
     }
+    if way == "top":
+        told["kept"] = min(16, read)
     if way == "exact":
         told |= {"one_device_bytes": 2**25, "held_by_one": True}
     return {**told, **WHERE, **more}
@@ -41,8 +43,11 @@ def record(way: str, read: int, top1: float, **more: Any) -> dict[str, Any]:
 
 def test_frames_in_equal_time_lie_on_lines_between_those_that_were_timed() -> None:
     times = [(16, 0.2), (4, 0.05), (8, 0.1)]
-    assert [needle_time.affordable(share, times) for share in (0.01, 0.05, 0.075, 0.15, 9.0)] == [4, 4, 6, 12, 16]
-    assert needle_time.affordable(0.1, [(4, 0.05), (8, 0.04), (16, 0.15)]) == 12  # 8 frames cannot take less than 4
+    found = [needle_time.affordable(share, times, 64) for share in (0.01, 0.05, 0.075, 0.15, 9.0)]
+    assert found == [(4, "<"), (4, ""), (6, ""), (12, ""), (16, ">")]
+    assert needle_time.affordable(9.0, times, 16) == (16, "")  # there are no more
+    # 8 frames cannot take less than 4.
+    assert needle_time.affordable(0.1, [(4, 0.05), (8, 0.04), (16, 0.15)], 64) == (12, "")
 
 
 def test_what_each_way_reads() -> None:
@@ -53,8 +58,8 @@ def test_what_each_way_reads() -> None:
 
 def test_tables_show_the_last_record_and_the_next_more_frames() -> None:
     others = [record(way, read, top1) for way in needle.WAYS[1:] for read, top1 in ((8, 0.3), (16, 0.4), (32, 0.5))]
-    times = {"kind": "time", "frames": 64, "batch": 1, "share_s": 0.01}
-    times |= {"equal": {"sampled": 9, "pooled": 16, "top": 40}, **WHERE}
+    times = {"kind": "time", "haystack": "drawn", "cameras": 1, "frames": 64, "batch": 1, "kept": 16, "share_s": 0.01}
+    times |= {"equal": {"sampled": 9, "pooled": 16, "top": 40}, "beyond": dict.fromkeys(needle.WAYS, ""), **WHERE}
     found = [record("exact", 64, 0.1), *others, record("exact", 64, 0.9), times]
     assert needle_time.table(found).splitlines()[2] == (
         "| drawn | 64 | 1 | 10.0 | 0.900 | 9: 0.400 (at 16) | 16: 0.400 (at 16) | 40 |"
@@ -73,6 +78,62 @@ def test_tables_show_the_last_record_and_the_next_more_frames() -> None:
     assert [r["read"] for r in needle.latest([old])] == [16]
     shown = needle.table([record("exact", 64, 0.9), *others])
     assert shown.splitlines()[2] == "| drawn | 64 | 1 | 32.0 | 1.0 | yes | 0.900 | 0.400 |  |  |"
+
+
+def test_rows_are_told_apart_by_all_that_makes_them_differ() -> None:
+    exact = record("exact", 64, 0.9)
+    times = {"kind": "time", "haystack": "drawn", "cameras": 1, "frames": 64, "batch": 1, "kept": 16, "share_s": 0.01}
+    times |= {"equal": {"sampled": 8, "pooled": 16, "top": 9}, "beyond": {"sampled": "<", "pooled": ">", "top": ""}}
+    times |= WHERE
+    others = [record(way, 16, 0.4) for way in needle.WAYS[1:]]
+    row = "| drawn | 64 | 1 | 10.0 | 0.900 | < 8: 0.400 (at 16) | > 16 | 9: 0.400 (at 16) |"
+    assert needle_time.table([exact, *others, times]).splitlines()[2] == row
+    for other in ({"haystack": "clips"}, {"cameras": 2}, {"kept": 8}):
+        assert needle_time.table([exact, *others, {**times, **other}]) == ""
+    # Another number of frames kept is another way, which no table shows in the place of the usual one.
+    few = record("top", 16, 0.7, kept=4)
+    assert (
+        needle.by_read([exact, *others, few]) == needle.by_read([exact, *others])
+        and len(needle.latest([*others, few])) == 4
+    )
+    # One --read is enough for a row.
+    assert (
+        needle.by_read([exact, *others]).splitlines()[2] == "| drawn | 64 | 0.900 | 16 | 1.0 | 0.400 | 0.400 | 0.400 |"
+    )
+    usual = [record("sampled", 16, 0.4), record("pooled", 64, 0.4), record("top", 64, 0.4)]
+    assert needle.by_read([exact, *usual]) == ""
+
+
+def test_the_figure_has_one_point_per_length_and_way() -> None:
+    found = [
+        record(way, read, 0.5, frames=length, batch=4)
+        for length in (32, 64)
+        for way, reads in (
+            ("exact", (length,)),
+            ("sampled", (8, 16, 32)),
+            ("pooled", (8, length)),
+            ("top", (8, length)),
+        )
+        for read in reads
+    ]
+    drawn = needle.figure(found)
+    assert [list(line.get_xdata()) for line in drawn.axes[0].lines] == [[32, 64]] * 4
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--read=-4", "--read must be above 0, found '-4'"),
+        ("--read=8,0", "--read must be above 0, found '8,0'"),
+        ("--frames=x", "--frames must be above 0, found 'x'"),
+        ("--frames=", "--frames must be above 0, found ''"),
+        *((f"--{name}=0", f"--{name} must be above 0, found '0'") for name in ("kept", "cameras", "batch", "videos")),
+        ("--only=best", "--only must be one of exact, sampled, pooled, top, found 'best'"),
+    ],
+)
+def test_numbers_that_no_measurement_can_have_are_one_line(option, line, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["needle", "--workdir=nowhere", option])
+    assert needle.main() == 2 and capsys.readouterr().err == f"{line}\n"
 
 
 def test_all_frames_are_the_best_frames_and_a_mean_of_one_token_is_the_token() -> None:

@@ -65,9 +65,17 @@ class Needles:
         return self.some(index, range(self.frames))
 
     def some(self, index: int, frames: Sequence[int]) -> UInt8[np.ndarray, "N S S 3"]:
-        """N different frames of a video, in this order: equal to those of the whole, of which nothing else is drawn."""
-        rng = np.random.default_rng((self.seed, *self.split.encode(), index, 1))
+        """N different frames of a video, in this order: equal to those of the whole, of which nothing else is drawn.
+
+        Raises:
+          InputError: a frame that there is not, or one twice.
+        """
         wanted, number = np.asarray(frames, np.int64), self.number
+        if (outside := wanted[(wanted < 0) | (wanted >= self.frames)]).size:
+            raise InputError(f"frames of a video must be in 0..{self.frames - 1}, found {outside[0]}")
+        if len(np.unique(wanted)) < len(wanted):
+            raise InputError(f"frames of a video must differ, found {wanted.tolist()}")
+        rng = np.random.default_rng((self.seed, *self.split.encode(), index, 1))
         found = np.empty((len(wanted), self.size, self.size, 3), np.uint8)
         parts = []
         for camera in range(1, self.cameras + 1):
