@@ -178,6 +178,7 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for settings that no run can have."""
     check_choice("config.add", config.add, STEPS)
     check_choice("config.dpn.token", config.dpn.token, dpn_task.TOKENS)
+    dpn_task.check_weights(config, ("lam", "quality"))
     # The leaves of all steps are read, so that one set of overrides serves the whole chain.
     for name in ("dgmr", "ltmp", "dpn"):
         _ = {leaf: config[name][leaf] for leaf in config[name]}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -277,13 +278,7 @@ def check(config: ConfigDict) -> None:
     most = max(ops.SCALES)
     if not 0.0 <= settings.tau < most:
         raise InputError(f"config.dpn.tau must be at least 0 and below {most:.0f} halvings, found {settings.tau}")
-    if not 0.0 < settings.budget <= 1.0:
-        raise InputError(f"config.dpn.budget must be in (0, 1], a share of the dense work, found {settings.budget}")
-    for name in ("lam", "distill", "quality"):
-        if not 0.0 <= settings[name] < float("inf"):
-            raise InputError(f"config.dpn.{name} must be 0 or more, found {settings[name]}")
-    if not 0.0 < settings.quality_share <= 1.0:
-        raise InputError(f"config.dpn.quality_share must be in (0, 1], found {settings.quality_share}")
+    check_weights(config, ("lam", "distill", "quality"))
     rows, group = config.batch_size // max(config.accumulate, 1), settings.route_group
     if group < 0 or (group and (rows % group or settings.loss == "macs")):
         raise InputError(
@@ -301,6 +296,16 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             f"config.dpn.path belongs to mode='forced' and 'by_type', found {settings.path} for {settings.mode!r}"
         )
+
+
+def check_weights(config: ConfigDict, weights: Sequence[str]) -> None:
+    """Raises InputError for weights of the loss below 0, and shares outside of (0, 1]."""
+    for name in weights:
+        if not 0.0 <= config.dpn[name] < float("inf"):
+            raise InputError(f"config.dpn.{name} must be 0 or more, found {config.dpn[name]}")
+    for name, what in (("budget", ", a share of the dense work"), ("quality_share", "")):
+        if not 0.0 < config.dpn[name] <= 1.0:
+            raise InputError(f"config.dpn.{name} must be in (0, 1]{what}, found {config.dpn[name]}")
 
 
 def trained(what: str, path: str) -> bool:
