@@ -233,6 +233,18 @@ def gone(config: Any, spec: Any, params: Any) -> Any:
     return lambda p, b: vlm.asked(deployed, p, b).loss
 
 
+def wrong(options: argparse.Namespace, known: tuple[str, ...]) -> str:
+    """A line about an `--again` that cannot be had, or nothing."""
+    for add in filter(None, options.again.split(",")):
+        if add not in known:
+            return f"--again must be of {', '.join(known)} for {options.what!r}, found {add!r}"
+        if options.what in ("train", "control") and Path(folder := workdir(options, add), "result.json").exists():
+            return (
+                f"--again={add} needs a folder without a finished run, whose result would be recorded as new: {folder}"
+            )
+    return ""
+
+
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,7 +255,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--variant", default="video")
     parser.add_argument("--runs", default="runs/all_five", help="folder of the runs")
     parser.add_argument("--leaf", action="append", default=[], help="LEAF=VALUE, for runs at another size")
-    parser.add_argument("--again", default="", help="STEP,STEP: recorded, and to be recorded anew; the newest counts")
+    parser.add_argument("--again", default="", help="STEP,STEP: recorded, to be done anew; the newest counts")
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
     if options.what == "moved":
@@ -255,6 +267,10 @@ def main(arguments: list[str]) -> int:
     rows = tables.read_jsonl(options.out) if options.out.exists() else []
     known = {(r["kind"], r.get("add"), r["seed"]) for r in rows}
     built = tuple(add for add in STEPS if add != "search")
+    wanted = {"train": STEPS, "control": ("random", "control"), "moved": built, "time": ("all",)}[options.what]
+    if line := wrong(options, wanted):
+        print(line, file=sys.stderr)
+        return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
     kind = "train" if options.what == "control" else options.what
@@ -266,7 +282,7 @@ def main(arguments: list[str]) -> int:
     if options.what == "time":
         write("all", times(options, built))
         return 0
-    for add in {"train": STEPS, "control": ("random", "control"), "moved": built}[options.what]:
+    for add in wanted:
         if (kind, add, options.seed) in known and add not in options.again.split(","):
             continue
         if kind == "moved":

@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose
 
 import vtjax
 from experiments.all_five import main as five
+from experiments.all_five import steps
 from experiments.vlm import main as vlm
 from vtjax import methods, weights
 from vtjax.cli import assemble
@@ -171,6 +172,31 @@ def test_leaves_without_effect_are_refused(tmp_path):
         config = config_of("base", tmp_path / "run", **{f"das.{name}": value})
         with pytest.raises(InputError, match=f"config.das.{name} must be"):
             assemble.assemble(config)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        ({"dpn.quality": -1.0}, "config.dpn.quality must be 0 or more, found -1.0"),
+        ({"dpn.quality_share": 0.0}, r"config.dpn.quality_share must be in \(0, 1\], found 0.0"),
+        ({"dpn.budget": 1.5}, r"config.dpn.budget must be in \(0, 1\], a share of the dense work, found 1.5"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused(leaves, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        five.check(config_of("base", tmp_path, **leaves))
+
+
+def test_what_is_done_again_is_known_and_not_done_already(tmp_path, capsys):
+    shared = f"--runs={tmp_path}", f"--out={tmp_path / 'steps.jsonl'}"
+    assert steps.main(["control", "--again=random,dpn", *shared]) == 2
+    assert capsys.readouterr().err == "--again must be of random, control for 'control', found 'dpn'\n"
+    (tmp_path / "dpn_0").mkdir()
+    (tmp_path / "dpn_0" / "result.json").write_text("{}")
+    assert steps.main(["train", "--again=search,dpn", *shared]) == 2
+    line = "--again=dpn needs a folder without a finished run, whose result would be recorded as new: "
+    assert capsys.readouterr().err == f"{line}{tmp_path / 'dpn_0'}\n"
+    assert not (tmp_path / "steps.jsonl").exists()
 
 
 @pytest.mark.slow
