@@ -115,7 +115,8 @@ def easyvqa() -> Iterator[Arm]:
     """On questions that people have seen before: 64 visual tokens, of which all questions need few."""
     known = {**OURS, **QUALITY, **WORK, "dpn.token": "answer", "dpn.budget": "0.44"}
     yield "dense", {"dpn.mode": "off"}
-    yield "static (1, 1, 1)", {"dpn.mode": "forced", "dpn.path": "(1, 1, 1)"}
+    for path in ("(1, 1, 1)", "(2, 1, 1)", "(2, 2, 2)"):
+        yield f"static {path}", {"dpn.mode": "forced", "dpn.path": path}
     yield "routers", {**known, "dpn.trainable": "routers"}
     yield "routers, then all", {**known, "after": "routers"}
 
