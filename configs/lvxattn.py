@@ -7,7 +7,8 @@ Options: `steps` and `batch_size`, where 0 keeps the recipe's own value; `frames
 `--config.mesh.slice=S` lays them over S slices of a pod first, joined by a slower network, and then over the N devices
 of each: parts are merged within a slice before they leave it.
 `config.attend`: `strategy`, how attention is distributed (`auto`: by the cost model); `kernel`, what a device runs;
-`check_vma` of `shard_map`; `stripe`, which gives device i the frames i, i + N, ...
+`check_vma` of `shard_map`; `stripe`, which gives device i the frames i, i + N, ...; `wire`: "float32" sends partial
+results as they are summed, "" in the type of the model (`parallel.cross_attention`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def over_frames(config: ConfigDict, **data: Any) -> ConfigDict:
     """A config of `configs.vlm` with the leaves of this experiment."""
     config.experiment = "lvxattn"
     config.mesh.slice = 1
-    config.attend = ConfigDict({"strategy": "auto", "kernel": "auto", "check_vma": True, "stripe": True})
+    config.attend = ConfigDict({"strategy": "auto", "kernel": "auto", "check_vma": True, "stripe": True, "wire": ""})
     for name in ("objects", "mark", "cells"):  # of "marked_shapes"
         del config.data[name]
     config.data.update({"frames": 16, "cameras": 1, "haystack": "drawn"})  # of "needle"

@@ -74,6 +74,7 @@ class Arm(NamedTuple):
       after: (kind, name) of the run that it starts from; else the base model.
       chosen: (kind, name) of the search that says which layers go. Nothing else of it is taken: it trained the bridge,
         too.
+      draw: number of a further draw of layers by chance, another one for every seed; 0 = none.
       way: what is special: "prompt", "dgmr", "int8", or an edit of the data.
     """
 
@@ -83,6 +84,7 @@ class Arm(NamedTuple):
     after: tuple[str, str] = ("base", "base")
     way: str = ""
     chosen: tuple[str, str] = ("", "")
+    draw: int = 0
 
 
 def base() -> Iterator[Arm]:
@@ -138,16 +140,15 @@ def needed_search() -> Iterator[Arm]:
 def needed_arms() -> Iterator[Arm]:
     """The same, chosen by the bandit, greedily, by chance (several draws, as one may be lucky), and the last ones: what
     one would do who knows nothing of the model but that its first layers matter most."""
-    chance = np.random.default_rng(0)
     yield Arm("adapters", "phase=finetune", {"das.skips": "0"})
     for m in (M, 4):
         for name in (f"bandit m={m}", *((f"greedy m={m}",) if m == M else ())):
             yield Arm(name, "phase=finetune", {"das.skips": str(m)}, chosen=("search", name))
         yield Arm(f"random m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": "random"})
-        drawn = [sorted(chance.choice(8, m, replace=False).tolist()) for _ in range(2)]
-        given = {f"random m={m}, draw {number}": layers for number, layers in enumerate(drawn, 2)}
-        for name, layers in {**given, f"last m={m}": list(range(8 - m, 8))}.items():
-            yield Arm(name, "phase=finetune", {"das.skips": str(m), "das.remove": str(layers)})
+        for draw in (2, 3):
+            yield Arm(f"random m={m}, draw {draw}", "phase=finetune", {"das.skips": str(m)}, draw=draw)
+        last = str(list(range(8 - m, 8)))
+        yield Arm(f"last m={m}", "phase=finetune", {"das.skips": str(m), "das.remove": last})
 
 
 class Transfer(NamedTuple):
@@ -194,6 +195,10 @@ def settings(
     if kind != "base":
         after = task.model.format(seed=seed) if arm.after[0] == "base" else ""
         given["init_from"] = after or run_of(root, *arm.after, seed)
+    if arm.draw:
+        m = int(arm.leaves["das.skips"])
+        layers = np.random.default_rng((seed, m, arm.draw)).choice(8, m, replace=False)
+        given["das.remove"] = str(sorted(layers.tolist()))
     if all(arm.chosen):
         given["das.preferences"] = run_of(root, *arm.chosen, seed)
     variant = f"{task.variant}_base" if kind == "base" else ",".join(filter(None, (task.variant, arm.options)))

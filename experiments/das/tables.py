@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.dpn.tables import beside, by_arm, mean, told
+from experiments.dpn.tables import by_arm, mean, paired, told
 from experiments.ltmp.tables import circumstances
 from vtjax.viz import tables
 
@@ -100,15 +100,20 @@ def runs_of(records: Records, *kinds: str) -> dict[str, Records]:
     return {name: found for kind in kinds for name, found in by_arm(records, kind).items()}
 
 
-def difference(runs: Records, other: Records) -> str:
-    """`beside`, bootstrapped over questions and seeds; and from three seeds on the half width of the 95 % interval over
-    seeds alone, by Student's t: the bootstrap of so few seeds is too narrow."""
-    there = {r["seed"]: told(r).mean() for r in other}
-    each = [100 * (told(r).mean() - there[r["seed"]]) for r in runs if r["seed"] in there]
+def difference(runs: Records, *others: Records) -> str:
+    """`paired` over the seeds that all have, bootstrapped over questions and seeds; and from three seeds on the half
+    width of the 95 % interval over seeds alone, by Student's t: the bootstrap of so few seeds is too narrow. Of several
+    `others`, draws by chance, a question counts as often as it was answered rightly on average."""
+    there = [{r["seed"]: told(r) for r in other} for other in others]
+    shared = [r for r in runs if all(r["seed"] in seeds for seeds in there)]
+    pairs = [(told(r), np.mean([seeds[r["seed"]] for seeds in there], axis=0)) for r in shared]
+    if not pairs:
+        return ""
+    each = [100 * float((own - other).mean()) for own, other in pairs]
     if (n := len(each)) < 3:
-        return beside(runs, other)
+        return paired(pairs)
     half = stats.t.ppf(0.975, n - 1) * np.std(each, ddof=1) / n**0.5
-    return f"{beside(runs, other)}, t ± {half:.1f}"
+    return f"{paired(pairs)}, t ± {half:.1f}"
 
 
 def arms(records: Records) -> str:
@@ -137,16 +142,6 @@ def arms(records: Records) -> str:
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
 
-def side_by_side(own: Records, draws: list[Records]) -> tuple[Records, Records]:
-    """The seeds that all have, each with the questions of all draws behind each other, so that pairs stay pairs."""
-    there = [{r["seed"]: r["correct"] for r in runs} for runs in draws]
-    shared = [r for r in own if all(r["seed"] in seeds for seeds in there)]
-    return (
-        [{**r, "correct": r["correct"] * len(draws)} for r in shared],
-        [{**r, "correct": "".join(seeds[r["seed"]] for seeds in there)} for r in shared],
-    )
-
-
 def versus(records: Records) -> str:
     """The bandit's choice minus the other ways to choose as many layers."""
     found = by_arm(records, "arms")
@@ -157,7 +152,7 @@ def versus(records: Records) -> str:
             if own and name in found:
                 draws = [found[name], *(runs for other, runs in found.items() if other.startswith(f"{name}, draw"))]
                 shown = f"{name}, {len(draws)} draws" if len(draws) > 1 else name
-                rows.append((m, shown, difference(*side_by_side(own, draws))))
+                rows.append((m, shown, difference(own, *draws)))
     if not rows:
         return ""
     return tables.markdown(("m", "the bandit's choice minus", "points"), rows)

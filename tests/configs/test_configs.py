@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common, das, dgmr, dpn, ltmp, lvxattn, vit, vlm
+from configs import all_five, common, das, dgmr, dpn, ltmp, lvxattn, vit, vlm
 from vtjax import paths
 from vtjax.cli import assemble
 from vtjax.cli import config as config_lib
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 VARIANTS = [
     (module.__name__.rpartition(".")[2], name)
-    for module in (vit, ltmp, dgmr, vlm, dpn, lvxattn, das)
+    for module in (vit, ltmp, dgmr, vlm, dpn, lvxattn, das, all_five)
     for name in module.VARIANTS
 ]
 
@@ -111,12 +111,14 @@ def abstract_batch(config: config_lib.Config, task) -> dict[str, jax.ShapeDtypeS
 
 
 # The other published multimodal models differ from llava15_7b in their specs, which tests/experiments builds; smollm2
-# would decode its weights; and so with DPN in them.
+# would decode its weights; and so with DPN in them. Steps of all five begin from trained models
+# (tests/experiments/test_all_five.py).
 CHOSEN = {
     "vlm": ("tiny", "easyvqa", "llava15_7b"),
     "dpn": ("tiny",),
     "lvxattn": ("tiny",),
     "das": ("tiny", "fusion_tiny"),
+    "all_five": (),
 }
 STEPPED = [(name, variant) for name, variant in VARIANTS if name not in CHOSEN or variant in CHOSEN[name]]
 

@@ -381,6 +381,9 @@ def test_a_difference_says_its_interval_over_seeds_from_three_seeds_on() -> None
     assert tables.difference(runs(51, 52, 53), runs(50, 50, 50, 50)).startswith("+2.0 [")
     assert tables.difference(runs(51, 52, 53), runs(50, 50, 50, 50)).endswith("], t ± 2.5")
     assert tables.difference(runs(51, 52), runs(50, 50)).endswith("]")
+    # A draw by chance that is counted twice makes nothing more certain.
+    one = tables.difference(runs(51, 52, 53), runs(50, 50, 50))
+    assert one == tables.difference(runs(51, 52, 53), runs(50, 50, 50), runs(50, 50, 50))
 
 
 def test_planted_redundancy_is_found() -> None:

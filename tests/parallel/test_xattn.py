@@ -89,7 +89,7 @@ def test_padding_reaches_nothing_and_large_logits_stay_finite() -> None:
     ("change", "says"),
     [
         ({"strategy": "ring"}, "strategy must be one of auto, gather_q, .*, found 'ring'"),
-        ({"wire": "float64"}, "wire must be None or one of bfloat16, float32, found 'float64'"),
+        ({"wire": "bfloat16"}, "wire must be None or 'float32', found 'bfloat16'"),
         ({"axis": "model"}, "axis must be of the mesh, cp, found 'model'"),
         ({"q": jnp.zeros((1, 2, 3, 4))}, "query heads must be a multiple of key heads, found 3 and 2"),
         ({"k": jnp.zeros((1, 5, 2, 8))}, r"q, k, v must be .*, found \[1, 2, 4, 4\], \[1, 5, 2, 8\], \[1, 5, 2, 4\]"),

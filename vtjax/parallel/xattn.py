@@ -36,7 +36,6 @@ from vtjax.parallel.mesh import axes_size
 from vtjax.parallel.strategies import STRATEGIES
 
 EVERYTHING = 2**31 - 1
-WIRES = ("bfloat16", "float32")
 
 
 def cross_attention(
@@ -79,24 +78,25 @@ def cross_attention(
       slow: the first of several axes goes over a slow network, between slices of TPUs: queries enter a slice once, and
         parts are merged within slices before they leave them (spec section 6.6). With `strategy="gather_q"`, which
         "auto" then is.
-      wire: dtype in which partial outputs and gradients travel, "float32"; None = that of q. In bfloat16 each of n
-        parts is rounded once before the sum is (a ring's at every hop): with float32 results are rounded once, for a
-        third more bytes in the backward pass of "gather_q" and half as many more in the forward pass.
+      wire: dtype in which partial outputs and gradients travel that are summed where they arrive (of the gathering
+        strategies and of rings), "float32"; None = that of q. In bfloat16 each of n parts is rounded once before the
+        sum is (a ring's at every hop): with float32 results are rounded once, for a third more bytes in the backward
+        pass of "gather_q" and half as many more in the forward pass.
       hardware: for "auto", whose default is about a TPU v5e.
 
     Returns:
       In q's dtype. Rows that see nothing are 0 and have no gradients.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, an unknown strategy, kernel or axis, missing ids, or
+      ValueError: shapes or dtypes that do not fit together, an unknown strategy, kernel, wire or axis, missing ids, or
         key heads that do not divide over the devices with `strategy="ulysses"`.
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     _check(q, k, v, q_interval, kv_id, mesh, axes, strategy)
     if slow and (len(axes) < 2 or strategy not in ("auto", "gather_q", "replicated_q", "local")):
         raise ValueError(f"slow=True needs several axes and strategy='gather_q', found {axes} and {strategy!r}")
-    if wire is not None and wire not in WIRES:
-        raise ValueError(f"wire must be None or one of {', '.join(WIRES)}, found {wire!r}")
+    if wire not in (None, "float32"):
+        raise ValueError(f"wire must be None or 'float32', found {wire!r}")
     strategy = "gather_q" if slow and strategy == "auto" else strategy
     (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
     n = axes_size(mesh, axes)
