@@ -231,6 +231,9 @@ def test_a_workdir_brings_its_config_back(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(older))
     with pytest.raises(InputError, match="config.optim.lr must be there, found no such leaf"):
         config_lib.of_workdir(str(tmp_path), {}).optim.lr  # noqa: B018
+    with pytest.raises(InputError, match="^config.optim.lr must be there"):
+        config_lib.of_workdir(str(tmp_path), {}).optim["lr"]
+    assert config.get("nothing", 3) == 3 and "nothing" not in config
     assert not hasattr(config, "nothing")
     for damaged in ("{", "[]", "\x00"):
         (tmp_path / "config.json").write_text(damaged)

@@ -70,8 +70,10 @@ ALIASES = {
 """Other words for the last part of a leaf's name, for the hint about a leaf that does not exist."""
 
 
-class MissingLeaf(InputError, AttributeError):
+class MissingLeaf(InputError, AttributeError, KeyError):
     """Code reads a leaf that a config has not."""
+
+    __str__ = Exception.__str__  # not a KeyError's, which quotes
 
 
 class Config(ConfigDict):
@@ -87,7 +89,10 @@ class Config(ConfigDict):
         self.lock()
 
     def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
+        try:
+            value = super().__getitem__(key)
+        except KeyError as error:
+            raise self._missing(key) from error
         # Dotted keys come back here one part at a time.
         if "." not in key and not isinstance(value, ConfigDict):
             self._record.read.add(f"{self._prefix}{key}")
@@ -99,10 +104,13 @@ class Config(ConfigDict):
         except AttributeError as error:
             if name.startswith("_"):
                 raise
-            raise MissingLeaf(
-                f"config.{self._prefix}{name} must be there, found no such leaf: a run may be older than it; then "
-                f"--config=FILE.py:VARIANT beside --workdir brings it"
-            ) from error
+            raise self._missing(name) from error
+
+    def _missing(self, name: str) -> MissingLeaf:
+        return MissingLeaf(
+            f"config.{self._prefix}{name} must be there, found no such leaf: a run may be older than it; then "
+            f"--config=FILE.py:VARIANT beside --workdir brings it"
+        )
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As `ConfigDict.to_dict`; writing a config down is not reading its leaves."""
