@@ -364,7 +364,7 @@ def divergence(known: jax.Array, logits: jax.Array, batch: Any) -> jax.Array:
     """Kullback-Leibler divergence from the teacher's words, mean over the learned slots."""
     weight = (batch["learned"] >= 0).astype(jnp.float32)
     each = losses.divergence(known.reshape(-1, known.shape[-1]), logits.reshape(-1, logits.shape[-1]))
-    return (each.reshape(weight.shape) * weight).sum() / jnp.maximum(weight.sum(), 1.0)
+    return jnp.where(weight > 0, each.reshape(weight.shape), 0.0).sum() / jnp.maximum(weight.sum(), 1.0)
 
 
 def relaxed(params: Any, amount: float) -> Any:

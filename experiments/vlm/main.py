@@ -125,7 +125,9 @@ def asked(model: VLM, params: Any, batch: Any, knobs: Any = None) -> Asked:
     loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, :, None], axis=-1)[:, :, 0]
     wrong = (logits.argmax(-1) != labels).astype(jnp.float32)
     weights, count = weights * (batch["learned"] >= 0), batch["question"].shape[1]
-    losses, mistakes = (packing.per_question(x * weights, segments, count) for x in (loss, wrong))
+    # Slots that do not count may be of tokens that are gone, whose logits are NaN.
+    counted = (jnp.where(weights > 0, x, 0.0) * weights for x in (loss, wrong))
+    losses, mistakes = (packing.per_question(x, segments, count) for x in counted)
     asked = (batch["question"] >= 0).astype(jnp.float32)
     return Asked(asked, losses, (mistakes == 0) * asked, logits, aux)
 

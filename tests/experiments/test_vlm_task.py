@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ def vtjax(capsys: Any, *arguments: str) -> dict[str, Any]:
 
 def config(name: str = CONFIG, **overrides: Any) -> config_lib.Config:
     return config_lib.load_config(name, overrides={k.replace("__", "."): str(v) for k, v in overrides.items()})
+
+
+def test_what_does_not_count_may_be_nan() -> None:
+    """Logits of padding: of a token that is gone they are NaN. Those of a learned token make the loss NaN."""
+    logits = np.zeros((2, 2, 5), np.float32)
+    logits[:, 1] = np.nan
+    rows = {"labels": [0, 3, 0], "weights": [0.0, 1.0, 1.0], "segments": [1, 1, 1]}
+    batch = {name: np.asarray([row, row]) for name, row in rows.items()}
+    batch |= {"learned": np.array([[1, -1], [1, 2]]), "question": np.array([[0], [1]])}
+    batch |= {name: np.zeros((2, 3)) for name in ("positions", "input_ids", "images")}
+    model: Any = types.SimpleNamespace(apply=lambda *given, **more: (logits, {}))
+    found = experiment.asked(model, None, batch)
+    np.testing.assert_allclose(found.loss[0], [np.log(5)], rtol=1e-6)
+    assert np.isnan(found.loss[1]).all() and np.asarray(found.right).tolist() == [[0.0], [0.0]]
 
 
 def test_a_run_its_stages_and_an_answer(tmp_path, capsys):

@@ -167,6 +167,29 @@ def test_logits_of_wanted_slots_are_those_of_all():
     np.testing.assert_allclose(found, np.asarray(whole)[:, [5, 0, 2]], atol=1e-6)
 
 
+class WithoutThird:
+    """Drops token 2; the others move up."""
+
+    keeps_slots = False
+
+    def __call__(self, tokens, aux, knobs):
+        source = jnp.broadcast_to(jnp.asarray([0, 1, -1, 2, 3, 4]), tokens.x.shape[:2])
+        return tokens.replace(x=jnp.delete(tokens.x, 2, axis=1), source=source), {}
+
+
+def test_the_logits_of_a_token_that_is_gone_are_nan_and_stop_no_gradient():
+    model, slots = LM(SPEC, reducers=((0, WithoutThird()),)), np.array([[5, 2, 0]] * len(IDS))
+
+    def value(p):
+        y, aux = model.apply(p, IDS, slots=slots)
+        return jnp.where(jnp.isnan(y), 0.0, jax.nn.log_softmax(y)).sum(), (y, model.logits(p, aux["tokens"].x))
+
+    slope, (found, left) = jax.jit(jax.grad(value, has_aux=True))(PARAMS)
+    assert np.isnan(found[:, 1]).all()
+    np.testing.assert_allclose(found[:, ::2], np.asarray(left)[:, [4, 0]], atol=1e-6)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+
+
 def test_a_model_that_cannot_run_is_refused():
     with pytest.raises(InputError, match=r"attention_mask must be \[B, N\], found \[6\]"):
         check_mask(np.ones(6, np.int32))

@@ -150,7 +150,7 @@ class LM:
 
         Returns:
           logits: float32, of the wanted slots, or of every slot that left the last block (M = N unless a reducer took
-            some); padding's mean nothing.
+            some); padding's mean nothing, those of a wanted token that is gone are NaN.
           aux: `features [B,M,D]` (after the final norm), `tokens` (the Tokens that left the last block) and `blocks`
             (one dict per layer).
 
@@ -162,10 +162,15 @@ class LM:
         tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, segments, memory, lattice)
         tokens, blocks = self._run(params, tokens, knobs, want)
         x = self._norm(params, tokens.x)
-        if slots is not None and tokens.source is not None:
-            slots = jnp.maximum(jnp.take_along_axis(tokens.source, jnp.asarray(slots), axis=1), 0)
-        wanted = x if slots is None else jnp.take_along_axis(x, jnp.asarray(slots)[:, :, None], axis=1)
-        return self._logits(params, wanted), {"features": x, "tokens": tokens, "blocks": blocks}
+        aux = {"features": x, "tokens": tokens, "blocks": blocks}
+        if slots is None:
+            return self._logits(params, x), aux
+        slots, gone = jnp.asarray(slots), None
+        if tokens.source is not None:
+            slots = jnp.take_along_axis(tokens.source, slots, axis=1)
+            gone, slots = slots < 0, jnp.maximum(slots, 0)
+        logits = self._logits(params, jnp.take_along_axis(x, slots[:, :, None], axis=1))
+        return logits if gone is None else jnp.where(gone[:, :, None], jnp.nan, logits), aux
 
     def prefill(
         self,
