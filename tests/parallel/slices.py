@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `test_slices.py` runs on eight CPU devices, as two slices of four: prints JSON, the largest error against the
-local form in float64 and the elements that go over the slow axis."""
+local form in float64 and the elements that go over the slow axis; then what a bfloat16 model exchanges, by `wire`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from vtjax.parallel.xattn import cross_attention
 
+EXCHANGED = r"stablehlo.all_to_all.* : \(tensor<([\dx]+)x(\w+)>\) ->"
 SLOW = r"replica_groups=\{\{0,4\}"
 
 
@@ -54,6 +55,23 @@ def main() -> None:
             shapes = re.findall(r"f64\[([\d,]+)\]", line.split(" all-")[0])
             elements += sum(math.prod(map(int, shape.split(","))) for shape in shapes)
         print(json.dumps({"slow": slow, "error": error, "over": len(over), "elements": elements}), flush=True)
+
+    def lowered(wire: str | None, slow: bool) -> str:
+        def total(q: Any, k: Any, v: Any) -> Any:
+            o = cross_attention(
+                q, k, v, mesh=mesh, axis=("slice", "context"), q_interval=interval, kv_id=number, strategy="gather_q",
+                slow=slow, wire=wire,
+            )  # fmt: skip
+            return o.astype(jnp.float32).sum()
+
+        return jax.jit(jax.grad(total, (0, 1, 2))).lower(*(x.astype(jnp.bfloat16) for x in (q, k, v))).as_text()
+
+    for slow in (False, True):
+        for wire in (None, "float32"):
+            found = re.findall(EXCHANGED, lowered(wire, slow))
+            # Parts `[n, B, rows, heads, d]`, statistics of rows `[n, B, rows, heads]`.
+            parts, rest = ([dtype for shape, dtype in found if shape.count("x") == rank - 1] for rank in (5, 4))
+            print(json.dumps({"slow": slow, "wire": wire, "parts": parts, "statistics": rest}), flush=True)
 
 
 if __name__ == "__main__":
