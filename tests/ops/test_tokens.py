@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that no block can have made are refused, with one line, where their values are known."""
+"""Tokens that no block can have made are refused, with one line, where their values are known; how they are moved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from vtjax.errors import InputError
 from vtjax.methods import ltmp
-from vtjax.ops.tokens import Tokens, check_tokens
+from vtjax.ops.tokens import Tokens, check_tokens, to_front
 
 
 def tokens(**fields: Any) -> Tokens:
@@ -77,3 +77,11 @@ def test_under_jit_only_shapes_are_looked_at() -> None:
     check_tokens(good, 1)
     check_tokens(Tokens(good.x), 1)
     jax.jit(lambda t: check_tokens(t, 1))(changed("alive", 0, 0, 0))
+
+
+def test_what_is_kept_moves_to_the_front_in_its_order() -> None:
+    kept = jnp.array([[False, True, False, True], [True, True, True, False]])
+    moved = to_front(kept, 3)
+    ids = jnp.arange(8).reshape(2, 4)
+    np.testing.assert_array_equal(moved(ids), [[1, 3, 0], [4, 5, 6]])
+    np.testing.assert_array_equal(moved(jnp.stack([ids, -ids], -1))[..., 1], -moved(ids))

@@ -35,7 +35,7 @@ from vtjax.models.lm import counted
 from vtjax.models.vlm import VLM
 from vtjax.ops import cross_attention
 from vtjax.ops.cross_attention import Memory
-from vtjax.ops.tokens import Tokens
+from vtjax.ops.tokens import Tokens, to_front
 
 
 class Rooms(NamedTuple):
@@ -211,9 +211,8 @@ def packed(memory: Memory, size: int) -> Memory:
     assert memory.x is not None
     if size == memory.number.shape[1]:
         return memory
-    order = jnp.argsort(memory.number <= 0, axis=1, stable=True)[:, :size]
-    number, position = (jnp.take_along_axis(a, order, axis=1) for a in (memory.number, memory.position))
-    x = jnp.take_along_axis(memory.x, order[:, :, None], axis=1)
+    moved = to_front(memory.number > 0, size)
+    x, number, position = moved(memory.x), moved(memory.number), moved(memory.position)
     return dataclasses.replace(memory, x=x, number=number, position=position, holder=None)
 
 

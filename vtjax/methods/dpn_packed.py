@@ -22,7 +22,7 @@ from vtjax.errors import InputError
 from vtjax.methods import dpn
 from vtjax.models.vlm import VLM
 from vtjax.ops.pooling_experts import WINDOWS
-from vtjax.ops.tokens import Tokens
+from vtjax.ops.tokens import Tokens, to_front
 from vtjax.spec import VLMSpec
 
 
@@ -61,16 +61,10 @@ def packed(tokens: Tokens, columns: int, room: int) -> Tokens:
     if tokens.source is not None:
         known = jnp.take_along_axis(rank, jnp.maximum(tokens.source, 0), axis=1)
         source = jnp.where(tokens.source >= 0, known, -1)
-    order = jnp.argsort(~kept, axis=1, stable=True)[:, :room]
-
-    def moved(a: Array) -> Array:
-        return jnp.take_along_axis(a, order, axis=1)
-
-    lost = kept.sum(1) > room
+    moved, lost = to_front(kept, room), kept.sum(1) > room
     there = moved(kept)
-    x = jnp.take_along_axis(tokens.x, order[:, :, None], axis=1)
     return tokens.replace(
-        x=jnp.where(lost[:, None, None], jnp.nan, x),
+        x=jnp.where(lost[:, None, None], jnp.nan, moved(tokens.x)),
         alive=moved(alive),
         source=jnp.minimum(source, room - 1),
         position=None if tokens.position is None else moved(tokens.position),

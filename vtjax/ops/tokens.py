@@ -7,6 +7,7 @@ Letters: B batch, N token slots, N0 original tokens, D width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,6 +81,12 @@ class Tokens:
 jax.tree_util.register_dataclass(
     Tokens, data_fields=["x", "size", "alive", "source", "position", "segment", "memory", "lattice"], meta_fields=[]
 )
+
+
+def to_front(kept: Bool[Array, "B N"], room: int) -> Callable[[Array], Array]:
+    """`[B, N, ...] -> [B, room, ...]`: in every row what is kept, in its order, and behind it the rest."""
+    order = jnp.argsort(~kept, axis=1, stable=True)[:, :room]
+    return lambda a: jnp.take_along_axis(a, order.reshape(*order.shape, *(1,) * (a.ndim - 2)), axis=1)
 
 
 def check_tokens(tokens: Tokens, prefix: int, **scores: Array) -> None:
