@@ -213,6 +213,8 @@ def check(config: ConfigDict, phases: tuple[str, ...]) -> None:
             raise InputError(f"config.das.{name} must be {least} or more, found {settings[name]}")
     if (where := settings["preferences"]) and not paths.is_workdir(where):
         raise InputError(f"config.das.preferences must be the workdir of a search, found {where!r}")
+    if not config.init_from and settings["phase"] != "full" and checkpoint.begun(config.workdir) is None:
+        print("config.init_from is empty: adapters go into a model that nothing has trained", file=sys.stderr)
 
 
 def style_of(config: ConfigDict) -> Style:
@@ -264,7 +266,10 @@ def chosen(config: ConfigDict, arms: int) -> tuple[int, ...]:
     """
     wanted, m = config.das.remove, config.das.skips
     if wanted not in ("search", "random"):
-        return skip_list(wanted, arms)
+        try:
+            return skip_list(wanted, arms)
+        except InputError as error:
+            raise InputError(f"config.das.remove, layers counted from 0: {error}") from None
     if not 0 <= m <= arms:
         raise InputError(f"config.das.skips must be in 0..{arms} (the arms), found {m}")
     if wanted == "random":

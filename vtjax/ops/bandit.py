@@ -125,7 +125,8 @@ def check_subsets(arms: int, skips: int, candidates: int) -> None:
     """Raises ValueError where n arms do not have c different subsets of m: the release would look for them forever."""
     if math.comb(arms, skips) < max(candidates, 1):
         raise ValueError(
-            f"{candidates} candidates need as many subsets, found {math.comb(arms, skips)} of {skips} of {arms} arms"
+            f"{candidates} candidates need as many subsets, found {math.comb(arms, skips)} of {skips} of {arms} arms; "
+            f"fewer candidates or another number of skips have them"
         )
 
 

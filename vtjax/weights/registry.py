@@ -162,7 +162,7 @@ def _download(name: str, hub: str, wheel: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub, allow_patterns=_PATTERNS))
     except Exception as error:  # offline, unknown or gated repository: each version of the hub raises its own types
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:80]
         raise InputError(
             f"{looked}, and the hub did not give {hub} ({type(error).__name__}: {reason}); {put}"
         ) from None
