@@ -197,22 +197,20 @@ def kernels(records: Records) -> str:
 
 
 def temp(records: Records) -> str:
-    """Temporary memory of the stack."""
-    used = latest(of_kind(records, "temp"), ("topology", "strategy", "mode", "keys"))
-    rows = [
-        (
-            r["topology"],
-            r["strategy"],
-            r["keys"],
-            r["mode"],
-            round(r["temp_bytes"] / 2**20) if "temp_bytes" in r else "does not fit",
-        )
-        for r in used
-    ]
-    if not rows:
+    """Temporary memory of the stack, with gradients of the visual tokens as XLA adds them, and in turn."""
+    found = {
+        (r["topology"], r["strategy"], r["keys"], r["mode"], r.get("turns", False)): r for r in of_kind(records, "temp")
+    }
+    if not found:
         return ""
-    header = ("topology", "strategy", "S_K", "recomputed", "temporaries, MiB")
-    return tables.markdown(header, rows) + "\n\n" + circumstances(used)
+
+    def cell(r: dict[str, Any] | None) -> str:
+        return "" if r is None else f"{r['temp_bytes'] / 2**20:,.0f}" if "temp_bytes" in r else "does not fit"
+
+    cases = dict.fromkeys(case[:-1] for case in found)
+    rows = [(*case, *(cell(found.get((*case, turns))) for turns in (False, True))) for case in cases]
+    header = ("topology", "strategy", "S_K", "recomputed", "temporaries, MiB", "in turn, MiB")
+    return tables.markdown(header, rows) + "\n\n" + circumstances(list(found.values()))
 
 
 def longest(records: Records) -> str:

@@ -75,3 +75,17 @@ def test_visual_tokens_take_the_place_of_placeholders():
     at = jnp.array([[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]], bool)
     np.testing.assert_array_equal(splice.splice(x, at, visual)[..., 0], [[0, 1, 2, 0, 3], [0, 0, 0, 5, 0]])
     assert splice.places(at, 3).tolist() == [[1, 2, 4], [3, 0, 0]]
+
+
+def test_gradients_in_turn_are_the_gradients() -> None:
+    """Layers that read the same visual tokens and hand them on."""
+    x, y = jnp.arange(4.0), jnp.linspace(1.0, 2.0, 4)
+
+    def loss(x: jax.Array, y: jax.Array, turns: bool) -> jax.Array:
+        for number in range(3):
+            x, y = cross_attention.in_turn(x, y) if turns else (x, y)
+            x = jnp.sin(x * y + number)
+        return x.sum()
+
+    plain, turned = (jax.jit(jax.value_and_grad(lambda x, y, t=t: loss(x, y, t), (0, 1)))(x, y) for t in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, turned)

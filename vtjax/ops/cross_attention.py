@@ -129,3 +129,22 @@ def interval(placeholder: Bool[Array, "B N"], sees: str) -> tuple[Int[Array, "B 
     begins = placeholder & ~jnp.pad(placeholder, ((0, 0), (1, 0)))[:, :-1]
     first = jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
     return jnp.maximum(first, 1), count
+
+
+@jax.custom_vjp
+def in_turn(x: Array, y: Array) -> tuple[Array, Array]:
+    """`(x, y)` as they are, for a layer that reads `y` and hands it on to the next: in the backward pass what the layer
+    adds to the gradient of `y` is added before the layers in front of it begin.
+
+    Without it XLA adds the parts of all layers at once and keeps them until then: copies of `y` by the dozen, next to
+    which what recomputation saves is little (experiments/lvxattn, "Memory"). Only where the gradient of `y` is wanted:
+    it is computed then, needed or not.
+    """
+    return x, y
+
+
+def _in_turn_back(_: None, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jax.lax.optimization_barrier(gradients)
+
+
+in_turn.defvjp(lambda x, y: ((x, y), None), _in_turn_back)
