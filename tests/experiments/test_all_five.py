@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose
 import vtjax
 from experiments.all_five import main as five
 from experiments.all_five import steps
+from experiments.all_five import tables as five_tables
 from experiments.vlm import main as vlm
 from vtjax import methods, weights
 from vtjax.cli import assemble
@@ -23,6 +24,7 @@ from vtjax.errors import InputError
 from vtjax.methods import das, dpn, ltmp
 from vtjax.ops import cross_attention
 from vtjax.train import loop
+from vtjax.viz import tables
 
 CONFIG = "configs/all_five.py"
 
@@ -135,11 +137,11 @@ def test_what_the_tower_dropped_is_not_pooled_and_the_rest_lies_on_its_grid(whol
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Workdir and result of every step."""
+    """Workdir, where `steps` looks for it, and result of every step."""
     root, before, found = tmp_path_factory.mktemp("five"), "", {}
     for add in five.STEPS:
-        _, result = trained(config_of(add, root / add, before))
-        before = root / add
+        _, result = trained(config_of(add, root / f"{add}_0", before))
+        before = root / f"{add}_0"
         found[add] = before, result
     return found
 
@@ -217,6 +219,20 @@ def test_the_last_run_of_the_chain_is_loaded_and_generates_what_it_reads(chain):
     m = vtjax.load(chain["das"][0])
     assert five.present(m.spec) == ["dgmr", "ltmp", "dpn", "das"]
     says_what_it_reads(m)
+
+
+@pytest.mark.slow
+def test_times_of_the_chain_have_the_models_whose_tokens_are_gone(chain, tmp_path):
+    """Which say what the masked ones say, or the command fails."""
+    words = "time", "--variant=tiny", "--batch=4", "--rounds=1", f"--runs={chain['das'][0].parent}"
+    assert steps.main([*words, f"--out={tmp_path / 'steps.jsonl'}"]) == 0
+    (found,) = tables.read_jsonl(tmp_path / "steps.jsonl")
+    states = ("", ", tokens gone", ", counts fixed")
+    forms = [f"{add}{state}" for add in ("ltmp", "dpn", "das") for state in states]
+    assert list(found["time_ratio"]) == ["base", "dgmr", *forms] and found["time_ratio"]["base"] == 1.0
+    assert all(ratio > 0 for ratio in found["time_ratio"].values())
+    shown = five_tables.time([found]).splitlines()
+    assert [line.split(" | ")[0][2:] for line in shown[4:7]] == [f"+ LTMP{state}" for state in states]
 
 
 @pytest.mark.slow
