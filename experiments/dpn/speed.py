@@ -204,10 +204,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(GRIDS))
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--visual", type=int, nargs="*", help="numbers of visual tokens, of those that are measured")
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(exist_ok=True)
     for grid in GRIDS[options.what]:
+        if options.visual and grid[0] * grid[1] not in options.visual:
+            continue
         if options.what == "throughput":
             cases = iter([many(options.what, grid, options.rounds)])
         else:
