@@ -219,6 +219,7 @@ def test_a_search_that_was_cut_off_goes_on_as_if_it_had_not(base: Path, found: P
     jax.tree.map(np.testing.assert_array_equal, extra_of(tmp_path), extra_of(found))
 
 
+@pytest.mark.slow
 def test_a_search_that_was_composed_is_started_again(tmp_path: Path, capsys: Any) -> None:
     """Without a run that it starts from: its result stands; without result and last checkpoint it is made again."""
     run = [f"--config={CONFIG},steps=4", *options(das__warmup=1, das__every=1, checkpoint__every=2)]

@@ -24,6 +24,7 @@ def given():
     return config, task, first_examples(data, "eval", 4)
 
 
+@pytest.mark.slow  # the forms themselves: tests/methods/test_dpn.py
 def test_both_sides_answer_the_question_alone(given):
     config, task, rows = given
     short, whole = deploy_lib.deploy(config, task, rows, None)
