@@ -144,23 +144,26 @@ def arm_run(name: str, seed: int, kind: str = "arms") -> str:
 def dense(seed: int, kind: str = "arms") -> dict[str, Any]:
     """Trains the dense model of a seed, or finds it done. One that does not read every type of question yet goes on
     for a thousand steps more: seeds begin to read marks at different times."""
-    workdir, result = dense_run(seed, kind), dict[str, Any]()
-    own = Path(workdir, "config.json")
-    begun = config_lib.of_workdir(workdir, {}).steps if own.exists() else 0
-    config = None
-    for steps in LENGTHS if kind != "easyvqa" else (0,):
-        if kind == "easyvqa":
-            given = {"seed": str(seed), "model.decoder.depth": "8"}
-            config = config_lib.load_config("configs/vlm.py", "easyvqa", given)
-        elif steps < begun or learnt(result):
-            continue
-        else:
-            given = {"seed": str(seed), "allow_config_change": str(begun > 0).lower()}
-            config = config_lib.load_config(CONFIG, f"sortofclevr_dense,steps={steps}", given)
-        config_lib.override(config, "workdir", workdir)
-        task, data = assemble.assemble(config)
-        result, begun = loop.train(task, data, config, workdir), steps
-    assert config is not None
+    workdir = dense_run(seed, kind)
+    if kind == "easyvqa":
+        given = {"seed": str(seed), "model.decoder.depth": "8"}
+        return trained(config_lib.load_config("configs/vlm.py", "easyvqa", given), workdir)
+    begun = config_lib.of_workdir(workdir, {}).steps if Path(workdir, "config.json").exists() else 0
+    found: dict[str, Any] = {}
+    for steps in [steps for steps in LENGTHS if steps >= begun]:
+        given = {"seed": str(seed), "allow_config_change": str(begun > 0).lower()}
+        found = trained(config_lib.load_config(CONFIG, f"sortofclevr_dense,steps={steps}", given), workdir)
+        if learnt(found):
+            break
+        begun = steps
+    return found
+
+
+def trained(config: config_lib.Config, workdir: str) -> dict[str, Any]:
+    """Trains a dense model, or finds it done: its figures."""
+    config_lib.override(config, "workdir", workdir)
+    task, data = assemble.assemble(config)
+    result = loop.train(task, data, config, workdir)
     kept = ("params", "params_sha256", "loss", "count")
     return {"steps": config.steps, **{k: v for k, v in result.items() if k in kept or k.startswith("top1")}}
 

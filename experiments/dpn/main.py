@@ -182,7 +182,7 @@ def teacher_init(config: ConfigDict) -> Any:
 def drawn(spec: VLMSpec, key: jax.Array, index: jax.Array) -> jax.Array:
     """Experts of every row at random, `[B, M]`, by its number in the split: any that leaves enough tokens."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.maximum(index, 0))
-    areas = jnp.asarray([height * width for height, width in ops.WINDOWS])
+    areas = jnp.asarray(ops.AREAS)
     count, choices = jnp.full(index.shape, math.prod(spec.grid)), []
     for stage, (_, reducer) in enumerate(dpn.reducers(spec)):
         open_ = ops.allowed(count, reducer.least)

@@ -38,7 +38,7 @@ def build(config: ConfigDict) -> Task:
     """
     check_choice("config.attend.strategy", config.attend.strategy, ("auto", *STRATEGIES))
     check_choice("config.attend.kernel", config.attend.kernel, ("auto", *kernels.KERNELS))
-    check_choice("config.attend.wire", config.attend.get("wire", ""), ("", "float32"))
+    check_choice("config.attend.wire", config.attend.wire, ("", "float32"))
     check_choice("config.data.name", config.data.name, ("", "needle"))
     task = vlm.build(config, **distributed(config))
     spec: Any = task.spec
@@ -71,7 +71,7 @@ def build(config: ConfigDict) -> Task:
 def distributed(config: ConfigDict) -> dict[str, Any]:
     """The options of `VLM` by which frames and attention are distributed over the ambient mesh."""
     options = {name: config.attend[name] for name in ("strategy", "check_vma", "kernel")}
-    options["wire"] = config.attend.get("wire") or None
+    options["wire"] = config.attend.wire or None
     slices = config.mesh.slice > 1
     axis = ("slice", "context") if slices else "context"
     return {

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.ltmp.tables import circumstances
 from experiments.lvxattn import needle, needle_time
-from experiments.lvxattn.exactness import TOLERANCES
+from experiments.lvxattn.exactness import TOLERANCES, judged, missed
 from vtjax.parallel import strategies
 from vtjax.viz import tables
 
@@ -81,19 +81,13 @@ def paper_bytes() -> str:
 def exactness(records: Records) -> str:
     """The worst of all strategies and masks by type; numbers of devices at which a tolerance is missed apart."""
     used = sorted(latest(records, ("n", "dtype")), key=lambda r: r["n"])
-
-    def judged(r: dict[str, Any]) -> list[dict[str, float]]:
-        # The plain equations round scaled queries to bfloat16.
-        return [e for s, e in r["worst"].items() if s != "gspmd" or not r["dtype"].startswith("bfloat16")]
-
     groups: dict[tuple[str, bool], Records] = {}
     for dtype in TOLERANCES:
         for r in (r for r in used if r["dtype"] == dtype):
-            missed = any(not x <= r["tolerance"] for e in judged(r) for x in e.values())
-            groups.setdefault((dtype, missed), []).append(r)
+            groups.setdefault((dtype, bool(missed(r))), []).append(r)
     rows: list[tuple[Any, ...]] = []
-    for (dtype, missed), found in groups.items():
-        errors = [e for r in found for e in judged(r)]
+    for (dtype, above), found in groups.items():
+        errors = [e for r in found for e in judged(r).values()]
         worst = (f"{max(e[name] for e in errors):.1e}" for name in QUANTITIES)
         few = [max(e for s, e in r["few"].items() if s != "gspmd") for r in found if "few" in r]
         weights = [max(r["weights"].values()) for r in found if "weights" in r]
@@ -104,7 +98,7 @@ def exactness(records: Records) -> str:
                 f"{sum(r['cases'] for r in found):,}",
                 *worst,
                 f"{max(weights):.1e}" if weights else "",
-                f"{found[0]['tolerance']:.0e}{', **missed**' if missed else ''}",
+                f"{found[0]['tolerance']:.0e}{', **missed**' if above else ''}",
                 f"{max(few):.1e}" if few else "",
             )
         )

@@ -156,7 +156,7 @@ def test_bad_input_is_one_line(given, says):
     # Not by `apply`, whose annotations the tests check before it looks itself.
     arguments = dict.fromkeys(("input_ids", "attention_mask", "embeddings", "positions")) | given
     with pytest.raises(InputError, match=says) as error:
-        MODEL._enter(PARAMS, **arguments)
+        MODEL.enter(PARAMS, **arguments)
     assert "\n" not in str(error.value)
 
 

@@ -31,7 +31,6 @@ from vtjax.methods import das, dpn, dpn_deploy, ltmp
 from vtjax.methods.ltmp_deploy import least
 from vtjax.models import segments
 from vtjax.models.layers import Knobs
-from vtjax.models.lm import counted
 from vtjax.models.vlm import VLM
 from vtjax.ops import cross_attention
 from vtjax.ops.cross_attention import Memory
@@ -132,19 +131,8 @@ class Crossed:
         more = {"knobs": knobs, "slots": slots}
         model, params = self._cut(), jax.tree.map(jnp.asarray, params)
         entered, seen = model.enter(params, input_ids, images, attention_mask=attention_mask, **given)
-        alive = None if segments is None else (jnp.asarray(segments) >= 0).astype(jnp.float32)
-        if attention_mask is not None:
-            alive = jnp.asarray(attention_mask).astype(jnp.float32)
-            positions = counted(alive) if positions is None else positions
-        position, segment = (None if a is None else jnp.asarray(a) for a in (positions, segments))
-        tokens = Tokens(
-            entered["embeddings"],
-            alive=alive,
-            position=position,
-            segment=segment,
-            memory=entered["memory"],
-            lattice=entered.get("lattice"),
-        )
+        text = entered["embeddings"], positions, segments, entered["memory"], entered.get("lattice")
+        tokens = model.lm.enter(model.decoder_params(params), None, attention_mask, *text)
         x, choice, read = self._decoder(params, tokens, knobs or {})
         rows = x if slots is None else jnp.take_along_axis(x, jnp.asarray(slots)[:, :, None], axis=1)
         done = model.lm.logits(params["decoder"], rows), choice, read

@@ -33,7 +33,7 @@ from vtjax.methods import slots
 from vtjax.models.vlm import VLM
 from vtjax.ops import cross_attention
 from vtjax.ops import pooling_experts as ops
-from vtjax.ops.pooling_experts import WINDOWS
+from vtjax.ops.pooling_experts import AREAS, WINDOWS
 from vtjax.ops.tokens import Lattice, Tokens
 from vtjax.spec import Lineage, VLMSpec
 from vtjax.spec import settings as settings_text
@@ -470,7 +470,7 @@ def expected_macs(
     Args:
       text, visual: live tokens in front of the first layer.
     """
-    areas = jnp.asarray([height * width for height, width in WINDOWS], jnp.float32)
+    areas = jnp.asarray(AREAS, jnp.float32)
     apart = spec.bridge.cross is not None
     found, total = costs(spec), jnp.float32(0)
     share, square = jnp.ones_like(text), jnp.ones_like(text)  # of the visual tokens: E[n] / n, E[n^2] / n^2

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from vtjax.errors import InputError
 from vtjax.methods import dpn
 from vtjax.models.vlm import VLM
-from vtjax.ops.pooling_experts import WINDOWS
+from vtjax.ops.pooling_experts import AREAS
 from vtjax.ops.tokens import Tokens, to_front
 from vtjax.spec import VLMSpec
 
@@ -107,6 +107,6 @@ def cuts(spec: VLMSpec, paths: Sequence[Sequence[int]]) -> tuple[int, ...]:
     stages = len(dpn.reducers(spec))
     if not paths:
         return (0,) * stages
-    areas = np.array([height * width for height, width in WINDOWS])
+    areas = np.array(AREAS)
     left = math.prod(spec.grid) // np.cumprod(areas[np.array(paths)], axis=1).min(0)
     return tuple(int(n) for n in -np.diff(left, prepend=math.prod(spec.grid)))

@@ -38,7 +38,7 @@ from vtjax.models import generate as generate_lib
 from vtjax.models.cache import Cache
 from vtjax.models.segments import block_name
 from vtjax.models.vlm import VLM
-from vtjax.ops.pooling_experts import WINDOWS
+from vtjax.ops.pooling_experts import AREAS, WINDOWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Switch:
             return done._replace(choice=np.asarray(done.choice))
         assert self.keep is not None
         choice = np.asarray(done.choice)
-        areas = np.array([height * width for height, width in WINDOWS])
+        areas = np.array(AREAS)
         left = self.model.spec.visual_tokens // np.cumprod([1, *areas[choice[0]]])
         return done._replace(choice=choice, cache=self._cut(done.cache, rows.asks.shape[1] + self.keep + left))
 

@@ -159,7 +159,7 @@ class LM:
             the values are known, which they are not inside `jit`), shapes that do not fit, both or neither of ids and
             embeddings, an unknown name in `want`, a block whose `reduce` names a reducer that the model was not given.
         """
-        tokens = self._enter(params, input_ids, attention_mask, embeddings, positions, segments, memory, lattice)
+        tokens = self.enter(params, input_ids, attention_mask, embeddings, positions, segments, memory, lattice)
         tokens, blocks = self._run(params, tokens, knobs, want)
         x = self._norm(params, tokens.x)
         aux = {"features": x, "tokens": tokens, "blocks": blocks}
@@ -197,7 +197,7 @@ class LM:
         Raises:
           InputError: as `apply`, and where the prompt and the room are longer than the spec's context.
         """
-        entered = self._enter(params, input_ids, attention_mask, embeddings, positions, None, memory, lattice)
+        entered = self.enter(params, input_ids, attention_mask, embeddings, positions, None, memory, lattice)
         if room < 0 or entered.x.shape[1] + room > self.spec.context:
             raise InputError(
                 f"prompt and new tokens must fit the model's context of {self.spec.context}, "
@@ -244,7 +244,7 @@ class LM:
         """Embedding of token ids, in the compute dtype."""
         return jnp.asarray(params["embed"]["tokens"])[jnp.asarray(input_ids)].astype(self.dtype)
 
-    def _enter(
+    def enter(
         self,
         params: Params,
         input_ids: Any,
@@ -255,7 +255,8 @@ class LM:
         memory: Memory | None = None,
         lattice: Lattice | None = None,
     ) -> Tokens:
-        """The tokens that enter the first block, checked."""
+        """The tokens that enter the first block, checked; arguments and errors as of `apply`, whose `segments` are
+        `packed`."""
         if (input_ids is None) == (embeddings is None):
             raise InputError("a language model takes input_ids or embeddings, found both or neither")
         if embeddings is None:

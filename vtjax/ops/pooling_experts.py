@@ -23,7 +23,8 @@ from vtjax.ops.norms import layer_norm
 
 WINDOWS = ((1, 1), (1, 2), (2, 2))
 """Height and width of what each expert makes one token of."""
-SCALES = tuple(math.log2(height * width) for height, width in WINDOWS)
+AREAS = tuple(height * width for height, width in WINDOWS)
+SCALES = tuple(math.log2(area) for area in AREAS)
 """sigma of each expert: how often it halves the tokens (spec section 3)."""
 POOLS = ("max", "avg", "dwconv")
 GATES = ("prob", "st", "off")
@@ -46,7 +47,7 @@ def scores(x: Float[Array, "B D"], router: Mapping[str, Any], temperature: float
 
 def allowed(count: Int[Array, " B"], least: int) -> Bool[Array, "B K"]:
     """Which experts leave at least `least` of `count` tokens; identity is always allowed (spec section 9, item 5)."""
-    areas = jnp.asarray([height * width for height, width in WINDOWS])
+    areas = jnp.asarray(AREAS)
     return (count[:, None] >= least * areas[None]) | (areas == 1)
 
 
