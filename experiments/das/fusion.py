@@ -78,8 +78,15 @@ def build(config: ConfigDict) -> Task:
     model, arms = _model(config, spec), tuple(range(spec.arms))
     if phase == "search":
         return phases.search(config, spec, init, model, arms, spec.arms, _summary(config, spec))
-    fresh = phase == "finetune" and not config.das.keep and spec is not base
+    made = phase == "finetune" and not config.das.keep and spec is not base
+    # Without a start the whole model is, which `vtjax eval` refuses on its own.
+    fresh = "adapters" if made else "a head" if config.init_from and _heads(spec) != _heads(base) else ""
     return phases.finetune(config, spec, init, model, spec.skips, spec.arms, _summary(config, spec), fresh)
+
+
+def _heads(spec: FusionSpec) -> tuple[int, int, bool]:
+    """What `head_of` decides."""
+    return spec.classes, spec.images, spec.ranks
 
 
 def source(config: ConfigDict) -> tuple[FusionSpec, Callable[[jax.Array], Any]]:

@@ -58,7 +58,7 @@ def build(config: ConfigDict) -> Task:
         )
     gone = deployed.gone(spec.decoder)
     # Where layers are gone already, the adapters are those of what the run starts from.
-    fresh = not config.das.keep and spec is not base
+    fresh = "adapters" if not config.das.keep and spec is not base else ""
     return phases.finetune(config, spec, init, _model(config, spec), gone, depth, _summary(config, spec, gone), fresh)
 
 

@@ -126,10 +126,10 @@ def finetune(
     gone: tuple[int, ...],
     depth: int,
     summary: dict[str, Any],
-    fresh: bool,
+    fresh: str,
 ) -> Task:
-    """The task of fine-tuning without some modules, or of any training in which nothing is searched; `fresh`: its
-    adapters are made for it."""
+    """The task of fine-tuning without some modules, or of any training in which nothing is searched; `fresh`: as of
+    `Task`."""
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
         return model.loss(params, batch, None, key)
@@ -148,7 +148,7 @@ def finetune(
         trainable=trained(optim.group_of(config.optim)),
         decisions=decisions,
         summary=summary,
-        fresh="adapters" if fresh else "",
+        fresh=fresh,
     )
 
 

@@ -200,6 +200,9 @@ def test_another_task_has_another_head_and_the_rest_stays(tmp_path: Path) -> Non
     assert {name.split("/")[0] for name in changed} == {"head", "embed"}
     kinds = after["embed/marks/type"]
     np.testing.assert_array_equal(kinds, before["embed/marks/type"][[0, 1, 1]])
+    # `vtjax eval` measures no head that nothing has trained.
+    assert task.fresh == "a head"
+    assert assemble.task(config("phase=full", init_from=base)).fresh == ""
 
 
 def test_a_shortened_decoder_costs_what_its_formulas_say_row_by_row() -> None:
