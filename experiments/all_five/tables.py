@@ -91,19 +91,24 @@ def moved(records: Records) -> str:
 
 
 def time(records: Records) -> str:
-    """Times of the forward pass beside the dense model's."""
-    found = latest(records, "time").get("all")
-    if found is None:
+    """How many times as fast as the dense model the forward pass is, by the videos of a batch."""
+    found = {r["batch"]: r for r in records if r["kind"] == "time" and r["seed"] == 0}
+    if not found:
         return ""
+    found = dict(sorted(found.items()))
     rows = []
-    for name, ratio in found["time_ratio"].items():
+    for name in next(iter(found.values()))["time_ratio"]:
         add, _, form = name.partition(", ")
-        low, high = found["spread"][name]
-        summary = found["timing"][name]
-        seconds = f"{1e3 * summary['median_s']:.0f} ({1e3 * summary['min_s']:.0f})"
-        rows.append((NAMES[add] + (f", {form}" if form else ""), seconds, f"{ratio:.2f}", f"{low:.2f} to {high:.2f}"))
-    head = ("model", "ms per batch, median (least)", "times as fast as dense", "p10 to p90")
-    return tables.markdown(head, rows) + "\n\n" + circumstances([found])
+        cells = []
+        for r in found.values():
+            low, high = r["spread"][name]
+            cells.append(f"{r['time_ratio'][name]:.2f} [{low:.2f}, {high:.2f}]")
+            if name == "base":
+                summary = r["timing"][name]
+                cells[-1] = f"1 ({1e3 * summary['median_s']:.0f} ms, least {1e3 * summary['min_s']:.0f})"
+        rows.append((NAMES[add] + (f", {form}" if form else ""), *cells))
+    head = ("model", *(f"batch of {batch}" for batch in found))
+    return tables.markdown(head, rows) + "\n\n" + circumstances(list(found.values()))
 
 
 def picture(records: Records) -> Any:
