@@ -252,7 +252,7 @@ class Staged:
                 told = None if given is None or stage == len(self._made) else given[_power(members), stage]
                 group, held, experts, scale = self._run(params, group, stage, n, told)
                 if self.keep is not None:
-                    held_here.append((members, n, group.text, held))
+                    held_here.append((members, group.x.shape[1], group.text + n, held))
                 waiting.append((members, group, experts, scale, n))
             kept.append(held_here)
             if stage == len(self._made):
@@ -291,10 +291,10 @@ class Staged:
         values: dict[str, Array] = {}
         stretches = []
         for held_here in kept:
-            slots = max(next(iter(held.values()))[0].shape[1] for _, _, _, held in held_here)
+            slots = max(rows_slots for _, rows_slots, _, _ in held_here)
             length = np.zeros(total, np.int32)
-            for members, n, text, _ in held_here:
-                length[members] = np.asarray(text)[: len(members)] + n
+            for members, _, tokens, _ in held_here:
+                length[members] = np.asarray(tokens)[: len(members)]
             for name in held_here[0][3]:
                 for number, target in ((0, keys), (1, values)):
                     found = [
