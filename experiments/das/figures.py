@@ -119,28 +119,31 @@ def _column(found: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def tradeoff(records: Records) -> Any:
-    """Accuracy against work; a point's area is what is trained, on a scale of logarithms."""
+    """Of every arm, the least work first: its work, what it trains (on a scale of logarithms), and accuracy, a point
+    per seed and their mean."""
     runs = {**by_arm(records, "arms"), **by_arm(records, "others")}
     plain = mean(runs["adapters"], "macs_per_prompt")
-    figure = curves.new_figure(7.6, 4.6)
-    axes = figure.add_subplot()
-    figure.subplots_adjust(left=0.1, right=0.98, top=0.97, bottom=0.13)
-    labels: list[tuple[float, float]] = []
-    for name, found in sorted(runs.items(), key=lambda item: -mean(item[1], "top1")):
-        work, tops = mean(found, "macs_per_prompt") / plain, [100 * r["top1"] for r in found]
-        top = float(np.mean(tops))
+    ordered = sorted(runs, key=lambda name: (mean(runs[name], "macs_per_prompt"), mean(runs[name], "top1")))
+    figure = curves.new_figure(8.4, 0.6 + 0.27 * len(ordered))
+    work, trained, accuracy = figure.subplots(1, 3, sharey=True, width_ratios=(1.0, 1.0, 1.8))
+    figure.subplots_adjust(left=0.19, right=0.98, top=0.98, bottom=0.13, wspace=0.08)
+    for row, name in enumerate(ordered):
+        found = runs[name]
         color = COLORS[0] if name.startswith("bandit") else COLORS[1] if name.startswith("random") else MUTED
-        trained = mean(found, "trained")
-        axes.errorbar(work, top, [[top - min(tops)], [max(tops) - top]], color=color)
-        axes.scatter(work, top, s=18 * max(np.log2(trained / 500), 1), color=color, alpha=0.6, zorder=3)
-        # Labels of neighbours stand below each other.
-        height = min([top, *(y - 0.6 for x, y in labels if abs(x - work) < 0.06)])
-        labels.append((work, height))
-        label = f"{name}, {trained / 1000:.0f}k"
-        axes.annotate(label, (work, height), (6, 3), textcoords="offset points", fontsize=8)
-    curves.quiet(axes)
-    axes.set_xlabel("MACs of a prompt over those with adapters in all layers", color=MUTED, fontsize=9)
-    axes.set_ylabel("questions answered rightly, %", color=MUTED, fontsize=9)
+        work.barh(row, mean(found, "macs_per_prompt") / plain, color=color, height=0.6)
+        trained.barh(row, mean(found, "trained") / 1000, color=color, height=0.6)
+        tops = [100 * r["top1"] for r in found]
+        accuracy.scatter(tops, [row] * len(tops), s=12, color=color, alpha=0.5)
+        accuracy.scatter(float(np.mean(tops)), row, s=44, color=color, zorder=3)
+    accuracy.axvline(100 * mean(runs["adapters"], "top1"), color=MUTED, linewidth=0.8, linestyle="--", zorder=0)
+    trained.set_xscale("log")
+    work.set_yticks(range(len(ordered)), ordered, fontsize=8)
+    work.invert_yaxis()
+    labels = ("work, of adapters in all layers", "trained, 1000 parameters", "questions answered rightly, %")
+    for axes, label in zip((work, trained, accuracy), labels, strict=True):
+        curves.quiet(axes)
+        axes.set_xlabel(label, color=MUTED, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
     return figure
 
 
