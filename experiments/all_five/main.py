@@ -59,16 +59,19 @@ def build(config: ConfigDict) -> Task:
     if base.bridge.cross is None:
         raise InputError("config.model.bridge.cross must be a form of cross-attention (LV-XAttn), found 'none'")
     begun = checkpoint.begun(config.workdir) is not None
-    spec, convert = (_unchanged if begun or has(base, config.add) else ADD[config.add])(config, base, base_init)
+    there = has(base, config.add)
+    spec, convert = (_unchanged if begun or there else ADD[config.add])(config, base, base_init)
+    if there and config.add == "das":
+        phases.check_gone(config, deployed.gone(base.decoder), base, config.workdir if begun else config.init_from)
     model = methods.build(spec, **lvxattn.options(config))
     types, balance, group_of = vlm.types_of(config), vlm.answer_weights(config), optim.group_of(config.optim)
     searching = config.add == "search"
-    routes = bool(dpn.reducers(spec)) and not das.is_installed(spec.decoder)  # experts are drawn, routers learn
+    routes = bool(dpn.reducers(spec)) and config.add not in ("search", "das")  # experts are drawn, routers learn
     learns_routes = routes and config.dpn.quality > 0
 
     def init(key: jax.Array) -> tuple[Any, Any, Any]:
         params = completed(spec, convert(base_init(key)[0], key), jax.random.fold_in(key, 3))
-        return params, {}, search.start(None) if search else {}
+        return params, {}, search.start(before) if search else {}
 
     def knobs_of(key: jax.Array | None, extra: Any) -> dict[str, Any]:
         """How layers are skipped, and with a key how experts are drawn; without one as at inference."""
@@ -97,7 +100,7 @@ def build(config: ConfigDict) -> Task:
 
     def evaluate(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any) -> dict[str, jax.Array]:
         if searching:
-            extra = {"skip": phases.most_preferred(extra["preference"], config.das.skips, *over(spec))}
+            extra = {"skip": phases.most_preferred(extra["preference"], config.das.skips, *phases.arms_of(spec))}
         found = vlm.asked(model, params, batch, knobs_of(None, extra))
         return vlm.sums(found, batch, types, **work(model, batch, found.aux))
 
@@ -131,9 +134,10 @@ def build(config: ConfigDict) -> Task:
             print(f"settled: thresholds {-amount:+.2%} of the way, {reached:.4f} of the tower's MACs", file=sys.stderr)
         return with_relaxed_tower(params, amount)
 
-    search = None
+    search, before = None, None
     if searching:
-        layers, depth = over(spec)
+        before = phases.preferences(config.das.preferences, spec) if config.das.preferences else None
+        layers, depth = phases.arms_of(spec)
         search = phases.Search(
             phases.bandit_of(config, len(layers)), config.seed, config.steps, validation, layers=layers, depth=depth
         )
@@ -179,6 +183,11 @@ def check(config: ConfigDict) -> None:
     check_choice("config.add", config.add, STEPS)
     check_choice("config.dpn.token", config.dpn.token, dpn_task.TOKENS)
     dpn_task.check_weights(config, ("lam", "quality"))
+    if not 0 < config.ltmp.target <= 1 or config.ltmp.budget_weight < 0:
+        raise InputError(
+            f"config.ltmp.target must be in (0, 1] and config.ltmp.budget_weight 0 or more, found "
+            f"{config.ltmp.target} and {config.ltmp.budget_weight}"
+        )
     # The leaves of all steps are read, so that one set of overrides serves the whole chain.
     for name in ("dgmr", "ltmp", "dpn"):
         _ = {leaf: config[name][leaf] for leaf in config[name]}
@@ -272,8 +281,7 @@ def _with_search(config: ConfigDict, base: VLMSpec, init: Any) -> tuple[VLMSpec,
 def _with_das(config: ConfigDict, base: VLMSpec, init: Any) -> tuple[VLMSpec, Convert]:
     if not das.is_installed(base.decoder):
         raise InputError(f"config.init_from must be the workdir of a search, found {config.init_from!r}")
-    arms, style = das.arms(base), phases.style_of(config)
-    gone = tuple(arms[arm] for arm in phases.chosen(config, len(arms)))
+    style, gone = phases.style_of(config), phases.chosen(config, base)
     spec, _ = das.remove(das.install(base, None, style, None)[0], None, gone)
 
     def convert(params: Any, key: jax.Array) -> Any:
@@ -304,11 +312,6 @@ def completed(spec: VLMSpec, params: Any, key: jax.Array) -> Any:
     if das.is_installed(spec.decoder):
         params = {**params, "decoder": das.added(spec.decoder, params["decoder"], key)}
     return params
-
-
-def over(spec: VLMSpec) -> tuple[tuple[int, ...], int]:
-    """The layers that a search chooses among, and of how many."""
-    return das.arms(spec), spec.decoder.depth
 
 
 def relaxed(params: Any, amount: float) -> Any:

@@ -65,6 +65,7 @@ def build(config: ConfigDict) -> Task:
       InputError: settings that are not defined, no preferences where they are needed, a start of another kind or shape.
     """
     phases.check(config, PHASES)
+    phases.say_untrained(config)
     check_choice("config.data.form", config.data.form, fusion_loader.FORMS)
     if config.loss.match < 0:
         raise InputError(f"config.loss.match must be 0 or more, found {config.loss.match}")
@@ -75,9 +76,9 @@ def build(config: ConfigDict) -> Task:
     def init(key: jax.Array) -> Any:
         return convert(base_init(key), jax.random.fold_in(key, 3))
 
-    model, arms = _model(config, spec), tuple(range(spec.arms))
+    model = _model(config, spec)
     if phase == "search":
-        return phases.search(config, spec, init, model, arms, spec.arms, _summary(config, spec))
+        return phases.search(config, spec, init, model, functools.partial(_summary, config))
     made = phase == "finetune" and not config.das.keep and spec is not base
     # Without a start the whole model is, which `vtjax eval` refuses on its own.
     fresh = "adapters" if made else "a head" if config.init_from and _heads(spec) != _heads(base) else ""
@@ -217,13 +218,11 @@ def to_finetune(config: ConfigDict, base: FusionSpec) -> tuple[FusionSpec, Conve
     begun = checkpoint.begun(config.workdir) is not None
     if begun or base.skips:
         where = config.workdir if begun else config.init_from
-        phases.check_gone(config, base.skips, tuple(range(base.arms)), where)
+        phases.check_gone(config, base.skips, base, where)
         return base, lambda params, key: params
     searched, convert = to_search(config, base)
-    gone = phases.chosen(config, searched.arms)
+    gone = phases.chosen(config, searched)
     spec, _ = das.remove(searched, None, gone, searched.lineage[-1].parent)
-    if not gone:  # nothing is left to stand in for
-        spec = spec.edit(skip=None, encoder_skip=None)
     return spec, lambda params, key: das.remove(searched, convert(params, key), gone)[1]
 
 

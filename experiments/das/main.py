@@ -10,6 +10,7 @@ Letters: B rows, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ def build(config: ConfigDict) -> Task:
     if fusion.is_one(config):
         return fusion.build(config)
     phases.check(config, PHASES)
+    phases.say_untrained(config)
     base, base_init = vlm.source(config)
     search = config.das.phase == "search"
     spec, convert = (to_search if search else to_finetune)(config, base)
@@ -51,15 +53,12 @@ def build(config: ConfigDict) -> Task:
     def init(key: jax.Array) -> Any:
         return convert(base_init(key)[0], jax.random.fold_in(key, 3))
 
-    depth = spec.decoder.depth
     if search:
-        return phases.search(
-            config, spec, init, _model(config, spec), das.arms(spec), depth, _summary(config, spec, ())
-        )
-    gone = deployed.gone(spec.decoder)
+        return phases.search(config, spec, init, _model(config, spec), functools.partial(_summary, config))
+    gone, depth = deployed.gone(spec.decoder), spec.decoder.depth
     # Where layers are gone already, the adapters are those of what the run starts from.
     fresh = "adapters" if not config.das.keep and spec is not base else ""
-    return phases.finetune(config, spec, init, _model(config, spec), gone, depth, _summary(config, spec, gone), fresh)
+    return phases.finetune(config, spec, init, _model(config, spec), gone, depth, _summary(config, spec), fresh)
 
 
 def data(config: ConfigDict, task: Task, **more: Any) -> Data:
@@ -96,15 +95,14 @@ def to_finetune(config: ConfigDict, base: VLMSpec) -> tuple[VLMSpec, Convert]:
       InputError: as `phases.check_gone`, or no preferences where they are needed.
     """
     if (begun := _begun(config)) is not None:
-        phases.check_gone(config, deployed.gone(begun[0].decoder), das.arms(begun[0]), config.workdir)
+        phases.check_gone(config, deployed.gone(begun[0].decoder), begun[0], config.workdir)
         return begun
     if das.is_installed(base.decoder) and not das.installed(base.decoder)[1]:  # a run of this phase, with its own
         if own := deployed.gone(base.decoder):
-            phases.check_gone(config, own, das.arms(base), config.init_from)
+            phases.check_gone(config, own, base, config.init_from)
         return base, lambda params, key: params
     whole, convert = _with_adapters(config, base)
-    arms = das.arms(whole)
-    gone = tuple(arms[arm] for arm in phases.chosen(config, len(arms)))
+    gone = phases.chosen(config, whole)
     parent = whole.decoder.lineage[-1].parent
     spec, _ = das.remove(whole, None, gone, parent)
     return spec, lambda params, key: das.remove(whole, convert(params, key), gone)[1]
@@ -173,14 +171,14 @@ def dropping(spec: VLMSpec, key: jax.Array) -> dict[str, jax.Array]:
     return {"adapter_key": jax.random.split(key, spec.decoder.depth)} if any(rates) else {}
 
 
-def _summary(config: ConfigDict, spec: VLMSpec, gone: tuple[int, ...]) -> dict[str, Any]:
+def _summary(config: ConfigDict, spec: VLMSpec) -> dict[str, Any]:
     """Work of one prompt: of the model as it is without adapters (dense), and of this one (search: with all layers)."""
     tokens = spec.placeholders + flops.QUESTION
     count, work = das.adapter_cost(spec.decoder, tokens)
     return {
         "phase": config.das.phase,
         "layers": spec.decoder.depth,
-        "skips": list(gone),
+        "skips": list(deployed.gone(spec.decoder)),
         "adapter_params": count,
         "macs_per_prompt": flops.macs(spec) + work,
         "dense_macs_per_prompt": flops.macs(deployed.whole(spec)),

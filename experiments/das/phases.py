@@ -27,7 +27,7 @@ from vtjax.methods import das
 from vtjax.models.adapters import STYLES, Style
 from vtjax.ops import bandit
 from vtjax.ops.bandit import Bandit, State
-from vtjax.spec import Spec, skip_list
+from vtjax.spec import FusionSpec, Spec, skip_list
 from vtjax.train import checkpoint, optim
 from vtjax.train.task import Batch, Data, Task
 
@@ -55,22 +55,19 @@ def search(
     spec: Spec,
     init: Callable[[jax.Array], Any],
     model: Model,
-    layers: tuple[int, ...],
-    depth: int,
-    summary: dict[str, Any],
+    summarise: Callable[[Any], dict[str, Any]],
 ) -> Task:
     """The task of a search.
 
     Args:
       init: `key -> parameters`, those of all adapters included.
-      layers: the module that each arm is.
-      depth: L.
+      summarise: `spec -> Task.summary`, with `macs_per_prompt`.
 
     Raises:
       InputError: settings that no search can have, or preferences of another one that do not fit.
     """
-    settings, group_of = config.das, optim.group_of(config.optim)
-    before = preferences(settings.preferences, len(layers)) if settings.preferences else None
+    settings, group_of, (layers, depth) = config.das, optim.group_of(config.optim), arms_of(spec)
+    before = preferences(settings.preferences, spec) if settings.preferences else None
 
     @jax.jit
     def validation(params: Any, batch: Any, skip: Any) -> jax.Array:
@@ -103,6 +100,13 @@ def search(
         report(after_step, params, np.asarray(jax.device_get(extra["preference"])), before, draw)
         return params
 
+    def conclusion(extra: Any) -> dict[str, Any]:
+        """With the work of what is evaluated: all but the layers that would be left out."""
+        told = after_step.conclusion(extra)
+        short, _ = das.remove(spec, None, told["skips"])
+        moved = {} if before is None else drift(after_step, before, np.asarray(extra["preference"]))
+        return {**told, **moved, "macs_per_prompt": summarise(short)["macs_per_prompt"]}
+
     return Task(
         spec=spec,
         init=lambda key: (init(key), {}, after_step.start(before)),
@@ -112,8 +116,8 @@ def search(
         after_step=after_step,
         finish=finish,
         decisions=decisions,
-        summary=summary,
-        conclusion=after_step.conclusion,
+        summary=summarise(spec),
+        conclusion=conclusion,
         fresh="adapters" if not settings.keep else "preferences" if before is None else "",
     )
 
@@ -212,8 +216,17 @@ def check(config: ConfigDict, phases: tuple[str, ...]) -> None:
         if settings[name] < least:
             raise InputError(f"config.das.{name} must be {least} or more, found {settings[name]}")
     if (where := settings["preferences"]) and not paths.is_workdir(where):
-        raise InputError(f"config.das.preferences must be the workdir of a search, found {where!r}")
-    if not config.init_from and settings["phase"] != "full" and checkpoint.begun(config.workdir) is None:
+        raise InputError(f"config.das.preferences must be the workdir of a search, found {where!r}, which is none")
+    if settings["phase"] == "finetune" and settings["remove"] != "search" and settings["preferences"]:
+        raise InputError(
+            f"config.das.preferences must be empty where config.das.remove={settings['remove']!r} says which layers go, "
+            f"found {settings['preferences']!r}"
+        )
+
+
+def say_untrained(config: ConfigDict) -> None:
+    """Says that a run has nothing to start from."""
+    if not config.init_from and config.das.phase != "full" and checkpoint.begun(config.workdir) is None:
         print("config.init_from is empty: adapters go into a model that nothing has trained", file=sys.stderr)
 
 
@@ -258,35 +271,48 @@ def bandit_of(config: ConfigDict, arms: int) -> Bandit:
     return made
 
 
-def chosen(config: ConfigDict, arms: int) -> tuple[int, ...]:
-    """The arms that fine-tuning does without: those of `config.das.remove`.
+def arms_of(spec: Any) -> tuple[tuple[int, ...], int]:
+    """The layer (module) that each arm is, and how many layers there are; of a decoder with its tower, or a fusion
+    encoder."""
+    if isinstance(spec, FusionSpec):
+        return tuple(range(spec.arms)), spec.arms
+    return das.arms(spec), spec.decoder.depth
+
+
+def chosen(config: ConfigDict, spec: Any) -> tuple[int, ...]:
+    """The layers that fine-tuning does without, from 0, ascending: those of `config.das.remove`.
 
     Raises:
-      InputError: a list that is none, or no preferences.
+      InputError: a list that is none, or names a layer that is no arm; no preferences, or those of another model.
     """
-    wanted, m = config.das.remove, config.das.skips
+    wanted, m, (layers, depth) = config.das.remove, config.das.skips, arms_of(spec)
     if wanted not in ("search", "random"):
         try:
-            return skip_list(wanted, arms)
+            named = skip_list(wanted, depth)
         except InputError as error:
             raise InputError(f"config.das.remove, layers counted from 0: {error}") from None
-    if not 0 <= m <= arms:
-        raise InputError(f"config.das.skips must be in 0..{arms} (the arms), found {m}")
+        if other := [layer for layer in named if layer not in layers]:
+            raise InputError(
+                f"config.das.remove, layers counted from 0, must be among those that may be left out, {list(layers)}, "
+                f"found {other[0]}"
+            )
+        return named
+    if not 0 <= m <= len(layers):
+        raise InputError(f"config.das.skips must be in 0..{len(layers)} (the arms), found {m}")
     if wanted == "random":
-        preference = np.random.default_rng([config.seed, _RANDOM]).normal(size=arms)
+        preference = np.random.default_rng([config.seed, _RANDOM]).normal(size=len(layers))
     elif m:
-        preference = preferences(config.das.preferences or config.init_from, arms)
+        preference = preferences(config.das.preferences or config.init_from, spec)
     else:
         return ()
-    return tuple(sorted(bandit.final(preference, m).tolist()))
+    return tuple(sorted(layers[arm] for arm in bandit.final(preference, m).tolist()))
 
 
-def check_gone(config: ConfigDict, gone: tuple[int, ...], layers: tuple[int, ...], where: str) -> None:
+def check_gone(config: ConfigDict, gone: tuple[int, ...], spec: Any, where: str) -> None:
     """Of a model that lacks layers already.
 
     Args:
       gone: these layers.
-      layers: the layer that each arm is.
       where: whose model it is: `config.workdir`, of a run that goes on, or `config.init_from`.
 
     Raises:
@@ -296,30 +322,41 @@ def check_gone(config: ConfigDict, gone: tuple[int, ...], layers: tuple[int, ...
     # What a run that goes on was begun from may have changed, or be gone.
     if wanted == "search" and not told or wanted in ("search", "random") and where == config.workdir:
         return
-    if (asked := sorted(layers[arm] for arm in chosen(config, len(layers)))) != list(gone):
+    if (asked := list(chosen(config, spec))) != list(gone):
         named = f"config.das.remove={wanted!r}" if wanted != "search" else f"config.das.preferences={told!r}"
         raise InputError(
             f"{named} asks for a model without {asked}, but that of {where!r} is without {list(gone)} already"
         )
 
 
-def preferences(workdir: str, arms: int) -> Float[np.ndarray, " n"]:
-    """What a search has learned.
+def preferences(workdir: str, spec: Any) -> Float[np.ndarray, " n"]:
+    """What a search over the arms of such a model has learned.
 
     Raises:
-      InputError: no run of a search, or one of another depth.
+      InputError: no workdir of a search, one of another model, or preferences that are not finite.
     """
-    if not paths.is_workdir(workdir):
-        raise InputError(
-            f"layers are chosen by a search: config.init_from or config.das.preferences must be its workdir, found "
-            f"{workdir!r} (config.das.remove='random' and '[1, 2]' need none)"
-        )
-    extra = checkpoint.load_extra(workdir)
+    extra = checkpoint.load_extra(workdir) if paths.is_workdir(workdir) else {}
     if "preference" not in extra:
-        raise InputError(f"{workdir} must be the workdir of a search, found a run without preferences")
-    if (found := np.asarray(extra["preference"])).shape != (arms,):
-        raise InputError(f"the preferences in {workdir} must be those of {arms} layers, found {found.size}")
+        raise InputError(
+            f"which layers go a search says: config.das.preferences must be its workdir (config.das.remove='random' and "
+            f"'[1, 2]' need none), found {workdir!r}"
+        )
+    # Of the same arms in the same order.
+    here, there = _described(spec), _described(checkpoint.begun(workdir))
+    if here != there:
+        raise InputError(f"the preferences in {workdir} must be of {here}, found those of {there}")
+    found = np.asarray(extra["preference"])
+    if found.shape != (len(arms_of(spec)[0]),) or not np.isfinite(found).all():
+        raise InputError(f"the preferences in {workdir} must be finite, one for each arm of {here}, found {found}")
     return found
+
+
+def _described(spec: Any) -> str:
+    if isinstance(spec, FusionSpec):
+        return f"a fusion encoder of {spec.streams} stream{'s' * (spec.streams > 1)} and {spec.arms} modules"
+    layers, depth = arms_of(spec)
+    which = "all may" if len(layers) == depth else f"{list(layers)} may"
+    return f"a decoder of {depth} layers, of which {which} be left out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,16 +484,26 @@ def report(
     draw: Callable[[str, int], Any],
 ) -> dict[str, Any]:
     """Says which layers a search leaves out; and where it began from the preferences of another one, how far the data
-    have moved them: the rank correlation of both, and the validation losses without the layers of either."""
+    have moved them (`drift`), and the validation losses without the layers of either."""
     m = search.bandit.skips
     found: dict[str, Any] = {"skips": search.left_out(after)}
     if before is not None:
-        ranks = [np.argsort(np.argsort(r, kind="stable")).astype(np.float64) for r in (before, after)]
         batch = draw("val", search.steps)
         losses = [float(search.loss(params, batch, search.mask(bandit.final(r, m)))) for r in (before, after)]
-        found |= {"skips_before": search.left_out(before)}
-        found |= {"rank_correlation": float(np.asarray(np.corrcoef(np.stack(ranks)))[0, 1])}
-        found |= {"loss_before": losses[0], "loss": losses[1]}
+        found |= {**drift(search, before, after), "loss_before": losses[0], "loss": losses[1]}
     if jax.process_index() == 0:
         print("  ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
     return found
+
+
+def drift(search: Search, before: Float[np.ndarray, " n"], after: Float[np.ndarray, " n"]) -> dict[str, Any]:
+    """How far a search has moved the preferences that it began from: the layers that they would leave out,
+    `skips_before`, and the rank correlation of both (ties share their mean rank; None where all are tied)."""
+    from scipy.stats import rankdata  # jax has scipy
+
+    ranks = np.stack([rankdata(r) for r in (before, after)])
+    flat = bool((ranks.std(1) == 0).any())
+    return {
+        "skips_before": search.left_out(before),
+        "rank_correlation": None if flat else float(np.corrcoef(ranks)[0, 1]),
+    }

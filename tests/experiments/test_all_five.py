@@ -16,6 +16,7 @@ import vtjax
 from experiments.all_five import main as five
 from experiments.all_five import steps
 from experiments.all_five import tables as five_tables
+from experiments.das import deployed
 from experiments.vlm import main as vlm
 from vtjax import methods, weights
 from vtjax.cli import assemble
@@ -159,9 +160,13 @@ def test_what_a_model_has_is_not_added_again(whole, tmp_path):
 
 def test_adapters_of_another_width_are_what_the_spec_says(whole):
     spec, params = whole
-    leaves = {"das.width": 6, "das.skip_width": 12, "das.remove": "[0]"}
-    config = config_of("das", "", "unread", **leaves)
+    layer = das.arms(spec)[0]
+    leaves = {"das.width": 6, "das.skip_width": 12}
+    config = config_of("das", "", "unread", **leaves, **{"das.remove": f"[{layer}]"})
     short, convert = five.ADD["das"](config, spec, None)
+    assert deployed.gone(short.decoder) == (layer,)  # layers are named, not arms
+    with pytest.raises(InputError, match=r"must be among those that may be left out, .*, found 0"):
+        five.ADD["das"](config_of("das", "", "unread", **leaves, **{"das.remove": "[0]"}), spec, None)
     own = convert(params, jax.random.key(0))["decoder"]["das"]
     style, searching = das.installed(short.decoder)
     assert not searching and (style.inner.width, style.skip.width) == (6, 12)
@@ -181,6 +186,7 @@ def test_leaves_without_effect_are_refused(tmp_path):
     [
         ({"dpn.quality": -1.0}, "config.dpn.quality must be 0 or more, found -1.0"),
         ({"dpn.quality_share": 0.0}, r"config.dpn.quality_share must be in \(0, 1\], found 0.0"),
+        ({"ltmp.target": 2.0}, r"config.ltmp.target must be in \(0, 1\] and .*, found 2.0 and"),
         ({"dpn.budget": 1.5}, r"config.dpn.budget must be in \(0, 1\], a share of the dense work, found 1.5"),
     ],
 )

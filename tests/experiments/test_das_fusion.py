@@ -135,7 +135,7 @@ def test_rewards_of_large_losses_are_told_apart_in_float64_or_nothing_moves_and_
         ("", {"das__val_split": "val[:0]"}, r"split 'val\[:0\]' .* is empty, expected at least one question"),
         ("", {"das__val_split": "val[:1]"}, r"val\[:1\]' must have a batch of rows, config.batch_size=8, found 3"),
         ("", {"das__val_split": "", "data__train_split": "train[:1]"}, "must have a batch of rows, .*found 3"),
-        ("phase=finetune", {}, "layers are chosen by a search: config.init_from or config.das.preferences"),
+        ("phase=finetune", {}, "which layers go a search says: config.das.preferences must be its workdir"),
         ("phase=finetune", {"das__remove": "[3]"}, "skips must be in 0..2, found 3"),
         ("phase=finetune", {"das__remove": "[0"}, r"skips must be a list of modules, found '\[0'"),
         ("phase=finetune", {"das__preferences": "nowhere"}, "must be the workdir of a search, found 'nowhere'"),
@@ -185,9 +185,19 @@ def test_what_a_run_starts_from_has_to_fit(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match=r"config.das.remove='\[0\]' asks for a model without \[0\], .* \[1\] already"):
         assemble.task(config("phase=finetune", init_from=short, das__remove="[0]"))
     monkeypatch.setattr(paths, "is_workdir", lambda where: where == "there")
-    monkeypatch.setattr(checkpoint, "load_extra", lambda where: {"preference": np.zeros(12, np.float32)})
-    with pytest.raises(InputError, match="the preferences in there must be those of 3 layers, found 12"):
-        assemble.task(config("phase=finetune", init_from=base, das__preferences="there"))
+    there, told = weights.load(searched)[0], {"preference": np.zeros(3, np.float32)}
+    monkeypatch.setattr(checkpoint, "load_extra", lambda where: told)
+    monkeypatch.setattr(checkpoint, "begun", lambda where: there if where == "there" else None)
+    named = config("phase=finetune", init_from=base, das__preferences="there", das__skips=1)
+    assert assemble.task(named).summary["skips"] == [2]
+    told["preference"] = np.array([0.0, np.nan, 1.0], np.float32)
+    with pytest.raises(
+        InputError, match=r"the preferences in there must be finite, one for each arm .* found \[ 0. nan"
+    ):
+        assemble.task(named)
+    there, mine = assemble.task(config(**SHAPES[1])).spec, "a fusion encoder of 2 streams and 3 modules"
+    with pytest.raises(InputError, match=f"must be of {mine}, found those of a fusion encoder of 1 stream and 3"):
+        assemble.task(named)
 
 
 def test_another_task_has_another_head_and_the_rest_stays(tmp_path: Path) -> None:

@@ -306,6 +306,11 @@ def test_a_search_begins_with_what_another_one_learned_and_says_how_far_it_moved
     told = phases.report(made, None, after, before, lambda split, index: None)
     assert (told["skips_before"], told["skips"], told["loss_before"], told["loss"]) == ([0], [3], 2.0, 1.0)
     assert told["rank_correlation"] == pytest.approx(-0.8) and "skips [3]" in capsys.readouterr().err
+    # Ties share their rank, and where all are tied nothing can be said.
+    assert phases.drift(made, np.zeros(4, np.float32), after)["rank_correlation"] is None
+    assert phases.drift(made, np.array([1, 1, 0, 0]), np.array([2, 2, 1, 1]))["rank_correlation"] == pytest.approx(1.0)
+    # `result.json` has it.
+    assert task.conclusion is not None and task.conclusion(extra)["rank_correlation"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -330,9 +335,14 @@ def test_a_search_begins_with_what_another_one_learned_and_says_how_far_it_moved
         ("search", {"das__preferences": "nowhere"}, "must be the workdir of a search, found 'nowhere'"),
         ("search", {"das__style": "lavin", "das__width": 3}, "AdapterSpec.groups must divide width=3, found 2"),
         ("finetune", {"das__remove": "[4]"}, "skips must be in 0..3, found 4"),
+        (
+            "finetune",
+            {"das__remove": "[1]", "das__preferences": "configs"},
+            "preferences must be the workdir of a search",
+        ),
         ("finetune", {"das__remove": "[1, 1]"}, "skips must name each module once, found 1 twice"),
         ("finetune", {"das__remove": "some"}, "skips must be a list of modules, found 'some'"),
-        ("finetune", {}, "layers are chosen by a search: config.init_from or config.das.preferences"),
+        ("finetune", {}, "which layers go a search says: config.das.preferences must be its workdir"),
         ("finetune", {"das__keep": True, "das__skips": 0}, "config.das.keep=True needs the adapters of a search"),
     ],
 )

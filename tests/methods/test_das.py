@@ -232,6 +232,12 @@ def test_models_that_cannot_be_searched_are_refused(spec, message):
         das.install(spec, None, SMALL["llama"], jax.random.key(0))
 
 
+def test_a_model_is_shortened_once():
+    """Its kept layers have lost what would stand in for them."""
+    with pytest.raises(InputError, match=r"was shortened by \[1\] has no adapters to stand in .*, found \[2\] more"):
+        das.remove(das.remove(SPEC, None, [1])[0], None, [2])
+
+
 @pytest.mark.parametrize(
     ("skips", "message"),
     [

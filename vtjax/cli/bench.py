@@ -112,7 +112,7 @@ def _forward(
 
     count = max(args.images, *sizes)
     count += count % 2  # mixup, of which nothing is seen here, pairs rows
-    for leaf, value in (("accumulate", 1), ("batch_size", count)):
+    for leaf, value in (("accumulate", 1), ("batch_size", min(count, config.batch_size))):
         config_lib.override(config, leaf, value)
     if args.noise:
         task = assemble.task(config)

@@ -314,14 +314,14 @@ def from_config(
     """
     question_loader.check_unaltered(config)
     names = ("crop", "interpolation", "squash", "mean", "std")
-    false = config["false"]  # read in any case
+    _check_false(config)
     form = {} if preprocess is None else {name: getattr(preprocess, name) for name in names}
     return FusionData(
         open_rows(config, config["train_split"], known) if config["train_split"] else None,
         open_rows(config, config["eval_split"], known),
         tokenizer,
         length=config["length"],
-        false=false if config["form"] == "captions" else 0,
+        false=config["false"] if config["form"] == "captions" else 0,
         seed=seed,
         batch_size=batch_size,
         image_size=image_size,
@@ -331,6 +331,12 @@ def from_config(
     )
 
 
+def _check_false(config: Any) -> None:
+    # Read for every form, so that one set of overrides serves all.
+    if config["false"] < 1 and config["form"] == "captions":
+        raise InputError(f"config.data.false must be 1 false caption or more, found {config['false']}")
+
+
 def batch_shapes(
     config: Any, *, batch_size: int, image_size: tuple[int, int]
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -338,8 +344,9 @@ def batch_shapes(
     tokens; no source is opened.
 
     Raises:
-      InputError: no length.
+      InputError: no length, or captions without a false one.
     """
+    _check_false(config)
     if config["length"] < 1:
         raise InputError(f"config.data.length must be the tokens of a text, 1 or more, found {config['length']}")
     ints, rows = np.dtype(np.int32), (batch_size,)

@@ -165,7 +165,8 @@ def remove(spec: Any, params: Any, skips: Any, parent: str = "") -> tuple[Any, A
       parent: the model's `params_sha256`, for the lineage.
 
     Raises:
-      InputError: no such list; a module that is gone already, or that is no arm.
+      InputError: no such list; a module that is gone already, or that is no arm; a model that has been shortened
+        already, whose kept modules have no stand-ins any more.
     """
     if isinstance(spec, VLMSpec):
         _check_arms(spec, skip_list(skips, spec.decoder.depth))
@@ -177,9 +178,18 @@ def remove(spec: Any, params: Any, skips: Any, parent: str = "") -> tuple[Any, A
             raise InputError(f"skips must name modules that are there, found {index}, which is gone")
     if not isinstance(spec, FusionSpec):
         _check_arms(spec, gone)
-    step = Lineage(parent, "das.remove", json.dumps({"skips": gone}))
+    own = [step for step in spec.lineage if step.operation.startswith(f"{METHOD}.")]
+    if gone and own and own[-1].operation == f"{METHOD}.remove":
+        before = json.loads(own[-1].arguments)["skips"]
+        raise InputError(
+            f"a model that was shortened by {before} has no adapters to stand in for other modules: shorten that of "
+            f"the search by all of them, found {list(gone)} more"
+        )
+    step = Lineage(parent, f"{METHOD}.remove", json.dumps({"skips": gone}))
     if isinstance(spec, FusionSpec):
         after: Any = spec.skipping(gone)
+        if not gone:  # nothing is left to stand in for
+            after = after.edit(skip=None, encoder_skip=None)
     else:
         after = spec.edit(blocks={index: {"attn": False, "ffn": False, "reduce": None} for index in gone})
     after = after.edit(lineage=(*spec.lineage, step))

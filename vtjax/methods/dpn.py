@@ -237,6 +237,9 @@ def install(
     made = {layer - 1: describe(Dpn(stage, spec.grid, **settings)) for stage, layer in enumerate(at)}
     _check_layers(spec, at)
     _check_search(spec, at)
+    blocks = spec.decoder.blocks
+    if gone := [layer for layer in at if not blocks[layer - 1].attn and not blocks[layer - 1].ffn]:
+        raise InputError(f"dpn.at must not pool after a layer that was taken out, found {gone[0]} in at={at}")
     decoder = spec.decoder.edit(blocks={layer: {"reduce": text} for layer, text in made.items()})
     arguments = {"at": list(at), "router": router, **settings}
     step = Lineage(parent, "dpn.install", json.dumps(arguments))

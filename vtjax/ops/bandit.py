@@ -28,6 +28,9 @@ POLICIES = ("race", "uniform_topm")
 
 CAP = 1000
 """Draws per update after which the candidates that lack are filled up; saturated preferences make new ones rare."""
+
+MOST_RATE = 1e6
+"""A preference moves by less than the rate in an update, so that float32 holds it whatever happens."""
 LEAST_LOSS = -50.0
 """Losses below this count as this: rewards are exp(-loss)."""
 EXACT = 20
@@ -75,8 +78,8 @@ class Bandit:
             raise ValueError(f"skips must be in 0..{self.arms} (the arms), found {self.skips}")
         if self.every < 1:
             raise ValueError(f"every must be 1 step or more, found {self.every}")
-        if not 0 < self.rate < math.inf:
-            raise ValueError(f"rate must be above 0 and finite, found {self.rate}")
+        if not 0 < self.rate <= MOST_RATE:
+            raise ValueError(f"rate must be above 0 and at most {MOST_RATE:g}, found {self.rate}")
         if math.isnan(self.warmup) or math.isnan(self.search):
             raise ValueError(f"warmup and search must be numbers, found {self.warmup} and {self.search}")
         if self.policy not in POLICIES:
