@@ -194,8 +194,8 @@ def llava15_7b(steps: int, batch_size: int) -> ConfigDict:
 
 def lavin_7b_scienceqa(steps: int, batch_size: int) -> ConfigDict:
     """DAS in LaVIN-7B on ScienceQA: four of 32 layers, router adapters of width 8 and 32, ten epochs of search, of them
-    five of warm-up, 150 updates per epoch of eta 0.05. Tower, bridge and prompt are LLaVA's (stand-ins): LaVIN reads
-    class tokens of CLIP's layers through a small projector, and has adapters in the tower, too.
+    five of warm-up, every second step an update of eta 0.05. Tower, bridge and prompt are LLaVA's (stand-ins): LaVIN
+    reads class tokens of CLIP's layers through a small projector, and has adapters in the tower, too.
 
     Commands: as `llava15_7b`; fine-tuning takes 20 epochs, `phase=finetune,steps=7940`, and 2 of them as warm-up,
     `--config.optim.warmup=794`. Hardware: TPU. Expected: the

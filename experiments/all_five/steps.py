@@ -277,7 +277,7 @@ def main(arguments: list[str]) -> int:
 
     def write(add: str, found: dict[str, Any]) -> None:
         record.write(options.out, {"kind": kind, "add": add, "seed": options.seed, **found})
-        print(f"{options.what} {add}, seed {options.seed}", file=sys.stderr)
+        print(f"{options.what} {add}, seed {options.seed}: recorded", file=sys.stderr)
 
     if options.what == "time":
         write("all", times(options, built))
@@ -285,6 +285,7 @@ def main(arguments: list[str]) -> int:
     for add in wanted:
         if (kind, add, options.seed) in known and add not in options.again.split(","):
             continue
+        print(f"{options.what} {add}, seed {options.seed} ...", file=sys.stderr)
         if kind == "moved":
             write(add, moved(options, add))
         else:

@@ -61,7 +61,7 @@ def preferences(found: Sequence[dict[str, Any]]) -> Any:
             color = MUTED if out is None else COLORS[out]
             axes.plot(updates, history[:, layer], color=color, linewidth=0.8 if out is None else 2.0)
             if out is not None:
-                axes.annotate(f"{layer + 1}", (updates[-1], history[-1, layer]), color=color, fontsize=9)
+                axes.annotate(f"{layer}", (updates[-1], history[-1, layer]), color=color, fontsize=9)
         curves.quiet(axes)
         curves.set_title(axes, f"seed {run['seed']}")
         axes.set_xlabel("updates", color=MUTED, fontsize=9)
@@ -79,12 +79,12 @@ def choices(found: dict[str, Records]) -> Any:
         ticks.append((row + (len(runs) - 1) / 2, name))
         for run in runs:
             axes.axhline(row, color=GRID, linewidth=0.8, zorder=0)
-            axes.plot([layer + 1 for layer in run["skips"]], [row] * len(run["skips"]), "s", color=COLORS[number % 6])
+            axes.plot(run["skips"], [row] * len(run["skips"]), "s", color=COLORS[number % 6])
             row += 1
         row += 1
     axes.set_ylim(row - 1, -1)
-    axes.set_xlim(0.4, layers + 0.6)
-    axes.set_xticks(range(1, layers + 1))
+    axes.set_xlim(-0.6, layers - 0.4)
+    axes.set_xticks(range(layers))
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.set_xlabel("layers left out, a row for each seed", color=MUTED, fontsize=9)
     curves.quiet(axes)
@@ -101,10 +101,10 @@ def why(found: Sequence[dict[str, Any]]) -> Any:
     figure.subplots_adjust(left=0.08, right=0.99, top=0.88, bottom=0.15, wspace=0.2)
     told = (("Loss without the layer minus with all", cost, BAD), ("Preference", _column(found, "preference"), GOOD))
     for axes, (title, values, color) in zip(panels, told, strict=True):
-        places = np.arange(1, values.shape[1] + 1)
+        places = np.arange(values.shape[1])
         axes.bar(places, values.mean(0), color=color, alpha=0.35)
         for run, row in zip(found, values, strict=True):
-            out = np.isin(places - 1, run["skips"])
+            out = np.isin(places, run["skips"])
             axes.plot(places[~out], row[~out], "o", markersize=3.5, markerfacecolor="white", color=MUTED)
             axes.plot(places[out], row[out], "o", markersize=4.5, color=INK)
         curves.quiet(axes)

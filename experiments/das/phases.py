@@ -219,8 +219,8 @@ def check(config: ConfigDict, phases: tuple[str, ...]) -> None:
         raise InputError(f"config.das.preferences must be the workdir of a search, found {where!r}, which is none")
     if settings["phase"] == "finetune" and settings["remove"] != "search" and settings["preferences"]:
         raise InputError(
-            f"config.das.preferences must be empty where config.das.remove={settings['remove']!r} says which layers go, "
-            f"found {settings['preferences']!r}"
+            f"config.das.preferences must be empty where config.das.remove={settings['remove']!r} says which layers "
+            f"go, found {settings['preferences']!r}"
         )
 
 
@@ -338,8 +338,8 @@ def preferences(workdir: str, spec: Any) -> Float[np.ndarray, " n"]:
     extra = checkpoint.load_extra(workdir) if paths.is_workdir(workdir) else {}
     if "preference" not in extra:
         raise InputError(
-            f"which layers go a search says: config.das.preferences must be its workdir (config.das.remove='random' and "
-            f"'[1, 2]' need none), found {workdir!r}"
+            "which layers go a search says: config.das.preferences must be its workdir (config.das.remove='random' "
+            f"and '[1, 2]' need none), found {workdir!r}"
         )
     # Of the same arms in the same order.
     here, there = _described(spec), _described(checkpoint.begun(workdir))

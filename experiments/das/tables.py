@@ -102,16 +102,19 @@ def runs_of(records: Records, *kinds: str) -> dict[str, Records]:
 
 def difference(runs: Records, *others: Records) -> str:
     """`paired` over the seeds that all have, bootstrapped over questions and seeds; and from three seeds on the half
-    width of the 95 % interval over seeds alone, by Student's t: the bootstrap of so few seeds is too narrow. Of several
-    `others`, draws by chance, a question counts as often as it was answered rightly on average."""
+    width of the 95 % interval over seeds alone, by Student's t: the bootstrap of so few seeds is too narrow. Two seeds
+    have no interval, but each its difference. Of several `others`, draws by chance, a question counts as often as it
+    was answered rightly on average."""
     there = [{r["seed"]: told(r) for r in other} for other in others]
     shared = [r for r in runs if all(r["seed"] in seeds for seeds in there)]
     pairs = [(told(r), np.mean([seeds[r["seed"]] for seeds in there], axis=0)) for r in shared]
     if not pairs:
         return ""
     each = [100 * float((own - other).mean()) for own, other in pairs]
-    if (n := len(each)) < 3:
+    if (n := len(each)) == 1:
         return paired(pairs)
+    if n == 2:
+        return f"{np.mean(each):+.1f} (by seed {each[0]:+.1f}, {each[1]:+.1f})"
     half = stats.t.ppf(0.975, n - 1) * np.std(each, ddof=1) / n**0.5
     return f"{paired(pairs)}, t ± {half:.1f}"
 
@@ -125,7 +128,7 @@ def arms(records: Records) -> str:
     for name, runs in found.items():
         tops = [100 * r["top1"] for r in runs]
         work = mean(runs, "macs_per_prompt") / mean(plain, "macs_per_prompt")
-        skips = "; ".join(", ".join(str(layer + 1) for layer in r["skips"]) for r in runs) if runs[0]["skips"] else ""
+        skips = "; ".join(", ".join(str(layer) for layer in r["skips"]) for r in runs) if runs[0]["skips"] else ""
         rows.append(
             (
                 name,
@@ -137,7 +140,7 @@ def arms(records: Records) -> str:
                 skips,
             )
         )
-    header = ("arm", "seeds", "accuracy, %", "minus adapters", "work", "trained", "layers left out, from 1")
+    header = ("arm", "seeds", "accuracy, %", "minus adapters", "work", "trained", "layers left out, from 0")
     used = [r for runs in found.values() for r in runs]
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
@@ -190,7 +193,7 @@ def layers(records: Records) -> str:
         rows.append((r["name"], r["seed"], "preference", *(f"{x:+.2f}" for x in r["preference"])))
         without = (f"{x - r['loss_with_all']:+.2f}" for x in r["loss_without"])
         rows.append(("", "", "loss without it, minus with all", *without))
-    return tables.markdown(("search", "seed", "layer", *map(str, range(1, count + 1))), rows)
+    return tables.markdown(("search", "seed", "layer", *map(str, range(count))), rows)
 
 
 def disturbed(records: Records) -> str:

@@ -191,9 +191,7 @@ def test_what_a_run_starts_from_has_to_fit(tmp_path: Path, monkeypatch: pytest.M
     named = config("phase=finetune", init_from=base, das__preferences="there", das__skips=1)
     assert assemble.task(named).summary["skips"] == [2]
     told["preference"] = np.array([0.0, np.nan, 1.0], np.float32)
-    with pytest.raises(
-        InputError, match=r"the preferences in there must be finite, one for each arm .* found \[ 0. nan"
-    ):
+    with pytest.raises(InputError, match=r"the preferences in there must be finite, one for each arm .* \[ 0. nan"):
         assemble.task(named)
     there, mine = assemble.task(config(**SHAPES[1])).spec, "a fusion encoder of 2 streams and 3 modules"
     with pytest.raises(InputError, match=f"must be of {mine}, found those of a fusion encoder of 1 stream and 3"):
