@@ -276,8 +276,8 @@ class Watch:
     def __init__(self, after_step: Any):
         self.after_step, self.history = after_step, list[list[float]]()
 
-    def __call__(self, state: Any, frozen: Any, draw: Any) -> Any:
-        state = self.after_step(state, frozen, draw)
+    def __call__(self, state: Any, frozen: Any, draw: Any, step: int) -> Any:
+        state = self.after_step(state, frozen, draw, step)
         if int(state.extra["updates"]) > len(self.history):
             self.history.append(np.asarray(state.extra["preference"]).round(5).tolist())
         return state

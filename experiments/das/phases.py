@@ -384,6 +384,8 @@ class Search:
     greedy: int = 0
     layers: tuple[int, ...] = ()
     depth: int = 0
+    _known: dict[int, State] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    """After the last step, by its number: so that the device is waited for at updates only."""
 
     def start(self, preference: Float[np.ndarray, " n"] | None) -> dict[str, np.ndarray]:
         """`TrainState.extra` before the first step."""
@@ -392,10 +394,11 @@ class Search:
             state = state._replace(preference=np.asarray(preference, np.float32))
         return self._extra(state, 0)
 
-    def __call__(self, state: Any, frozen: Any, draw: Callable[[str, int], Any]) -> Any:
-        done = int(state.step)
-        told = jax.device_get(state.extra)
-        known, due = bandit.tick(self.bandit, State(*(told[name] for name in State._fields)), done - 1)
+    def __call__(self, state: Any, frozen: Any, draw: Callable[[str, int], Any], done: int) -> Any:
+        if (known := self._known.pop(done - 1, None)) is None:  # the first step of this process
+            told = jax.device_get(state.extra)
+            known = State(*(told[name] for name in State._fields))
+        known, due = bandit.tick(self.bandit, known, done - 1)
         if due:
             subsets = bandit.candidates(self.bandit, known, self.seed, self._count(done))
             batch = draw("val", 0 if self.fixed else int(known.updates))
@@ -403,6 +406,8 @@ class Search:
             known = bandit.update(self.bandit, known, subsets, np.asarray(jax.device_get(losses), np.float64))
         if self.greedy and done == self.steps:
             known = known._replace(preference=self._greedy(state.params, draw))
+        self._known.clear()
+        self._known[done] = known
         return dataclasses.replace(state, extra=self._extra(known, done))
 
     def mask(self, arms: Any) -> Bool[np.ndarray, " L"]:

@@ -207,10 +207,10 @@ def test_a_search_that_was_cut_off_goes_on_as_if_it_had_not(base: Path, found: P
     settings = config(f"{CONFIG},steps={STEPS}", init_from=base, workdir=tmp_path, checkpoint__every=7)
     task, data = assemble.assemble(settings)
 
-    def cut(state: Any, frozen: Any, draw: Any) -> Any:
-        if int(state.step) == 12:
+    def cut(state: Any, frozen: Any, draw: Any, step: int) -> Any:
+        if step == 12:
             raise Cut
-        return task.after_step(state, frozen, draw)
+        return task.after_step(state, frozen, draw, step)
 
     with pytest.raises(Cut):
         loop.train(dataclasses.replace(task, after_step=cut), data, settings, tmp_path)
@@ -270,9 +270,11 @@ def test_validation_batches_are_fresh_and_disjoint_or_always_the_same(base: Path
             lambda p, b, skip: np.float32(skip[0]),
             fixed=fixed,
         )
-        state = dataclasses.make_dataclass("State", ["step", "params", "extra"])(0, None, made.start(None))
+        state = dataclasses.make_dataclass("State", ["params", "extra"])(None, made.start(None))
         for step in range(1, 7):
-            state = made(dataclasses.replace(state, step=step), None, draw)
+            # What lies on the device is read at the first step only.
+            here = state.extra if step == 1 else None
+            state = made(dataclasses.replace(state, extra=here), None, draw, step)
     assert asked == [("val", 0), ("val", 1), ("val", 2)] + [("val", 0)] * 3
     # A layer that costs something is preferred less.
     assert state.extra["preference"][0] == state.extra["preference"].min() < 0
@@ -283,10 +285,10 @@ def test_a_ramp_and_the_greedy_choice() -> None:
     made = phases.Search(
         bandit.Bandit(4, 2, candidates=0, search=4), 0, 4, lambda p, b, skip: np.float32(price[skip].sum()), greedy=1
     )
-    state = dataclasses.make_dataclass("State", ["step", "params", "extra"])(0, None, made.start(None))
+    state = dataclasses.make_dataclass("State", ["params", "extra"])(None, made.start(None))
     counts = [int(state.extra["skip"].sum())]
     for step in range(1, 5):
-        state = made(dataclasses.replace(state, step=step), None, lambda split, index: None)
+        state = made(state, None, lambda split, index: None, step)
         counts.append(int(state.extra["skip"].sum()))
     assert counts == [2, 2, 2, 2, 2] and bandit.final(state.extra["preference"], 2).tolist() == [3, 1]
     slow = dataclasses.replace(made, ramp=12)

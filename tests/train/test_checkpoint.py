@@ -180,7 +180,7 @@ def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
         count = batch["valid"].sum()
         return {"top1": count * (10.0 - (extra["counter"] - 4.0) ** 2), "count": count}
 
-    def after_step(state: Any, frozen: Any, draw: Any) -> Any:
+    def after_step(state: Any, frozen: Any, draw: Any, step: int) -> Any:
         return state.replace(extra={"counter": state.extra["counter"] + 1})
 
     task = toy.task(config, evaluate=evaluate, after_step=after_step)

@@ -127,9 +127,9 @@ def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
     workers = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's ignore it
     before = signal.getsignal(signal.SIGINT)
 
-    def twice(state: Any, frozen: Any, draw: Any) -> Any:
+    def twice(state: Any, frozen: Any, draw: Any, step: int) -> Any:
         """In the main thread, so that nothing happens between the two."""
-        if int(state.step) == 3:
+        if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
             while signal.getsignal(signal.SIGINT) != before:  # two signals at once are one
                 time.sleep(0.01)
@@ -267,7 +267,8 @@ def test_after_step_changes_the_state_and_draws_validation_batches(tmp_path: Pat
     config = toy.config(steps=6)
     drawn = []
 
-    def after_step(state: Any, frozen: Any, draw: Any) -> Any:
+    def after_step(state: Any, frozen: Any, draw: Any, step: int) -> Any:
+        assert step == int(state.step)
         batch = draw("eval", int(state.step))
         drawn.append(np.asarray(batch["image"])[0, 0])
         return dataclasses.replace(state, extra={"counter": state.extra["counter"] + int(state.step)})

@@ -201,11 +201,11 @@ class _Run:
                     self._settle(*pending)
                 pending = (step, metrics) if step > first else None
                 ends = self._evaluates(step) or self._saves(step)
-                if pending is not None and (ends or after_step is not None):
+                if pending is not None and ends:
                     self._settle(*pending)
                     pending = None
                 if after_step is not None:
-                    state = after_step(self.state, self.frozen, self._draw)
+                    state = after_step(self.state, self.frozen, self._draw, step)
                     self.state = jax.device_put(state, program.shardings)
                 if step == config.steps and program.task.finish is not None:
                     self._finish(program.task.finish, knobs)

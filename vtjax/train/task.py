@@ -40,9 +40,10 @@ class Task:
         one of a part of the examples is called `m@part` and divided by `sums["count@part"]`.
       trainable: parameter path (`block_00/attn/query/kernel`) -> name of its optimiser group, or None: untrained,
         without gradient or optimiser state, still saved. Usually `optim.group_of(config.optim)`.
-      after_step: `(state, frozen, draw) -> state`, on the host after every step where a task has one; `draw(split,
-        index)` gives a fresh validation batch as device arrays. Reading a value of `state` waits for the device, so the
-        host no longer runs ahead. It must be a pure function of its arguments, or a resumed run differs.
+      after_step: `(state, frozen, draw, step) -> state`, on the host after every step where a task has one;
+        `draw(split, index)` gives a fresh validation batch as device arrays, `step` is `state.step` as a number.
+        Reading a value of `state` waits for the device: what is not needed at every step should not be read at every
+        step. It must be a pure function of its arguments, or a resumed run differs.
       begin: `params -> params`, on the host, once: before the first step of a fresh run, on the device arrays.
       finish: `(params, frozen, extra, knobs, draw) -> params`, on the host, once: after the last step and before its
         evaluation, on the parameters that evaluation uses (the moving average where there is one).
