@@ -331,7 +331,7 @@ def _table(result: dict[str, Any]) -> list[str]:
         ("minimum, ms", "min_s", 1e3),
         ("images/s", "images_per_s", 1.0),
         ("MACs per image, G", "macs", 1e-9),
-        ("the same, walked, G", "macs_walked", 1e-9),
+        ("the program's, all branches, G", "macs_walked", 1e-9),
         ("parameters, M", "params", 1e-6),
         ("memory, MiB", "memory_bytes", 2**-20),
         ("images that overflowed, %", "overflow_rate", 100.0),
