@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ from vtjax.spec import (
 from vtjax.train import checkpoint, optim
 from vtjax.train.state import params_sha256
 from vtjax.train.task import Data, Task
-from vtjax.weights import names, resample
+from vtjax.weights import resample
 from vtjax.weights import tokenizer as tokenizers
 
 TYPES = {"easy_vqa": question_sets.EASY_VQA_TYPES, "marked_shapes": marked_shapes.TYPES, "needle": needle.TYPES}
@@ -62,8 +62,7 @@ def build(config: ConfigDict, **more: Any) -> Task:
         not fit the model.
     """
     spec, init = source(config)
-    trainable = optim.group_of(config.optim)
-    model = VLM(spec, **options(config), in_turn=moves_vision(spec, trainable), **more)
+    model = VLM(spec, **options(config), **more)
     types, balance = types_of(config), answer_weights(config)
 
     def loss(params: Any, frozen: Any, extra: Any, knobs: Any, batch: Any, key: jax.Array, step: Any) -> Any:
@@ -79,7 +78,7 @@ def build(config: ConfigDict, **more: Any) -> Task:
         init=init,
         loss=loss,
         evaluate=evaluate,
-        trainable=trainable,
+        trainable=optim.group_of(config.optim),
         summary={
             "macs_per_prompt": sum(row.macs for row in rows),
             "params": sum(row.params for row in rows),
@@ -87,11 +86,6 @@ def build(config: ConfigDict, **more: Any) -> Task:
             **({"stand_ins": list(spec.stand_ins)} if spec.stand_ins else {}),
         },
     )
-
-
-def moves_vision(spec: VLMSpec, trainable: Callable[[str], str | None]) -> bool:
-    """Whether training moves what visual tokens come from, so that they have a gradient."""
-    return any(trainable(path) for path in names.shapes(spec) if path.startswith(("tower/", "bridge/projector/")))
 
 
 def types_of(config: ConfigDict) -> tuple[str, ...]:

@@ -51,8 +51,6 @@ class LM:
       cross: cross-attention to the visual tokens that `apply` gets as `memory`. Its parameters are `cross` of its
         layers' blocks.
       attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
-      in_turn: whether layers add to the gradient of the visual tokens one after the other, which saves memory; where
-        nobody wants that gradient it costs time (`ops.cross_attention.in_turn`).
 
     Raises:
       InputError: a spec of another kind, an unknown remat policy or attention, or a reducer or adapter that would not
@@ -69,7 +67,6 @@ class LM:
     constrain: Callable[[Array], Array] = identity
     cross: CrossSpec | None = None
     attend: Attend = cross_attention.attend
-    in_turn: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, LMSpec):
@@ -301,7 +298,6 @@ class LM:
             want=want,
             remat=self.remat,
             scan=self.scan,
-            in_turn=self.in_turn,
             constrain=self.constrain,
         )
 

@@ -7,7 +7,6 @@ without remat costs memory, so scan is only accepted together with remat.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -22,7 +21,6 @@ from jaxtyping import Array
 from vtjax.errors import InputError
 from vtjax.models.decoder import DecoderBlock
 from vtjax.models.layers import ADAPTER_SITES, Adapter, Block, DropPath, Knobs, Reducer, with_first
-from vtjax.ops import cross_attention
 from vtjax.ops.cross_attention import SAVED
 from vtjax.ops.tokens import Tokens
 from vtjax.spec import ModelSpec, is_backbone
@@ -153,7 +151,6 @@ def run(
     keep: Collection[int] = (),
     remat: str = "none",
     scan: bool = False,
-    in_turn: bool = False,
     drop_path: float = 0.0,
     key: Array | None = None,
     constrain: Any = lambda x: x,
@@ -170,7 +167,6 @@ def run(
       keep: layers whose aux holds "tokens" whatever `want` says; each ends a scan.
       remat, scan: see `check`. Scan applies to runs of at least two equal blocks without reducer and `want`, and with
         equal adapters, whose knobs have one form.
-      in_turn: see `ops.cross_attention.in_turn`; of blocks that read visual tokens. In a scan they do it anyway.
       drop_path: stochastic depth rate of the last block; the rate grows linearly from 0. Needs `key`.
       key: random key for stochastic depth.
       constrain: applied to `[B,N,D]` activations after every block (sharding), identity by default.
@@ -239,8 +235,6 @@ def run(
             auxes.extend({} for _ in run_of)
         else:
             for p, k, rate, drop_key in arguments:
-                if in_turn and getattr(block, "cross", None) is not None:
-                    tokens = _in_turn(tokens)
                 tokens, aux = one(p, tokens, k, rate, drop_key)
                 auxes.append(aux)
         if run_of[-1] in keep:
@@ -251,13 +245,6 @@ def run(
 def call_module(module: nn.Module, params: Any, *args: Any) -> Any:
     """A Linen module as a function of its parameters; what it returns is the module's affair."""
     return module.apply({"params": params}, *args)
-
-
-def _in_turn(tokens: Tokens) -> Tokens:
-    if tokens.memory is None or tokens.memory.x is None:
-        return tokens
-    x, y = cross_attention.in_turn(tokens.x, tokens.memory.x)
-    return tokens.replace(x=x, memory=dataclasses.replace(tokens.memory, x=y))
 
 
 def _carry(one: Any, memory: Any, tokens: Tokens, layer: tuple[Any, ...]) -> tuple[Tokens, None]:

@@ -58,7 +58,6 @@ class VLM:
         the grid, it is restored there (`Memory.holder`).
       constrain: applied to activations `[B,N,D]`; sharding is injected here.
       attend: attention to visual tokens, `ops.cross_attention.attend` or a distributed form of it.
-      in_turn: as of `LM`; for training that moves tower or projector.
       frames: how images go through the tower; where they lie on devices of their own, sharding is injected here.
 
     Raises:
@@ -77,7 +76,6 @@ class VLM:
     tower_adapters: tuple[tuple[int, str, Adapter], ...] = ()
     constrain: Callable[[Array], Array] = identity
     attend: Attend = cross_attention.attend
-    in_turn: bool = False
     frames: Frames = Frames()
 
     def __post_init__(self) -> None:
@@ -138,7 +136,6 @@ class VLM:
             constrain=self.constrain,
             cross=self.spec.bridge.cross,
             attend=self.attend,
-            in_turn=self.in_turn,
         )
 
     def init(self, key: Array) -> Params:
