@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from experiments.dpn.tables import by_arm, mean, paired, told
 from experiments.ltmp.tables import circumstances
@@ -101,22 +100,12 @@ def runs_of(records: Records, *kinds: str) -> dict[str, Records]:
 
 
 def difference(runs: Records, *others: Records) -> str:
-    """`paired` over the seeds that all have, bootstrapped over questions and seeds; and from three seeds on the half
-    width of the 95 % interval over seeds alone, by Student's t: the bootstrap of so few seeds is too narrow. Two seeds
-    have no interval, but each its difference. Of several `others`, draws by chance, a question counts as often as it
-    was answered rightly on average."""
+    """`paired` over the seeds that all have. Of several `others`, draws by chance, a question counts as often as it was
+    answered rightly on average."""
     there = [{r["seed"]: told(r) for r in other} for other in others]
     shared = [r for r in runs if all(r["seed"] in seeds for seeds in there)]
     pairs = [(told(r), np.mean([seeds[r["seed"]] for seeds in there], axis=0)) for r in shared]
-    if not pairs:
-        return ""
-    each = [100 * float((own - other).mean()) for own, other in pairs]
-    if (n := len(each)) == 1:
-        return paired(pairs)
-    if n == 2:
-        return f"{np.mean(each):+.1f} (by seed {each[0]:+.1f}, {each[1]:+.1f})"
-    half = stats.t.ppf(0.975, n - 1) * np.std(each, ddof=1) / n**0.5
-    return f"{paired(pairs)}, t ± {half:.1f}"
+    return paired(pairs) if pairs else ""
 
 
 def arms(records: Records) -> str:

@@ -5,6 +5,8 @@
     python -m experiments.dpn.accuracy arms        the arms of the comparison, from the dense models
     python -m experiments.dpn.accuracy tau         more and less budget
     python -m experiments.dpn.accuracy routers     routers learn first, while the model stands still
+    python -m experiments.dpn.accuracy start       the dense models as they are, on the questions of the arms
+    python -m experiments.dpn.accuracy within      routers' decisions, permuted among questions of one type
     python -m experiments.dpn.accuracy easyvqa     the same on easy-VQA: its dense model, then a few arms
     python -m experiments.dpn.accuracy paths       every path in the dense models as they are, by type of question;
                                                    routers read the token in front of the answer
@@ -62,6 +64,9 @@ OURS = {
 
 # The hinge counts work, not halvings.
 WORK = {"dpn.loss": "macs", "dpn.lam": "3.0"}
+KNOWN = {"dpn.token": "answer"}
+"""Routers read a token that the model knows, so that texts stay as they were."""
+
 QUALITY = {"dpn.quality": "3.0", "dpn.quality_share": "0.5"}
 
 Arm = tuple[str, dict[str, str]]
@@ -82,6 +87,10 @@ def arms() -> Iterator[Arm]:
     yield "dpn lam=0", {"dpn.lam": "0.0"}
     yield "dpn expected", {"dpn.loss": "expected", "dpn.lam": "0.1"}
     yield "by type", {"dpn.mode": "by_type", "dpn.path": BY_TYPE}
+    # Controls of `routers`: as they, these read the token in front of the answer.
+    yield "dense at the answer", {"dpn.mode": "off", **KNOWN}
+    for path in ("(1, 1, 1)", "(1, 2, 2)"):
+        yield f"static {path} at the answer", {"dpn.mode": "forced", "dpn.path": path, **KNOWN}
     yield "st", {**OURS, "dpn.tau": "1.0"}
     yield "st quality", {**OURS, **QUALITY, "dpn.tau": "1.0"}
     yield "st quality routers", {**OURS, **QUALITY, "dpn.tau": "1.0", "dpn.trainable": "routers"}
@@ -105,7 +114,7 @@ def routers() -> Iterator[Arm]:
         yield f"routers budget={value}", {**leaves, "dpn.trainable": "routers"}
         yield f"routers, then all budget={value}", {**leaves, "after": f"routers budget={value}"}
         # A token that the model does not know is in the way of a model that stands still: it reads one that it knows.
-        known = {**leaves, "dpn.token": "answer"}
+        known = {**leaves, **KNOWN}
         yield f"routers at the answer budget={value}", {**known, "dpn.trainable": "routers"}
         yield (
             f"routers at the answer, then all budget={value}",
@@ -115,10 +124,10 @@ def routers() -> Iterator[Arm]:
 
 def easyvqa() -> Iterator[Arm]:
     """On questions that people have seen before: 64 visual tokens, of which all questions need few."""
-    known = {**OURS, **QUALITY, **WORK, "dpn.token": "answer", "dpn.budget": "0.44"}
-    yield "dense", {"dpn.mode": "off"}
+    known = {**OURS, **QUALITY, **WORK, **KNOWN, "dpn.budget": "0.44"}
+    yield "dense", {"dpn.mode": "off", **KNOWN}
     for path in ("(1, 1, 1)", "(2, 1, 1)", "(2, 2, 2)"):
-        yield f"static {path}", {"dpn.mode": "forced", "dpn.path": path}
+        yield f"static {path}", {"dpn.mode": "forced", "dpn.path": path, **KNOWN}
     yield "routers", {**known, "dpn.trainable": "routers"}
     yield "routers, then all", {**known, "after": "routers"}
 
@@ -223,9 +232,13 @@ def measured(config: Any, task: Any, data: Any, params: Any) -> dict[str, Any]:
     return found
 
 
-def permuted(config: Any, task: Any, data: Any, params: Any, choice: np.ndarray, number: int) -> np.ndarray:
-    """Which questions are right where each takes the experts of another one."""
-    shuffled = choice[np.random.default_rng((config.seed, number)).permutation(len(choice))]
+def permuted(
+    config: Any, task: Any, data: Any, params: Any, choice: np.ndarray, number: int, kind: np.ndarray | None = None
+) -> np.ndarray:
+    """Which questions are right where each takes the experts of another one; of the same `kind` where that is given."""
+    rng, shuffled = np.random.default_rng((config.seed, number)), choice.copy()
+    for each in [np.arange(len(choice))] if kind is None else [np.flatnonzero(kind == k) for k in np.unique(kind)]:
+        shuffled[each] = choice[each[rng.permutation(len(each))]]
     options = {**vlm.options(config), "gate": config.dpn.gate, "floor_at_eval": config.dpn.floor_at_eval}
     model, params = dpn.vlm(task.spec, **options), jax.tree.map(jnp.asarray, params)
     run = _forced(model)
@@ -260,6 +273,33 @@ def information(choice: np.ndarray, kind: np.ndarray) -> float:
 
     rng = np.random.default_rng(0)
     return of(kind) - float(np.mean([of(rng.permutation(kind)) for _ in range(20)]))
+
+
+def start(seed: int) -> dict[str, Any]:
+    """What the dense model of a seed answers as it is, to the questions of the arms."""
+    given = {"seed": str(seed), "init_from": dense_run(seed), "dpn.mode": "off", **KNOWN}
+    config = config_lib.load_config(CONFIG, "sortofclevr", given)
+    task, data = assemble.assemble(config)
+    return measured(config, task, data, jax.jit(lambda key: task.init(key)[0])(jax.random.key(seed)))
+
+
+def within(seed: int, name: str) -> dict[str, Any]:
+    """The answers of an arm that was run, with decisions of other questions of the same type: what is lost by that is
+    what a lookup of the type would not have found."""
+    config = config_lib.of_workdir(arm_run(name, seed), {})
+    task, data = assemble.assemble(config)
+    _, params = checkpoint.load_params(config.workdir)
+    made = loop.decisions(task, data.eval("eval"), config, params)
+    order = np.argsort(made["question"])
+    kind, choice = made["type"][order], made["choice"][order]
+    told = [permuted(config, task, data, params, choice, number, kind) for number in range(PERMUTATIONS)]
+    right = made["correct"][order].astype(int)
+    return {
+        "arm": name,
+        "top1": float(right.mean()),
+        "correct": "".join(map(str, right)),
+        "permuted_correct": ["".join(map(str, row.astype(int))) for row in told],
+    }
 
 
 def paths(seed: int) -> dict[str, Any]:
@@ -306,7 +346,7 @@ def wanted(name: str, only: str) -> bool:
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("dense", "paths", *ARMS))
+    parser.add_argument("what", choices=("dense", "start", "paths", "within", *ARMS))
     parser.add_argument("--seed", type=int, action="append", help="one of them; else all")
     parser.add_argument("--only", default="", help="arms whose name contains this; =NAME is that one")
     parser.add_argument("--out", type=Path, default=RECORDS)
@@ -316,6 +356,8 @@ def main(arguments: list[str]) -> int:
     executables = Executables()
     for seed in options.seed or SEEDS:
         made: list[Arm] = list(ARMS[options.what]()) if options.what in ARMS else [(options.what, {})]
+        if options.what == "within":
+            made = [(name, leaves) for name, leaves in routers() if (("routers", name, seed) in known)]
         for name, overrides in made:
             if not wanted(name, options.only) or (options.what, name, seed) in known:
                 continue
@@ -323,8 +365,10 @@ def main(arguments: list[str]) -> int:
                 if options.what == "easyvqa":
                     dense(seed, "easyvqa")
                 found = arm(name, overrides, seed, executables, options.what)
+            elif options.what == "within":
+                found = within(seed, name)
             else:
-                found = {"dense": dense, "paths": paths}[options.what](seed)
+                found = {"dense": dense, "start": start, "paths": paths}[options.what](seed)
             options.out.parent.mkdir(exist_ok=True)
             record.write(options.out, {"kind": options.what, "name": name, "seed": seed, **found})
             work = f" at {found['mac_ratio']:.3f} of the work" if "mac_ratio" in found else ""

@@ -103,7 +103,8 @@ def build(config: ConfigDict) -> Task:
         else:
             form, group = settings.loss, settings.route_group
             route = ops.route_loss(made["p"], made["routed"], knobs["dpn.tau"], form=form, group=group)
-        total = answer + knobs["dpn.lam"] * warm * route
+        # Where nobody asks a router, its loss would move the model through what it reads.
+        total = answer + knobs["dpn.lam"] * warm * route if settings.mode in ("adaptive", "random") else answer
         told = {"answer": answer, "route": route, **shares(spec, batch, made)}
         told["train_top1"] = found.right.sum() / jnp.maximum(found.asked.sum(), 1.0)
         if settings.distill:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments.ltmp.tables import circumstances
 from vtjax.data.question_sets import EASY_VQA_TYPES
@@ -20,6 +21,9 @@ from vtjax.viz import tables
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 TYPES = ("coarse", "object", "relation", "fine")
+
+ANSWER = "at the answer"
+"""Of the names of arms in which nothing is added to the texts."""
 
 Records = list[dict[str, Any]]
 
@@ -65,19 +69,28 @@ def dense(records: Records) -> str:
 
 
 def arms(records: Records, kinds: tuple[str, ...], types: tuple[str, ...] = TYPES, controls: str = "arms") -> str:
-    """Accuracy and work of every arm; what its own decisions are worth against the same ones permuted; and how it
-    stands to the dense arm and to the best static path of no more work, over the seeds that both have. `controls`: the
-    kind that those two are of."""
+    """Accuracy and work of every arm; what its own decisions are worth against the same ones permuted, among all
+    questions and among those of one type; and how it stands to the model that it started from, to the dense arm and to
+    the best static path of no more work, over the seeds that both have. Arms whose texts have no router token ("at the
+    answer") are compared with controls that have none. `controls`: the kind that these are of."""
     rows: list[tuple[Any, ...]] = []
-    dense = by_arm(records, controls).get("dense", [])
-    static = {name: found for name, found in by_arm(records, controls).items() if name.startswith("static")}
+    start, type_by_type = by_arm(records, "start").get("start", []), by_arm(records, "within")
     for kind in kinds:
         for name, found in by_arm(records, kind).items():
             work = mean(found, "mac_ratio")
             tops = [100 * r["top1"] for r in found]
             own = "" if "permuted_correct" not in found[0] else paired([(told(r), permuted(r)) for r in found])
-            fixed = [other for other in static.values() if mean(other, "mac_ratio") <= work + 1e-6]
-            best = max(fixed, key=lambda other: mean(other, "top1"), default=[])
+            inside = [(told(r), permuted(r)) for r in type_by_type.get(name, [])]
+            known = {n: r for n, r in by_arm(records, controls).items() if ANSWER in n or ANSWER not in name}
+            dense = known.get(f"dense {ANSWER}" if ANSWER in name else "dense", known.get("dense", []))
+            seeds = {r["seed"] for r in found}
+            fixed = [
+                other
+                for n, other in known.items()
+                if n.startswith("static") and (ANSWER in n) == (ANSWER in name)
+                and mean(other, "mac_ratio") <= work + 1e-6 and seeds <= {r["seed"] for r in other}
+            ]  # fmt: skip
+            best = max(fixed, key=lambda other: mean([r for r in other if r["seed"] in seeds], "top1"), default=[])
             rows.append(
                 (
                     name,
@@ -88,14 +101,16 @@ def arms(records: Records, kinds: tuple[str, ...], types: tuple[str, ...] = TYPE
                     " / ".join(f"{mean(found, f'halvings@{t}'):.2f}" for t in types),
                     f"{mean(found, 'information_bits'):.2f}" if own else "",
                     own,
-                    "" if name == "dense" else beside(found, dense),
-                    "" if name == "dense" or name.startswith("static") else beside(found, best),
+                    paired(inside) if inside else "",
+                    beside(found, start),
+                    "" if name.startswith("dense") else beside(found, dense),
+                    "" if name.startswith(("dense", "static")) else beside(found, best),
                 )
             )
     if not rows:
         return ""
     header: tuple[str, ...] = ("arm", "seeds", "work", "accuracy, %", "by type", "halvings by type", "bits")
-    header += ("own decisions minus permuted", "minus dense", "minus best static")
+    header += ("own decisions minus permuted", "within a type", "minus the start", "minus dense", "minus best static")
     used = [r for r in records if r["kind"] in kinds]
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
@@ -143,15 +158,23 @@ def beside(found: Records, other: Records) -> str:
 
 
 def paired(pairs: list[tuple[np.ndarray, np.ndarray]]) -> str:
-    """Mean difference in points and its 95 % interval, bootstrapped over questions and seeds."""
+    """Mean difference in points over the seeds. From three seeds on with the half width of the 95 % interval over seeds
+    by Student's t, in front of it that of a bootstrap over questions and seeds, which is too narrow where seeds are
+    few; of two seeds the difference of each, as two have no interval; of one the interval over its questions."""
     rng, difference = np.random.default_rng(0), np.array([own - other for own, other in pairs])
     seeds, questions = difference.shape
+    each = 100 * difference.mean(1)
+    if seeds == 2:
+        return f"{each.mean():+.1f} (by seed {each[0]:+.1f}, {each[1]:+.1f})"
     draws = [
         difference[rng.integers(0, seeds, seeds)].mean(0)[rng.integers(0, questions, questions)].mean()
         for _ in range(2000)
     ]
     low, high = np.percentile(draws, [2.5, 97.5])
-    return f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    text = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if seeds == 1:
+        return text
+    return f"{text}, t ± {stats.t.ppf(0.975, seeds - 1) * each.std(ddof=1) / seeds**0.5:.1f}"
 
 
 def speed(records: Records) -> str:

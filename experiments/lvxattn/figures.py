@@ -124,7 +124,8 @@ def times(records: list[dict[str, Any]]) -> Any:
 
 def temporaries(records: list[dict[str, Any]]) -> Any:
     """Temporary memory of a stack of layers against the visual tokens, by what is recomputed."""
-    used = latest([r for r in records if r["strategy"] == "gather_q"], ("mode", "keys"))
+    # Of both programs the one in which gradients are added in turn.
+    used = latest([r for r in records if r["strategy"] == "gather_q" and r.get("turns")], ("mode", "keys"))
     figure = curves.new_figure(6.4, 3.9)
     axes = figure.add_subplot()
     said = {"none": "everything kept", "names": "keys and values projected again", "full": "all of it done again"}

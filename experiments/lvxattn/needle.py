@@ -231,7 +231,7 @@ def table(records: list[dict[str, Any]]) -> str:
         held = "yes" if exact["held_by_one"] else "no"
         accuracy = [f"{r['top1']:.3f}" if r else "" for r in (exact, *(usual.get(way) for way in WAYS[1:]))]
         rows.append((exact["haystack"], str(exact["frames"]), str(exact["batch"]), *memory, held, *accuracy))
-    head = ("haystack", "frames", "videos", "MiB on one device", f"MiB on each of {DEVICES}", "one holds it", *WAYS)
+    head = ("haystack", "frames", "rows", "MiB on one device", f"MiB on each of {DEVICES}", "one holds it", *WAYS)
     return tables.markdown(head, rows)
 
 

@@ -272,7 +272,7 @@ def test_a_search_and_what_comes_of_it(streams: int, form: str, tmp_path: Path) 
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-5) and again["top1"] == result["top1"]
     # A run's own list cannot be exchanged for another.
     trained("phase=finetune,steps=2", tmp_path / "short", **shape, das__remove="[0]")
-    with pytest.raises(InputError, match="das.remove was"):
+    with pytest.raises(InputError, match="asks for a model without"):
         trained("phase=finetune,steps=2", tmp_path / "short", **shape, das__remove="[1]")
     told = loop.decisions(short, data.eval("eval"), settings, short.init(jax.random.key(0))[0])
     assert told["skipped"].sum(1).tolist() == [1] * data.eval_examples

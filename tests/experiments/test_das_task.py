@@ -310,7 +310,9 @@ def test_a_search_begins_with_what_another_one_learned_and_says_how_far_it_moved
     assert told["rank_correlation"] == pytest.approx(-0.8) and "skips [3]" in capsys.readouterr().err
     # Ties share their rank, and where all are tied nothing can be said.
     assert phases.drift(made, np.zeros(4, np.float32), after)["rank_correlation"] is None
-    assert phases.drift(made, np.array([1, 1, 0, 0]), np.array([2, 2, 1, 1]))["rank_correlation"] == pytest.approx(1.0)
+    assert phases.drift(made, np.array([1.0, 1, 0, 0]), np.array([2.0, 2, 1, 1]))["rank_correlation"] == pytest.approx(
+        1.0
+    )
     # `result.json` has it.
     assert task.conclusion is not None and task.conclusion(extra)["rank_correlation"] == pytest.approx(1.0)
 

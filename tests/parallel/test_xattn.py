@@ -90,6 +90,11 @@ def test_padding_reaches_nothing_and_large_logits_stay_finite() -> None:
     [
         ({"strategy": "ring"}, "strategy must be one of auto, gather_q, .*, found 'ring'"),
         ({"wire": "bfloat16"}, "wire must be None or 'float32', found 'bfloat16'"),
+        ({"scale": float("inf")}, "scale must be a finite number, known before anything is traced, found inf"),
+        (
+            {"q": jnp.zeros((1, 2, 2, 0)), **{name: jnp.zeros((1, 5, 2, 0)) for name in "kv"}},
+            "heads must be at least 1 wide, found D = 0",
+        ),
         ({"axis": "model"}, "axis must be of the mesh, cp, found 'model'"),
         ({"q": jnp.zeros((1, 2, 3, 4))}, "query heads must be a multiple of key heads, found 3 and 2"),
         ({"k": jnp.zeros((1, 5, 2, 8))}, r"q, k, v must be .*, found \[1, 2, 4, 4\], \[1, 5, 2, 8\], \[1, 5, 2, 4\]"),

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +92,12 @@ def cross_attention(
       ValueError: shapes or dtypes that do not fit together, an unknown strategy, kernel, wire or axis, missing ids, or
         key heads that do not divide over the devices with `strategy="ulysses"`.
     """
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh must be a mesh of devices, found {type(mesh).__name__}")
+    axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
     _check(q, k, v, q_interval, kv_id, mesh, axes, strategy)
+    if scale is not None and (isinstance(scale, jax.Array) or not math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number, known before anything is traced, found {scale}")
     if slow and (len(axes) < 2 or strategy not in ("auto", "gather_q", "replicated_q", "local")):
         raise ValueError(f"slow=True needs several axes and strategy='gather_q', found {axes} and {strategy!r}")
     if wire not in (None, "float32"):
@@ -190,11 +195,15 @@ def _check(
     for name in axes:
         if name not in mesh.shape:
             raise ValueError(f"axis must be of the mesh, {', '.join(mesh.shape)}, found {name!r}")
+    if missing := [name for name, x in (("q", q), ("k", k), ("v", v)) if not hasattr(x, "shape")]:
+        raise ValueError(f"q, k, v must be arrays, found {type({'q': q, 'k': k, 'v': v}[missing[0]]).__name__}")
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v must be [B, S_Q, H, D], [B, S_K, K, D] and the same, found {shapes}")
     if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads must be a multiple of key heads, found {q.shape[2]} and {k.shape[2]}")
+    if not q.shape[3]:
+        raise ValueError("heads must be at least 1 wide, found D = 0")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise ValueError(f"q, k, v must have one floating dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
     if q_interval is not None and kv_id is None:
