@@ -43,6 +43,8 @@ def deploy(config: ConfigDict, task: Task, rows: Any, dense: Any) -> tuple[bench
     spec: Any = task.spec
     if spec.bridge.cross is not None:
         raise InputError("vtjax bench deploys DPN where visual tokens stand in the text, found cross-attention")
+    if config.dpn.mode == "by_type":
+        raise InputError("vtjax bench deploys what a model decides by itself, found config.dpn.mode='by_type'")
     params, _, _ = task.init(jax.random.key(config.seed))
     model = dpn.vlm(spec, **vlm.options(config))
     if model.tower_reducers:

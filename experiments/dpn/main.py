@@ -141,7 +141,7 @@ def build(config: ConfigDict) -> Task:
         summary=_summary(config, spec, path),
         decisions=decisions,
         relax=relaxed,
-        fresh="routers" if settings.mode == "adaptive" and not dpn.reducers(base) else "",
+        fresh="routers" if settings.mode == "adaptive" and untaught(base) else "",
     )
 
 
@@ -289,6 +289,15 @@ def check(config: ConfigDict) -> None:
         raise InputError("config.dpn.distill needs a model to learn from (config.init_from), found none")
     if config.data.pack != 1:
         raise InputError(f"config.data.pack must be 1, as experts are chosen by the question, found {config.data.pack}")
+    if settings.lam_warmup < 0:
+        raise InputError(f"config.dpn.lam_warmup must be 0 or more, found {settings.lam_warmup}")
+    if settings.mode not in ("adaptive", "random"):
+        for name, without in (("trainable", ("lora", "all")), ("quality", (0.0,))):
+            if settings[name] not in without:
+                raise InputError(
+                    f"config.dpn.{name} must be {' or '.join(map(str, without))} where config.dpn.mode="
+                    f"{settings.mode!r} asks no router, found {settings[name]}"
+                )
     if settings.trainable == "lora" and not config.model.lora.rank:
         raise InputError("config.dpn.trainable='lora' needs config.model.lora.rank, found 0")
     if any(expert not in range(len(ops.WINDOWS)) for expert in settings.path):
@@ -297,6 +306,12 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             f"config.dpn.path belongs to mode='forced' and 'by_type', found {settings.path} for {settings.mode!r}"
         )
+
+
+def untaught(spec: VLMSpec) -> bool:
+    """Whether a model has no routers, or such as nobody has asked: of forced paths."""
+    made = [reducer for _, reducer in dpn.reducers(spec)]
+    return not made or any(reducer.mode == "forced" for reducer in made)
 
 
 def check_weights(config: ConfigDict, weights: Sequence[str]) -> None:

@@ -221,6 +221,15 @@ def test_packed_training_is_lattice_training(mode: str, path: str, dense: Path, 
         ({"dpn__exec": "vmap"}, "config.dpn.exec must be one of masked, switch, staged, found 'vmap'"),
         ({"dpn__route_group": 3}, "config.dpn.route_group must divide the 8 rows of a step, or be 0, .* found 3"),
         ({"dpn__route_group": 2, "dpn__loss": "macs"}, "or be 0, as for loss='macs', found 2"),
+        ({"dpn__lam_warmup": -5}, "config.dpn.lam_warmup must be 0 or more, found -5"),
+        (
+            {"dpn__mode": "off", "dpn__trainable": "routers"},
+            "config.dpn.trainable must be lora or all where config.dpn.mode='off' asks no router, found routers",
+        ),
+        (
+            {"dpn__mode": "forced", "dpn__path": "(1, 1, 1)", "dpn__quality": 1.0},
+            "config.dpn.quality must be 0.0 where config.dpn.mode='forced' asks no router, found 1.0",
+        ),
         ({"dpn__n_min": 0}, "dpn.least must be at least 1 token, found 0"),
         (
             {"model__tower__image_size": "(72, 72)"},
