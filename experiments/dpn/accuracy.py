@@ -187,12 +187,8 @@ def arm(
     name: str, overrides: dict[str, str], seed: int, executables: Executables, kind: str = "arms"
 ) -> dict[str, Any]:
     """Trains one arm from the dense model of the seed, and measures it."""
-    given = {**overrides, "seed": str(seed)}
-    before = given.pop("after", "")
-    given["init_from"] = arm_run(before, seed, kind) if before else dense_run(seed, kind)
-    config = config_lib.load_config(CONFIG, "easyvqa" if kind == "easyvqa" else "sortofclevr", given)
-    workdir = arm_run(name, seed, kind)
-    config_lib.override(config, "workdir", workdir)
+    config = settings(name, overrides, seed, kind)
+    workdir = config.workdir
     task, data = assemble.assemble(config)
     result = loop.train(task, data, config, workdir, executables)
     _, params = checkpoint.load_params(workdir)
@@ -202,6 +198,16 @@ def arm(
         **{"params_sha256": result["params_sha256"], "images_per_s": result.get("images_per_s")},
         **measured(config, task, data, params),
     }
+
+
+def settings(name: str, overrides: dict[str, str], seed: int, kind: str = "arms") -> config_lib.Config:
+    """The config of one arm."""
+    given = {**overrides, "seed": str(seed)}
+    before = given.pop("after", "")
+    given["init_from"] = arm_run(before, seed, kind) if before else dense_run(seed, kind)
+    config = config_lib.load_config(CONFIG, "easyvqa" if kind == "easyvqa" else "sortofclevr", given)
+    config_lib.override(config, "workdir", arm_run(name, seed, kind))
+    return config
 
 
 def measured(config: Any, task: Any, data: Any, params: Any) -> dict[str, Any]:
@@ -283,10 +289,10 @@ def start(seed: int) -> dict[str, Any]:
     return measured(config, task, data, jax.jit(lambda key: task.init(key)[0])(jax.random.key(seed)))
 
 
-def within(seed: int, name: str) -> dict[str, Any]:
+def within(seed: int, name: str, overrides: dict[str, str]) -> dict[str, Any]:
     """The answers of an arm that was run, with decisions of other questions of the same type: what is lost by that is
     what a lookup of the type would not have found."""
-    config = config_lib.of_workdir(arm_run(name, seed), {})
+    config = settings(name, overrides, seed)
     task, data = assemble.assemble(config)
     _, params = checkpoint.load_params(config.workdir)
     made = loop.decisions(task, data.eval("eval"), config, params)
@@ -366,7 +372,7 @@ def main(arguments: list[str]) -> int:
                     dense(seed, "easyvqa")
                 found = arm(name, overrides, seed, executables, options.what)
             elif options.what == "within":
-                found = within(seed, name)
+                found = within(seed, name, overrides)
             else:
                 found = {"dense": dense, "start": start, "paths": paths}[options.what](seed)
             options.out.parent.mkdir(exist_ok=True)
