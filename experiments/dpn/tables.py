@@ -81,15 +81,16 @@ def arms(records: Records, kinds: tuple[str, ...], types: tuple[str, ...] = TYPE
             tops = [100 * r["top1"] for r in found]
             own = "" if "permuted_correct" not in found[0] else paired([(told(r), permuted(r)) for r in found])
             inside = [(told(r), permuted(r)) for r in type_by_type.get(name, [])]
-            known = {n: r for n, r in by_arm(records, controls).items() if ANSWER in n or ANSWER not in name}
-            dense = known.get(f"dense {ANSWER}" if ANSWER in name else "dense", known.get("dense", []))
+            alike = {n: r for n, r in by_arm(records, controls).items() if (ANSWER in n) == (ANSWER in name)}
+            dense = next((other for n, other in alike.items() if n.startswith("dense")), [])
             seeds = {r["seed"] for r in found}
             fixed = [
                 other
-                for n, other in known.items()
-                if n.startswith("static") and (ANSWER in n) == (ANSWER in name)
-                and mean(other, "mac_ratio") <= work + 1e-6 and seeds <= {r["seed"] for r in other}
-            ]  # fmt: skip
+                for n, other in alike.items()
+                if n.startswith("static")
+                and mean(other, "mac_ratio") <= work + 1e-6
+                and seeds <= {r["seed"] for r in other}
+            ]
             best = max(fixed, key=lambda other: mean([r for r in other if r["seed"] in seeds], "top1"), default=[])
             rows.append(
                 (

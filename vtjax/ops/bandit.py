@@ -30,7 +30,8 @@ CAP = 1000
 """Draws per update after which the candidates that lack are filled up; saturated preferences make new ones rare."""
 
 MOST_RATE = 1e6
-"""A preference moves by less than the rate in an update, so that float32 holds it whatever happens."""
+"""So that float32 holds every preference: rewards are exp(50) at most."""
+
 LEAST_LOSS = -50.0
 """Losses below this count as this: rewards are exp(-loss)."""
 EXACT = 20
