@@ -104,7 +104,11 @@ def source(config: ConfigDict) -> tuple[FusionSpec, Callable[[jax.Array], Any]]:
         return spec, Fusion(spec).init
     m = vtjax.load(config.init_from)
     spec = _fused(m.spec, config.init_from)
-    if _operations(spec) == ["das.install"] and config.das.phase != "search" and not config.das.keep:
+    if (
+        [step.operation for step in das.history(spec)] == ["das.install"]
+        and config.das.phase != "search"
+        and not config.das.keep
+    ):
         raise InputError(
             f"config.init_from must be what the search started from, and config.das.preferences its workdir, as the "
             f"search has trained heads, too (config.das.keep=True goes on with them); found {config.init_from!r}"
@@ -118,10 +122,6 @@ def _fused(spec: Any, where: str) -> FusionSpec:
     if not isinstance(spec, FusionSpec):
         raise InputError(f"{where!r} must hold a FusionSpec, found {type(spec).__name__}")
     return spec
-
-
-def _operations(spec: FusionSpec) -> list[str]:
-    return [step.operation for step in spec.lineage if step.operation.startswith(f"{das.METHOD}.")]
 
 
 def described(config: ConfigDict) -> FusionSpec:

@@ -75,7 +75,7 @@ def _line(name: str) -> str | None:
         (r"static .* at the answer", "static paths"),
         (r"routers at the answer budget=.*", "routers alone"),
         (r"routers at the answer, then all .*", "routers, then all"),
-        (r"st quality( tau| budget)?.*", "all at once, router token"),
+        (r"st quality( (tau|budget)=.*)?", "all at once, router token"),
         (r"dpn( tau.*)?", "as released"),
     ):
         if re.fullmatch(pattern, name):

@@ -125,6 +125,11 @@ def test_what_only_training_gives_a_meaning_is_not_measured(
     assert says in (error := capsys.readouterr().err) and len(error.strip().splitlines()) == 1
 
 
+def test_a_list_of_layers_and_a_search_are_not_both_asked(base: Path, found: Path) -> None:
+    with pytest.raises(InputError, match=r"preferences must be empty where config.das.remove='\[1\]' says which"):
+        assemble.task(config(f"{CONFIG},phase=finetune", init_from=base, das__remove="[1]", das__preferences=found))
+
+
 def test_what_a_run_has_trained_is_measured_wherever_it_is_named(found: Path) -> None:
     for leaves in ({"das__preferences": found}, {"das__remove": "[1]"}):
         name = "search" if "das__preferences" in leaves else "finetune"

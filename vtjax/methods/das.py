@@ -110,6 +110,11 @@ def added(spec: ModelSpec, params: Mapping[str, Any], key: jax.Array) -> dict[st
     return {**params, METHOD: own}
 
 
+def history(spec: Any) -> list[Lineage]:
+    """What DAS has done to a model, the oldest first."""
+    return [step for step in spec.lineage if step.operation.startswith(f"{METHOD}.")]
+
+
 def is_installed(spec: ModelSpec) -> bool:
     """Whether a ViT or decoder has adapters."""
     return any(step.operation == f"{METHOD}.install" for step in spec.lineage)
@@ -121,7 +126,7 @@ def installed(spec: ModelSpec) -> tuple[Style, bool]:
     Raises:
       InputError: there are none.
     """
-    steps = [step for step in spec.lineage if step.operation.startswith(f"{METHOD}.")]
+    steps = history(spec)
     made = [step for step in steps if step.operation == f"{METHOD}.install"]
     if not made:
         raise InputError("the model must have adapters (methods.das.install), found none in its history")
@@ -178,9 +183,9 @@ def remove(spec: Any, params: Any, skips: Any, parent: str = "") -> tuple[Any, A
             raise InputError(f"skips must name modules that are there, found {index}, which is gone")
     if not isinstance(spec, FusionSpec):
         _check_arms(spec, gone)
-    own = [step for step in spec.lineage if step.operation.startswith(f"{METHOD}.")]
-    if gone and own and own[-1].operation == f"{METHOD}.remove":
-        before = json.loads(own[-1].arguments)["skips"]
+    steps = history(spec)
+    if gone and steps and steps[-1].operation == f"{METHOD}.remove":
+        before = json.loads(steps[-1].arguments)["skips"]
         raise InputError(
             f"a model that was shortened by {before} has no adapters to stand in for other modules: shorten that of "
             f"the search by all of them, found {list(gone)} more"

@@ -195,8 +195,9 @@ def _check(
     for name in axes:
         if name not in mesh.shape:
             raise ValueError(f"axis must be of the mesh, {', '.join(mesh.shape)}, found {name!r}")
-    if missing := [name for name, x in (("q", q), ("k", k), ("v", v)) if not hasattr(x, "shape")]:
-        raise ValueError(f"q, k, v must be arrays, found {type({'q': q, 'k': k, 'v': v}[missing[0]]).__name__}")
+    for x in (q, k, v):
+        if not hasattr(x, "shape"):
+            raise ValueError(f"q, k, v must be arrays, found {type(x).__name__}")
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v must be [B, S_Q, H, D], [B, S_K, K, D] and the same, found {shapes}")
