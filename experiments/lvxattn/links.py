@@ -79,7 +79,7 @@ def cases(what: str, n: int, tiny: bool) -> list[dict[str, Any]]:
     shown = STRATEGIES[:2] if tiny else STRATEGIES[:2] + STRATEGIES[3:5]
     shared = {"kind": "step", **SMALL, "side": side, "strategies": shown, "silent": STRATEGIES[:2], **rounds}
     found = []
-    for frames in (n, 2 * n) if n == 4 and not tiny else (n,):
+    for frames in (n, 2 * n, 4 * n) if n == 4 and not tiny else (n,):
         keys = frames * side**2
         found.append({**shared, "frames": frames, "rows": 2 * frames, "keys": keys, "ratio": keys / (2 * frames)})
     return found

@@ -76,7 +76,7 @@ def distributed(config: ConfigDict) -> dict[str, Any]:
     axis = ("slice", "context") if slices else "context"
     return {
         "attend": attend_over(None, axis, slow=slices, **options),
-        "frames": Frames(frames.join, frames.split, frames.constrain),
+        "frames": Frames(frames.join, frames.split, frames.constrain, frames.visual),
     }
 
 
@@ -101,13 +101,13 @@ def order(config: ConfigDict) -> list[int]:
 
 def batch_shapes(config: ConfigDict, task: Task, training: bool) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """For `vtjax aot`: the arrays of a global batch, rows of `config.data.limit` tokens and `config.data.frames`
-    frames, filled up to a multiple of the devices along them."""
+    frames, filled up to a multiple of the devices along them (`config.mesh` without -1)."""
     spec: Any = task.spec
     assert isinstance(spec, VLMSpec)
     size, ints = spec.image_size, np.dtype(np.int32)
     shapes = question_loader.batch_shapes(config.data, batch_size=config.batch_size, image_size=size)
     (rows, length), (images, floats) = shapes["input_ids"][0], shapes["images"]
-    devices = max(config.mesh.context, 1) * config.mesh.slice
+    devices = config.mesh.context * config.mesh.slice
     many = -(-config.data.frames // devices) * devices
     return {
         **shapes,

@@ -46,10 +46,10 @@ STRATEGIES = ("gather_q", "ring_q", "ring_kv", "ulysses")
 
 
 def stack(
-    mesh: Any, layers: int, mode: str, strategy: str, case: dict[str, Any], dtype: Any, turns: bool = False
+    mesh: Any, layers: int, mode: str, strategy: str, case: dict[str, Any], dtype: Any, turns: bool | str = False
 ) -> tuple[Any, Any]:
     """A jitted loss and gradients of all, and its abstract arguments; `turns`: layers add to the gradient of the
-    visual tokens one after the other (`in_turn`)."""
+    visual tokens one after the other, by a barrier (`in_turn`), or as "scan", whose one body compiles sooner."""
     d, heads, kv_heads, width = (case[name] for name in ("head_dim", "heads", "kv_heads", "width"))
 
     def layer(p: Any, x: Any, y: Any) -> Any:
@@ -62,24 +62,31 @@ def stack(
     run = layer if mode == "none" else jax.checkpoint(layer, policy=policy)
 
     def loss(params: Any, x: Any, y: Any) -> Any:
-        for p in params:
-            x, y = in_turn(x, y) if turns else (x, y)
-            x = run(p, x, y)
+        if turns == "scan":
+            x, _ = jax.lax.scan(lambda x, p: (run(p, x, y), None), x, params)
+        else:
+            for p in params:
+                x, y = in_turn(x, y) if turns else (x, y)
+                x = run(p, x, y)
         return (x.astype(jnp.float32) ** 2).mean()
 
     shapes = {"q": (width, heads, d), "k": (width, kv_heads, d), "v": (width, kv_heads, d), "o": (heads, d, width)}
+    shapes["gate"] = ()
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, AXIS))
 
     def of(shape: tuple[int, ...], sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    params = [{name: of(shape, whole) for name, shape in {**shapes, "gate": ()}.items()} for _ in range(layers)]
+    def weights(*many: int) -> dict[str, Any]:
+        return {name: of((*many, *shape), whole) for name, shape in shapes.items()}
+
+    params = weights(layers) if turns == "scan" else [weights() for _ in range(layers)]
     x, y = of((1, case["rows"], width), split), of((1, case["keys"], width), split)
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2))), (params, x, y)
 
 
 def lowered(
-    topology: str, layers: int, mode: str, strategy: str, keys: int, turns: bool = False
+    topology: str, layers: int, mode: str, strategy: str, keys: int, turns: bool | str = False
 ) -> tuple[dict[str, Any], Any, Any, Any]:
     """What is known of a case; its jitted function, arguments and devices."""
     devices = aot.topology(topology)
@@ -148,17 +155,17 @@ def longest(known: Callable[..., bool]) -> Iterator[dict[str, Any]]:
                 if known(case) or (strategy == "ulysses" and LLAMA["kv_heads"] % n):
                     continue
                 lengths = [n * 4096, n * 8192]
-                tried = [planned(topology, 8, mode, strategy, keys, True) for keys in lengths]
+                tried = [planned(topology, 8, mode, strategy, keys, "scan") for keys in lengths]
                 sizes = [one["hbm_bytes_per_device"] for one in tried]
                 slope = (sizes[1] - sizes[0]) / (lengths[1] - lengths[0])
                 keys = lengths[0] + (tried[0]["hbm_limit"] - sizes[0]) / slope
                 fits: dict[str, Any] = tried[1]
                 for share in (0.99, 0.96, 0.92, 0.86):
-                    one = planned(topology, 8, mode, strategy, int(share * keys) // (n * 512) * n * 512, True)
+                    one = planned(topology, 8, mode, strategy, int(share * keys) // (n * 512) * n * 512, "scan")
                     if one["fits"]:
                         fits = one
                         break
-                above = planned(topology, 8, mode, strategy, int(1.05 * fits["keys"]) // (n * 512) * n * 512, True)
+                above = planned(topology, 8, mode, strategy, int(1.05 * fits["keys"]) // (n * 512) * n * 512, "scan")
                 yield {
                     **case,
                     "n": n,
@@ -174,19 +181,22 @@ def cost(rounds: int) -> dict[str, Any]:
     case = {"width": 256, "heads": 8, "kv_heads": 2, "head_dim": 64, "rows": 64, "keys": 16_384}
     candidates = {}
     for mode in MODES:
-        jitted, shapes = stack(mesh, 2, mode, "gather_q", case, jnp.float32)
+        jitted, shapes = stack(mesh, 2, mode, "gather_q", case, jnp.float32, turns=True)
         given = jax.tree.map(lambda s: 0.02 * jax.random.normal(jax.random.key(0), s.shape, s.dtype), shapes)
         candidates[mode] = timing.timer(jitted, *given)
     found = timing.compare(candidates, rounds=rounds, calls=2, warmup=1)
-    ratios = {f"{mode}_over_none": found.ratio(mode, "none") for mode in MODES[1:]}
-    return {"kind": "time", "layers": 2, **case, "seed": 0, **found.summary(), **ratios}
+    ratios: dict[str, Any] = {}
+    for mode in MODES[1:]:
+        ratios |= {f"{mode}_over_none": found.ratio(mode, "none")}
+        ratios |= {f"{mode}_over_none_range": found.ratio_range(mode, "none")}
+    return {"kind": "time", "layers": 2, **case, "turns": True, "seed": 0, **found.summary(), **ratios}
 
 
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kernels", "temp", "longest", "time"))
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
     old = tables.read_jsonl(options.out) if options.out.exists() else []

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vtjax.parallel import exchanges
 from vtjax.parallel.xattn import cross_attention
 
 EXCHANGED = r"stablehlo.all_to_all.* : \(tensor<([\dx]+)x(\w+)>\) ->"
+CROSSING = r"stablehlo.all_gather.*dense<\[\[0, 4\].* : \(tensor<([\dx]+)x(\w+)>\) ->"
 SLOW = r"replica_groups=\{\{0,4\}"
 
 
@@ -68,10 +70,37 @@ def main() -> None:
 
     for slow in (False, True):
         for wire in (None, "float32"):
-            found = re.findall(EXCHANGED, lowered(wire, slow))
-            # Parts `[n, B, rows, heads, d]`, statistics of rows `[n, B, rows, heads]`.
-            parts, rest = ([dtype for shape, dtype in found if shape.count("x") == rank - 1] for rank in (5, 4))
-            print(json.dumps({"slow": slow, "wire": wire, "parts": parts, "statistics": rest}), flush=True)
+            text, told = lowered(wire, slow), {}
+            for kind, pattern in (("exchanged", EXCHANGED), ("crossing", CROSSING)):
+                found = re.findall(pattern, text)
+                # Parts `[n, B, rows, heads, d]`, statistics of rows `[n, B, rows, heads]`; n is 1 before a crossing.
+                told[kind] = [[dtype for shape, dtype in found if shape.count("x") == rank - 1] for rank in (5, 4)]
+            print(json.dumps({"slow": slow, "wire": wire, **told}), flush=True)
+
+    few_key_heads(q, k, v)
+
+
+def few_key_heads(q: Any, k: Any, v: Any) -> None:
+    """Two key heads over four devices along `tensor`: prints the error and the heads that a device has."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("context", "tensor"))
+    seen, plain = [], exchanges.FORWARD["gather_q"]
+
+    def watched(plan: Any, q: Any, k: Any, *more: Any) -> Any:
+        seen.append((q.shape[2], k.shape[2]))
+        return plain(plan, q, k, *more)
+
+    def graded(**where: Any) -> Any:
+        def total(q: Any, k: Any, v: Any) -> Any:
+            return (cross_attention(q, k, v, mesh=mesh, axis="context", **where) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+
+    wanted = graded(strategy="local")
+    exchanges.FORWARD["gather_q"] = watched
+    found = graded(strategy="gather_q")
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    error = max(float(jnp.abs(a - b).max()) for a, b in pairs)
+    print(json.dumps({"heads": seen[0], "shape": found[1][1].shape, "error": error}), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,22 +33,30 @@ def told() -> list[dict[str, Any]]:
 def test_a_merge_in_two_steps_is_the_merge_in_one(told: list[dict[str, Any]]) -> None:
     flat, steps = told[:2]
     assert max(flat["error"], steps["error"]) < 1e-12
-    # Of 16 rows in all, a device has 2, and its slice 8. What reaches it over the slow axis: queries forward and
-    # backward (the compiler may keep them), gradients, two statistics, and parts of 4 rows; never all 16.
-    row = 2 * 4 * (4 + 1)  # batch x heads x (head width and a statistic)
-    assert steps["over"] >= 5 and steps["elements"] <= 7 * 4 * row
+    # Of 16 rows in all a device has 4. What comes over the slow axis is the other slice's part of these: outputs and
+    # their statistic, and gradients of queries; neither queries nor what they are made of.
+    rows, batch, heads, width = 4, 2, 4, 4
+    assert steps["over"] == 3 and steps["elements"] == 2 * rows * batch * heads * (2 * width + 1)
 
 
 @pytest.mark.slow
 def test_what_is_exchanged_has_the_type_that_is_asked_for(told: list[dict[str, Any]]) -> None:
-    """Of a bfloat16 model: partial outputs and gradients of queries, and one statistic of rows, once per leg."""
-    assert [(case["slow"], case["wire"]) for case in told[2:]] == [
+    """Of a bfloat16 model: partial outputs and gradients of queries, and one statistic of rows, within slices and
+    between them."""
+    assert [(case["slow"], case["wire"]) for case in told[2:6]] == [
         (slow, wire) for slow in (False, True) for wire in (None, "float32")
     ]
-    for case in told[2:]:
-        legs = 1 + case["slow"]
-        assert case["parts"] == ["bf16" if case["wire"] is None else "f32"] * 2 * legs
-        assert case["statistics"] == ["f32"] * legs
+    for case in told[2:6]:
+        dtype = "bf16" if case["wire"] is None else "f32"
+        assert case["exchanged"] == [[dtype] * 2, ["f32"]]
+        assert case["crossing"] == ([[dtype] * 2, ["f32"]] if case["slow"] else [[], []])
+
+
+@pytest.mark.slow
+def test_key_heads_that_are_fewer_than_the_devices_for_them_are_repeated(told: list[dict[str, Any]]) -> None:
+    """Four query heads and two key heads over four devices: one of either on each, and gradients of two."""
+    assert told[6]["heads"] == [1, 1] and told[6]["shape"] == [2, 37, 2, 4]
+    assert told[6]["error"] < 1e-12
 
 
 def test_several_axes_are_needed() -> None:

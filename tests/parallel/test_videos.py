@@ -60,6 +60,22 @@ def test_nothing_that_is_sent_grows_with_the_video() -> None:
         assert record["few"] and record["few"] == record["many"], record
 
 
+@pytest.mark.slow
+def test_between_slices_only_parts_of_the_attention_and_gradients_of_parameters_go() -> None:
+    """Per layer an output, its statistic and a gradient of queries; else parameters' gradients, and what the
+    partitioner makes of the embedding of text. None of it grows with the video."""
+    found = on_eight("crossing")
+    assert [r["form"] for r in found] == ["flamingo", "hyper"]
+    for record in found:
+        few, rows = record["few"], videos.B * videos.N // 4
+        assert few == record["many"], record
+        assert sum(count for name, count in few.items() if name.startswith("all-gather")) == 3 * record["layers"]
+        assert not [name for name in few if name.startswith(("all-to-all", "reduce-scatter"))], record
+        moved = [name for name in few if name.startswith("collective-permute")]
+        sizes = [math.prod(int(d) for d in re.findall(r"\d+", name.partition("[")[2])) for name in moved]
+        assert sum(sizes) <= rows * videos.TEXT.width, record
+
+
 def test_frames_are_laid_out_once_each() -> None:
     assert frames.order(6, 2, stripe=True) == [0, 2, 4, 1, 3, 5]
     assert frames.order(6, 2, stripe=False) == [0, 1, 2, 3, 4, 5]

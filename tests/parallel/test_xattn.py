@@ -143,5 +143,14 @@ def test_the_choice_flips_where_the_bytes_do() -> None:
         assert gathered == strategies.sent(case, "ring_kv").forward + known
         case = case._replace(keys=(n - 1) * group * 256)
         assert 0 < gathered - strategies.sent(case, "ulysses").forward < known
+    # On a torus of many devices reductions are shorter than all-to-alls; on a switch they are not.
+    many = Case(64, 1, 4096, 2401 * 1024, 64, 8, 128, 2)
+    for torus, n, sums in ((2, 64, True), (2, 16, False), (3, 64, False), (0, 64, False)):
+        links = Hardware(flops=1e30, memory=1e30, link=1.0, latency=0.0, torus=torus)
+        cost = {s: strategies.seconds(many._replace(n=n), s, links) for s in ("gather_q", "gather_q_scatter")}
+        assert (cost["gather_q_scatter"] < cost["gather_q"]) == sums, (torus, n, cost)
+    # Without room for all queries they go around.
+    assert strategies.choose(many, Hardware(buffers=3 * many.q)) == "gather_q_scatter"
+    assert strategies.choose(many, Hardware(buffers=3 * many.q - 1)) == "ring_q"
     # Where the work hides every hop a ring saves nothing that counts.
     assert strategies.choose(Case(16, 1, 2048, 2401 * 1024, 32, 8, 128, 2)) == "gather_q"

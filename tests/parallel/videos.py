@@ -5,6 +5,7 @@ lie over the context axis beside the local model on one device; prints JSON, one
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -91,7 +92,7 @@ def laid(given: dict[str, np.ndarray], mesh: Any, stripe: bool) -> dict[str, np.
 
 def distributed(spec: VLMSpec, **options: Any) -> VLM:
     attend = {name: options.pop(name) for name in ("strategy", "check_vma") if name in options}
-    through = Frames(frames.join, frames.split, frames.constrain)
+    through = Frames(frames.join, frames.split, frames.constrain, frames.visual)
     # Under a mesh that has slices parts are merged within them first.
     slices = "slice" in jax.sharding.get_abstract_mesh().shape
     over = attend_over(None, ("slice", "context") if slices else "context", slow=slices, **attend)
@@ -145,9 +146,13 @@ def generated(form: str, mesh_name: str) -> bool:
     return np.asarray(found).tolist() == np.asarray(wanted).tolist()
 
 
-COLLECTIVE = re.compile(
-    r"= \(?([a-z0-9]+)\[([\d,]*)\][^ ]* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
-)
+COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
+
+
+def collectives(line: str) -> list[str]:
+    """Kind and shape of what a line of a compiled program sends; several arrays where it was combined."""
+    found = COLLECTIVE.search(line)
+    return [] if found is None else [f"{found[2]} {x}" for x in re.findall(r"[a-z]+\d+\[[\d,]*\]", found[1])]
 
 
 def sent(form: str, mesh_name: str, count: int) -> dict[str, int]:
@@ -157,7 +162,46 @@ def sent(form: str, mesh_name: str, count: int) -> dict[str, int]:
         arguments = placed(spec, laid(batch(count), mesh, True), mesh)
         text = jax.jit(graded(distributed(spec))).lower(*arguments).compile().as_text()
     assert text is not None
-    return dict(Counter(f"{kind} {dtype}[{shape}]" for dtype, shape, kind in COLLECTIVE.findall(text)))
+    return dict(Counter(told for line in text.splitlines() for told in collectives(line)))
+
+
+def crossing(form: str, count: int) -> dict[str, int]:
+    """The same under two slices: what goes from one to the other."""
+    spec, mesh = described(form), mesh_lib.make(MESHES["slices"])
+    with jax.set_mesh(mesh):
+        arguments = placed(spec, laid(batch(count), mesh, True), mesh)
+        text = jax.jit(graded(distributed(spec, strategy="gather_q"))).lower(*arguments).compile().as_text()
+    assert text is not None
+    found: Counter[str] = Counter()
+    for line in text.splitlines():
+        if (told := collectives(line)) and any(min(group) < 4 <= max(group) for group in together(line)):
+            found.update(told)
+    return dict(found)
+
+
+def together(line: str) -> list[list[int]]:
+    """Devices of a collective that speak with each other."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return [[int(d) for d in pair.split(",")] for pair in re.findall(r"[\d,]+\d", pairs[1])]
+    if brief := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, whole, turned = ([int(d) for d in part.split(",")] if part else [] for part in brief.groups())
+        order = np.arange(np.prod(whole)).reshape(whole)
+        return (order.transpose(turned) if turned else order).reshape(shape).tolist()
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        order = np.arange(math.prod(sizes.values()))
+        if named[2]:
+            whole, turned = (re.findall(r"\d+", part) for part in re.findall(r"\[[\d,]+\]|T\([\d,]+\)|$", named[2])[:2])
+            order = order.reshape([int(d) for d in whole])
+            order = order.transpose([int(d) for d in turned]) if turned else order
+        along = re.findall(r"'(\w+)'", named[3])
+        order = order.reshape(list(sizes.values()))
+        axes = [i for i, name in enumerate(sizes) if name in along]
+        count = math.prod(order.shape[axis] for axis in axes)
+        return np.moveaxis(order, axes, range(-len(axes), 0)).reshape(-1, count).tolist()
+    written = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    assert written is not None, line
+    return [[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", written[1])]
 
 
 def main(cases: list[str]) -> None:
@@ -197,6 +241,10 @@ def main(cases: list[str]) -> None:
         for form in ("flamingo", "mllama"):
             for mesh in ("context", "data", "fsdp"):  # the tensor axis sums over every token, frames' too
                 say("sent", form=form, mesh=mesh, few=sent(form, mesh, 8), many=sent(form, mesh, 24))
+    if "crossing" in cases:
+        for form in ("flamingo", "hyper"):
+            told = {"few": crossing(form, 8), "many": crossing(form, 24)}
+            say("crossing", form=form, layers=len(described(form).bridge.cross.layers), **told)
 
 
 if __name__ == "__main__":

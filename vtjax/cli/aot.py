@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     training = args.step == "train"
     module = assemble.experiment(config.experiment)
     if hasattr(module, "batch_shapes"):
-        shapes = module.batch_shapes(config, task, training)
+        known = config.copy_and_resolve_references()
+        known.mesh.update(mesh.shape)  # no size is "all the rest" any more
+        shapes = module.batch_shapes(known, task, training)
     else:
         shapes = loader.batch_shapes(
             config.data, batch_size=config.batch_size, image_size=task.spec.image_size, training=training

@@ -32,11 +32,13 @@ class Frames:
       join: `[B, I, ...]` -> `[B I', ...]`, in any order; I' >= I where images are filled up with zeros.
       split: `([B I', ...], B)` -> `[B, I', ...]`, back in order.
       constrain: applied to the tower's activations `[B I', N, D]`; sharding is injected here.
+      visual: the same for visual tokens `[B, M, D]`, image by image; None = the model's own.
     """
 
     join: Callable[[Array], Array] = _join
     split: Callable[[Array, int], Array] = _split
     constrain: Callable[[Array], Array] = identity
+    visual: Callable[[Array], Array] | None = None
 
 
 class Projector(nn.Module):

@@ -281,7 +281,8 @@ class VLM:
         x, live = (self.frames.split(a, len(many)) for a in (x, live))
         if "holder" in side:
             side["holder"] = self.frames.split(side["holder"], len(many)).reshape(len(many), -1)
-        return self.constrain(x.reshape(len(many), -1, x.shape[-1])), live, side
+        lie = self.frames.visual or self.constrain
+        return lie(x.reshape(len(many), -1, x.shape[-1])), live, side
 
     def enter(
         self,

@@ -147,6 +147,7 @@ def backward(
     number: Int[Array, "B M"],
     scale: float,
     dtype: Any = None,
+    kv_dtype: Any = None,
 ) -> tuple[Float[Array, "B N H D"], Float[Array, "B M K D"], Float[Array, "B M K D"]]:
     """Gradients from the statistics of *all* keys: what these keys add to dq, and dk and dv, complete where `q` holds
     all rows.
@@ -156,10 +157,12 @@ def backward(
       lse: of all keys, -inf where a row sees none.
       delta: rowsum(do * o) with the output of all keys, minus the gradient of lse.
       dtype: of the gradients, that of statistics where none is given; sums have the latter.
+      kv_dtype: of dk and dv, where it is another one.
     """
     kv_heads, m = k.shape[2], k.shape[1]
     wanted, dtype = dtype, statistics(q)
     wanted = dtype if wanted is None else wanted
+    of_keys = wanted if kv_dtype is None else kv_dtype
     q, do = (_grouped(of_seeing(low, high, x), kv_heads) for x in (q, do))
     lse, delta = (_grouped(x[..., None], kv_heads) for x in subtracted(lse, delta))
 
@@ -172,7 +175,7 @@ def backward(
         # Not rounded to q's dtype: the gradients are, once, and a second rounding can be as large again.
         ds = p * (_product("bkgnd,bmkd->bkgnm", do, v, dtype) - delta) * scale
         dk = _product("bkgnm,bkgnd->bmkd", ds, q.astype(dtype), dtype)
-        return dq + _product("bkgnm,bmkd->bkgnd", ds, k.astype(dtype), dtype), (dk.astype(wanted), dv.astype(wanted))
+        return dq + _product("bkgnm,bmkd->bkgnd", ds, k.astype(dtype), dtype), (dk.astype(of_keys), dv.astype(of_keys))
 
     dq, each = _over_chunks(step, _varying(jnp.zeros(q.shape, dtype), q, k), k, v, number)
     dk, dv = (jnp.moveaxis(x, 0, 1).reshape(len(x[0]), -1, *x.shape[3:])[:, :m] for x in each)

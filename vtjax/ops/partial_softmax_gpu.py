@@ -109,6 +109,7 @@ def backward(
     number: Int[Array, "B M"],
     scale: float,
     dtype: Any = None,
+    kv_dtype: Any = None,
     dq_shape: Shape = DQ,
     dkv_shape: Shape = DKV,
     interpret: bool = False,
@@ -116,6 +117,7 @@ def backward(
     """`partial_softmax.backward` for bfloat16, float16 and float32; sums are float32 whatever the `dtype`."""
     (b, n, heads, d), (m, kv_heads) = q.shape, k.shape[1:3]
     dtype = jnp.float32 if dtype is None else dtype
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
     least = [_tile_sizes(shape, q, k) for shape in (dq_shape, dkv_shape)]
     # Both kernels read the same arrays: the larger tiles decide how far these are padded.
     most = max(r for r, _ in least), max(c for _, c in least)
@@ -167,7 +169,7 @@ def backward(
         [*map(_list, lists), all_rows, mine, mine, all_rows, all_known, all_known, all_ids, all_ids,
          _ids(keys.number[:, 0], key_tile)],
         [mine, mine],
-        [(k.shape, dtype)] * 2,
+        [(k.shape, kv_dtype)] * 2,
         dkv_shape,
         products=4,
         interpret=interpret,

@@ -85,11 +85,13 @@ def backward(
     number: Int[Array, "B M"],
     scale: float,
     dtype: Any = None,
+    kv_dtype: Any = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H D"], Float[Array, "B M K D"], Float[Array, "B M K D"]]:
     """`partial_softmax.backward` for bfloat16 and float32; sums are float32 whatever the `dtype` of the gradients."""
     (b, n, heads, d), (m, kv_heads) = q.shape, k.shape[1:3]
     dtype = jnp.float32 if dtype is None else dtype
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
     group = heads // kv_heads
     row_tile, key_tile = tiles.tile(n * group, ROWS_BACK, LANES), tiles.tile(m, KEYS, LANES)
     rows, keys = tiles.rows(low, high, group, row_tile), tiles.keys(number, key_tile)
@@ -121,7 +123,7 @@ def backward(
         (b, kv_heads, *counts[::-1]),
         inside(r),
         [r.key_wide, r.key_wide],
-        [(k.shape, dtype)] * 2,
+        [(k.shape, kv_dtype)] * 2,
         [(key_tile, d)] * 2,
         products=4,
         interpret=interpret,

@@ -36,7 +36,7 @@ class Plan:
       batch, heads: mesh axes over which batch and heads are split, beside `axis`.
       check_vma: `shard_map` keeps track of what differs between devices.
       kernel: what a device runs, one of `kernels.KERNELS`.
-      slow: the first axis of several goes over a slow network.
+      slow: the first axis of several goes over a slow network; rows do not lie over it.
       wire: dtype in which partial results travel, outputs and gradients that are summed or merged; None: the inputs'.
         Queries, keys and values always travel as they are.
     """
@@ -57,9 +57,9 @@ class Plan:
         return x.dtype if self.wire is None else jnp.promote_types(x.dtype, self.wire)
 
     @property
-    def legs(self) -> tuple[tuple[str, ...], ...]:
-        """Axes over which parts are merged, one after the other, the slow one last."""
-        return (self.axis[1:], self.axis[:1]) if self.slow else (self.axis,)
+    def fast(self) -> tuple[str, ...]:
+        """Axes over which rows lie."""
+        return self.axis[1:] if self.slow else self.axis
 
     @property
     def n(self) -> int:
@@ -69,7 +69,7 @@ class Plan:
     @property
     def rows(self) -> P:
         """Queries and outputs `[B, S_Q, H, D]`, or without their last axes."""
-        split = None if self.strategy in ("replicated_q", "local") else self.axis
+        split = None if self.strategy in ("replicated_q", "local") else self.fast
         return P(self.batch or None, split, self.heads or None)
 
     @property
@@ -84,11 +84,12 @@ def _local(plan: Plan, *given: Any) -> Part:
     return forward(q, k, v, low=low, high=high, number=number, scale=plan.scale)
 
 
-def _local_back(plan: Plan, *given: Any, dtype: Any = None) -> tuple[Array, Array, Array]:
-    """Gradients in `dtype`; in that of statistics, None, where more is added to them here."""
+def _local_back(plan: Plan, *given: Any, dtype: Any = None, kv_dtype: Any = None) -> tuple[Array, Array, Array]:
+    """Gradients in `dtype`, dk and dv in `kv_dtype`; in that of statistics, None, where more is added to them here."""
     q, k, v, do, lse, delta, low, high, number = given
     _, backward = kernels.local(plan.kernel, plan.mesh)
-    return backward(q, k, v, do, lse, delta, low=low, high=high, number=number, scale=plan.scale, dtype=dtype)
+    ids = {"low": low, "high": high, "number": number}
+    return backward(q, k, v, do, lse, delta, **ids, scale=plan.scale, dtype=dtype, kv_dtype=kv_dtype)
 
 
 def _alone_back(plan: Plan, q: Array, *given: Array) -> tuple[Array, Array, Array]:
@@ -99,50 +100,43 @@ def _alone_back(plan: Plan, q: Array, *given: Array) -> tuple[Array, Array, Arra
 
 
 def _gathered(plan: Plan, x: Array) -> Array:
-    for leg in reversed(plan.legs):
-        x = lax.all_gather(x, leg, axis=1, tiled=True)
-    return x
+    return lax.all_gather(x, plan.fast, axis=1, tiled=True)
 
 
-def _as_gathered(plan: Plan, x: Array) -> Array:
-    """What every device has of all rows, `[B, S_Q]`, in the order in which `_gathered` brings them."""
-    if not plan.slow:
-        return x
-    inside, outside = (axes_size(plan.mesh, leg) for leg in plan.legs)
-    return x.reshape(len(x), outside, inside, -1).swapaxes(1, 2).reshape(x.shape)
-
-
-def _exchanged(plan: Plan, x: Array, leg: tuple[str, ...]) -> Array:
+def _exchanged(plan: Plan, x: Array) -> Array:
     """`[B, rows, ...]`, a part of every row, -> `[n, B, rows / n, ...]`, all parts of fewer rows."""
-    (b, rows), n = x.shape[:2], axes_size(plan.mesh, leg)
+    (b, rows), n = x.shape[:2], axes_size(plan.mesh, plan.fast)
     parts = jnp.moveaxis(x.reshape(b, n, rows // n, *x.shape[2:]), 1, 0)
-    return lax.all_to_all(parts, leg, split_axis=0, concat_axis=0, tiled=True)
+    return lax.all_to_all(parts, plan.fast, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _of_slices(plan: Plan, x: Array) -> Array:
+    """`[slices, ...]`: what every slice has made of these rows."""
+    return lax.all_gather(x, plan.axis[0])
 
 
 def _gather_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
-    low, high = _as_gathered(plan, low), _as_gathered(plan, high)
     part = _local(plan, _gathered(plan, q), k, v, low, high, number)
-    for leg in plan.legs:
-        part = ops.merge_all(
-            Part(_exchanged(plan, part.o.astype(plan.partial(q)), leg), _exchanged(plan, part.lse, leg))
-        )
+    part = ops.merge_all(Part(_exchanged(plan, part.o.astype(plan.partial(q))), _exchanged(plan, part.lse)))
+    if plan.slow:
+        part = ops.merge_all(Part(_of_slices(plan, part.o.astype(plan.partial(q))), _of_slices(plan, part.lse)))
     return part
 
 
 def _everywhere_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> tuple[Array, Array, Array]:
-    """This device's part of dq for all rows, and dk and dv, complete, all in the dtype that travels."""
+    """This device's part of dq for all rows, in the dtype that travels, and dk and dv, complete."""
     do, lse, delta, low, high, number = known
-    low, high = _as_gathered(plan, low), _as_gathered(plan, high)
     both = _gathered(plan, jnp.stack([lse, delta], -1))
     q_all, do_all = _gathered(plan, q), _gathered(plan, do)
     known = both[..., 0], both[..., 1], low, high, number
-    return _local_back(plan, q_all, k, v, do_all, *known, dtype=plan.partial(q))
+    return _local_back(plan, q_all, k, v, do_all, *known, dtype=plan.partial(q), kv_dtype=k.dtype)
 
 
 def _gather_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
     dq, dk, dv = _everywhere_back(plan, q, k, v, *known)
-    for leg in plan.legs:
-        dq = _exchanged(plan, dq.astype(plan.partial(q)), leg).astype(ops.statistics(q)).sum(0)
+    dq = _exchanged(plan, dq).astype(ops.statistics(q)).sum(0)
+    if plan.slow:
+        dq = _of_slices(plan, dq.astype(plan.partial(q))).astype(dq.dtype).sum(0)
     return dq, dk, dv
 
 

@@ -57,6 +57,14 @@ def constrain(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, P(axes, *_free(x.shape[1:])))
 
 
+def visual(x: Array) -> Array:
+    """Visual tokens `[B, M, D]`, frame by frame, pinned to where their frames lie, where they divide."""
+    samples, devices, along = _grid(x.shape[0])
+    if samples * devices == 1 or x.shape[1] % devices:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, along, *_free(x.shape[2:])))
+
+
 def padding(frames: int) -> int:
     """How many frames are missing for the devices of the ambient mesh."""
     return -frames % _grid(0)[1]

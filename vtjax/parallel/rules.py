@@ -38,9 +38,8 @@ DEFAULT: Rules = (
     # By rows over both: split by columns over fsdp, a lookup would replicate what the batch splits over it.
     (r"(^|/)embed/tokens$", P(("tensor", *_ALL))),
     (r"(^|/)embed/(pos|registers)$", P(None, _ALL)),
-    (r"(^|/)embed/tile_pos$", P(None, None, None, _ALL)),
-    (r"(^|/)tiles/table$", P(None, None, _ALL)),
     (r"(^|/)kernel$", P(_ALL)),
+    # Also tables of tiles: an image looks up a row as large as itself, which would travel if it were split by width.
     (r"", P()),
 )
 

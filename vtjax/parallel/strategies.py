@@ -70,6 +70,8 @@ class Hardware:
       link: bytes per second that a device sends.
       latency: seconds of one collective.
       tile: rows of queries that a kernel keeps while keys pass by.
+      torus: dimensions of the network; 0 = a switch. On a torus of many devices an all-to-all crosses most links.
+      buffers: bytes for what a strategy holds of queries or keys that are not the device's own.
     """
 
     flops: float = 100e12
@@ -77,17 +79,25 @@ class Hardware:
     link: float = 90e9
     latency: float = 4e-6
     tile: int = 1024
+    torus: int = 2
+    buffers: float = 4 * 2**30
+
+    def stretch(self, n: int) -> float:
+        """How much longer an all-to-all over n devices takes than a reduction of as many bytes (spec section 6.4)."""
+        return max(1.0, n ** (1 / self.torus) / 4) if self.torus else 1.0
 
 
 V5E = Hardware()
 
 
 class Sent(NamedTuple):
-    """Bytes that a device sends in the forward and the backward pass, and collectives that wait for each other."""
+    """Bytes that a device sends in the forward and the backward pass, collectives that wait for each other, and bytes
+    of all of them that all-to-alls send."""
 
     forward: float
     backward: float
     steps: int
+    exchanged: float = 0
 
 
 def sent(case: Case, strategy: str) -> Sent:
@@ -101,12 +111,19 @@ def sent(case: Case, strategy: str) -> Sent:
     wide = kv * case.heads // case.kv_heads
     found = {
         "local": Sent(0, 0, 0),
-        "gather_q": Sent(r * (q + w * q + known), r * (2 * q + w * q + 2 * known), 4),
+        "gather_q": Sent(
+            r * (q + w * q + known), r * (2 * q + w * q + 2 * known), 4, exchanged=r * (2 * w * q + known)
+        ),
         "gather_q_scatter": Sent(r * (q + w * q + 3 * known), r * (2 * q + w * q + 2 * known), 5),
         "ring_q": Sent(r * (q + w * q + known), r * (2 * q + w * q + 2 * known), 2 * n),
         "ring_kv": Sent(r * kv, (1 + w) * r * kv, 2 * n),
         "ring_kv_expanded": Sent(r * wide, (1 + w) * r * wide, 2 * n),
-        "ulysses": Sent(r / n * (2 * q + kv + known), r / n * (3 * q + 2 * kv + 2 * known), 4),
+        "ulysses": Sent(
+            r / n * (2 * q + kv + known),
+            r / n * (3 * q + 2 * kv + 2 * known),
+            4,
+            exchanged=r / n * (5 * q + 3 * kv + 3 * known),
+        ),
         "replicated_q": Sent(
             (n - 1) * case.batch * case.rows * case.heads * (case.head_dim + 1) * STATISTIC,
             2 * r * case.batch * case.rows * case.heads * case.head_dim * STATISTIC,
@@ -118,6 +135,22 @@ def sent(case: Case, strategy: str) -> Sent:
     return found[strategy] if n > 1 else Sent(0, 0, 0)
 
 
+def held(case: Case, strategy: str) -> float:
+    """Bytes that a device holds of others while it attends, the larger of both passes: all queries, their gradient and
+    what they find, or two blocks of a ring (spec section 6.5)."""
+    q, w, n = case.q, case.partial, case.n
+    wide = case.kv * case.heads // case.kv_heads
+    return {
+        "gather_q": (2 + w) * q,
+        "gather_q_scatter": (2 + w) * q,
+        "ring_q": 2 * (2 + w) * q / n,
+        "ring_kv": 2 * (1 + w) * case.kv / n,
+        "ring_kv_expanded": 2 * (1 + w) * wide / n,
+        "ulysses": (3 * q + 2 * case.kv) / n,
+        "replicated_q": (2 + w) * q,
+    }.get(strategy, 0.0)
+
+
 def seconds(case: Case, strategy: str, hardware: Hardware = V5E) -> float:
     """Forward and backward pass of one layer: work, or the memory traffic of the keys, and what is sent. Rings send
     beside the work; the others in front of it and behind it."""
@@ -127,22 +160,26 @@ def seconds(case: Case, strategy: str, hardware: Hardware = V5E) -> float:
     once = case.rows // n if strategy.startswith("ring_q") else case.rows
     passes = (n if strategy == "ring_q" else 1) * math.ceil(max(once, 1) * group / hardware.tile)
     read = 3 * passes * case.kv / (n * hardware.memory)
-    over = (moved.forward + moved.backward) / hardware.link
+    longer = (hardware.stretch(n) - 1) * moved.exchanged
+    over = (moved.forward + moved.backward + longer) / hardware.link
     busy, waits = max(work, read), moved.steps * hardware.latency
     return (max(busy, over) if strategy.startswith("ring") else busy + over) + waits
 
 
 def choose(case: Case, hardware: Hardware = V5E) -> str:
-    """The strategy that should take the least time; `ulysses` where the key heads divide.
+    """The strategy that should take the least time, of those that `hardware.buffers` has room for; `ulysses` where the
+    key heads divide.
 
     A ring must save a tenth of the time: that its hops hide behind work is the model's hope, and `gather_q` reads the
     keys once and holds no copies of them (spec sections 6.4 and 6.5).
     """
     if case.n == 1:
         return "local"
-    able = ["gather_q", "ring_q", "ring_kv", "replicated_q"]
+    able = ["gather_q", "gather_q_scatter", "ring_q", "ring_kv", "replicated_q"]
     if case.kv_heads % case.n == 0:
         able.append("ulysses")
+    fits = [strategy for strategy in able if held(case, strategy) <= hardware.buffers]
+    able = fits or [min(able, key=lambda strategy: held(case, strategy))]
 
     def cost(strategy: str) -> float:
         return seconds(case, strategy, hardware) / (0.9 if strategy.startswith("ring") else 1.0)

@@ -76,9 +76,9 @@ def cross_attention(
       check_vma: of `jax.shard_map`.
       kernel: what a device runs: "chunked" (plain JAX), "tpu" or "gpu" (Pallas; chunks for dtypes they lack, such as
         float64), or "auto", by the platform of the mesh. "gspmd" is plain equations whatever it says.
-      slow: the first of several axes goes over a slow network, between slices of TPUs: queries enter a slice once, and
-        parts are merged within slices before they leave them (spec section 6.6). With `strategy="gather_q"`, which
-        "auto" then is.
+      slow: the first of several axes goes over a slow network, between slices of TPUs: every slice has all rows of the
+        text, which lie over its other axes; parts are merged within slices, and only these cross, once in either pass
+        (spec section 6.6). With `strategy="gather_q"`, which "auto" then is.
       wire: dtype in which partial outputs and gradients travel that are summed where they arrive (of the gathering
         strategies and of rings), "float32"; None = that of q. In bfloat16 each of n parts is rounded once before the
         sum is (a ring's at every hop): with float32 results are rounded once, for a third more bytes in the backward
@@ -106,6 +106,11 @@ def cross_attention(
     (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
     n = axes_size(mesh, axes)
     batch_axes, head_axes = _dividing(mesh, ("data", "fsdp"), axes, b), _dividing(mesh, ("tensor",), axes, kv_heads)
+    tensor = mesh.shape.get("tensor", 1)
+    if tensor > 1 and not head_axes and "tensor" not in axes and heads % tensor == 0 and tensor % kv_heads == 0:
+        # Fewer key heads than devices for them: a device gets the one that its query heads share (spec section 6.6).
+        k, v = (jnp.repeat(x, tensor // kv_heads, axis=2) for x in (k, v))
+        kv_heads, head_axes = tensor, ("tensor",)
     groups = axes_size(mesh, head_axes)
     if strategy == "auto":
         own = b // axes_size(mesh, batch_axes), s_q, s_k, heads // groups, kv_heads // groups
@@ -133,7 +138,7 @@ def cross_attention(
     if strategy == "gspmd":
         o, lse = _partitioned(plan, q, k, v, low, high, number)
     else:
-        q_pad = 0 if strategy in ("replicated_q", "local") else -s_q % n
+        q_pad = 0 if strategy in ("replicated_q", "local") else -s_q % axes_size(mesh, plan.fast)
         kv_pad = 0 if strategy == "local" else -s_k % n
         q, low = _padded(q, q_pad), _padded(low, q_pad, 1)
         high, number = _padded(high, q_pad), _padded(number, kv_pad)
@@ -161,10 +166,11 @@ class Over:
         """As `ops.cross_attention.attend`."""
         mesh: Any = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
         axes = (self.axis,) if isinstance(self.axis, str) else self.axis
+        options = dict(self.options)
+        fast = axes[1:] if options.get("slow") else axes
         if self.mesh is None and not set(axes) <= set(mesh.axis_names):
             return attend(q, k, v, low=low, high=high, number=number)
-        options = dict(self.options)
-        if q.shape[1] < axes_size(mesh, axes) and options.get("strategy") not in ("local", "gspmd"):
+        if q.shape[1] < axes_size(mesh, fast) and options.get("strategy") not in ("local", "gspmd"):
             options["strategy"] = "replicated_q"
         interval = jnp.stack([low, high], -1)
         found = cross_attention(
@@ -290,7 +296,8 @@ def _ids(plan: Plan) -> tuple[P, P]:
 
 def _mapped(plan: Plan, body: Callable[..., Any], inside: tuple[P, ...], out: Any) -> Callable[..., Any]:
     # That what is gathered and then merged is equal everywhere, shard_map cannot see.
-    check = plan.check_vma and plan.strategy != "replicated_q" and not kernels.interpreted(plan.kernel, plan.mesh)
+    alike = plan.strategy == "replicated_q" or plan.slow
+    check = plan.check_vma and not alike and not kernels.interpreted(plan.kernel, plan.mesh)
     return jax.shard_map(body, mesh=plan.mesh, in_specs=inside, out_specs=out, check_vma=check)
 
 
