@@ -232,6 +232,13 @@ def test_models_that_cannot_be_searched_are_refused(spec, message):
         das.install(spec, None, SMALL["llama"], jax.random.key(0))
 
 
+def test_a_style_may_be_named():
+    spec, _ = das.install(BASE, None, "llama", None)
+    assert das.installed(spec.decoder) == (STYLES["llama"], True)
+    with pytest.raises(InputError, match="style must be one of vilt, lavin, llama, llava, found 'lama'"):
+        das.install(BASE, None, "lama", None)
+
+
 def test_a_model_is_shortened_once():
     """Its kept layers have lost what would stand in for them."""
     with pytest.raises(InputError, match=r"was shortened by \[1\] has no adapters to stand in .*, found \[2\] more"):

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from vtjax.errors import InputError
+from vtjax.errors import InputError, check_choice
 from vtjax.methods import slots
-from vtjax.models.adapters import Style, attach, init_attached
+from vtjax.models.adapters import STYLES, Style, attach, init_attached
 from vtjax.models.fusion import METHOD
 from vtjax.models.layers import Adapter
 from vtjax.models.segments import block_name
@@ -55,7 +55,7 @@ def arms(spec: Any) -> tuple[int, ...]:
 def install(
     spec: Any,
     params: Any,
-    style: Style,
+    style: Style | str,
     key: jax.Array | None,
     parent: str = "",
     among: tuple[int, ...] | None = None,
@@ -66,14 +66,17 @@ def install(
     Args:
       spec: of a ViT, a decoder, or a multimodal model, whose decoder gets them; nothing is removed from it.
       params: not changed, its arrays are not copied; None = none yet (see `added`).
-      style: see `models.adapters.STYLES`.
+      style: one of `models.adapters.STYLES`, or its name.
       key: of their fresh weights; None where there are no parameters.
       parent: the model's `params_sha256`, for the lineage.
       among: the arms, ascending; None = `arms(spec)`.
 
     Raises:
-      InputError: no arms; an arm that is not whole, or after which a reducer acts.
+      InputError: no arms; an arm that is not whole, or after which a reducer acts; a name that no style has.
     """
+    if isinstance(style, str):
+        check_choice("style", style, STYLES)
+        style = STYLES[style]
     if isinstance(spec, VLMSpec):
         # A search anew may have lost nothing, so it has the arms of the one before.
         among = arms(spec) if among is None else among
