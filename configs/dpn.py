@@ -46,7 +46,9 @@ def dpn(**leaves: Any) -> ConfigDict:
             "lam": 1e-3,  # its weight
             "lam_warmup": 0,  # steps over which it grows
             "route_group": 0,  # rows of the batch that share a hinge; 0: all of them
-            "distill": 0.0,  # weight of the divergence from the model without poolings (ours)
+            # Weight of the divergence from the model without poolings, which reads the same texts: with token="router"
+            # a token that it does not know (ours).
+            "distill": 0.0,
             "quality": 0.0,  # weight of what experts would do to the loss (ours)
             "quality_share": 0.25,  # of the batch that all experts are tried on
             "harm_only": False,  # count what an expert makes worse, not what it makes better

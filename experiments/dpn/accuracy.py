@@ -5,7 +5,9 @@
     python -m experiments.dpn.accuracy arms        the arms of the comparison, from the dense models
     python -m experiments.dpn.accuracy tau         more and less budget
     python -m experiments.dpn.accuracy routers     routers learn first, while the model stands still
+    python -m experiments.dpn.accuracy gentle      the same and its controls, trained at a third of the learning rate
     python -m experiments.dpn.accuracy start       the dense models as they are, on the questions of the arms
+    python -m experiments.dpn.accuracy relaxed     routers at more work than they were trained for
     python -m experiments.dpn.accuracy within      routers' decisions, permuted among questions of one type
     python -m experiments.dpn.accuracy easyvqa     the same on easy-VQA: its dense model, then a few arms
     python -m experiments.dpn.accuracy paths       every path in the dense models as they are, by type of question;
@@ -20,6 +22,7 @@ paths, so the same work), which tells whether decisions fit their questions.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import re
@@ -32,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.dpn import main as experiment
 from experiments.vlm import main as vlm
 from vtjax.account import record
 from vtjax.cli import assemble
@@ -67,6 +71,8 @@ WORK = {"dpn.loss": "macs", "dpn.lam": "3.0"}
 KNOWN = {"dpn.token": "answer"}
 """Routers read a token that the model knows, so that texts stay as they were."""
 
+RELAXING = "routers at the answer budget=0.44"
+
 QUALITY = {"dpn.quality": "3.0", "dpn.quality_share": "0.5"}
 
 Arm = tuple[str, dict[str, str]]
@@ -94,7 +100,6 @@ def arms() -> Iterator[Arm]:
     yield "st", {**OURS, "dpn.tau": "1.0"}
     yield "st quality", {**OURS, **QUALITY, "dpn.tau": "1.0"}
     yield "st quality routers", {**OURS, **QUALITY, "dpn.tau": "1.0", "dpn.trainable": "routers"}
-    yield "st quality distill", {**OURS, **QUALITY, "dpn.tau": "1.0", "dpn.distill": "1.0"}
 
 
 def tau() -> Iterator[Arm]:
@@ -122,6 +127,23 @@ def routers() -> Iterator[Arm]:
         )
 
 
+def gentle() -> Iterator[Arm]:
+    """What is trained along with poolings, at a third of the other arms' learning rate, which costs the dense model
+    points; nothing is added to the texts."""
+    known = {**KNOWN, "optim.lr": "1e-4"}
+    budget = {**OURS, **WORK, "dpn.budget": "0.44"}
+    yield "dense", {"dpn.mode": "off", **known}
+    yield "routers, then all", {**budget, **QUALITY, **known, "after": "routers at the answer budget=0.44"}
+    for path in ("(1, 1, 1)", "(1, 2, 2)"):
+        yield f"static {path}", {"dpn.mode": "forced", "dpn.path": path, **known}
+    yield "random", {"dpn.mode": "random", "dpn.gate": "st", "dpn.lam": "0.0", **known}
+    yield "by type", {"dpn.mode": "by_type", "dpn.path": BY_TYPE, **known}
+    for pool in ("(1, 2)", "(2, 2)"):
+        yield f"before the decoder {pool}", {"dpn.mode": "off", "model.bridge.pool": pool, **known}
+    yield "all at once", {**budget, **QUALITY, **known}
+    yield "all at once, distilled", {**budget, **known, "dpn.distill": "1.0"}
+
+
 def easyvqa() -> Iterator[Arm]:
     """On questions that people have seen before: 64 visual tokens, of which all questions need few."""
     known = {**OURS, **QUALITY, **WORK, **KNOWN, "dpn.budget": "0.44"}
@@ -132,7 +154,7 @@ def easyvqa() -> Iterator[Arm]:
     yield "routers, then all", {**known, "after": "routers"}
 
 
-ARMS = {"arms": arms, "tau": tau, "routers": routers, "easyvqa": easyvqa}
+ARMS = {"arms": arms, "tau": tau, "routers": routers, "gentle": gentle, "easyvqa": easyvqa}
 
 
 def runs(kind: str) -> str:
@@ -147,7 +169,8 @@ def dense_run(seed: int, kind: str = "arms") -> str:
 
 def arm_run(name: str, seed: int, kind: str = "arms") -> str:
     """Where the run of an arm lies."""
-    return f"{runs(kind)}/arms/{re.sub('[^a-z0-9=.]+', '_', name).strip('_')}_{seed}"
+    folder = "gentle" if kind == "gentle" else "arms"
+    return f"{runs(kind)}/{folder}/{re.sub('[^a-z0-9=.]+', '_', name).strip('_')}_{seed}"
 
 
 def dense(seed: int, kind: str = "arms") -> dict[str, Any]:
@@ -204,7 +227,9 @@ def settings(name: str, overrides: dict[str, str], seed: int, kind: str = "arms"
     """The config of one arm."""
     given = {**overrides, "seed": str(seed)}
     before = given.pop("after", "")
-    given["init_from"] = arm_run(before, seed, kind) if before else dense_run(seed, kind)
+    given["init_from"] = (
+        arm_run(before, seed, kind if kind == "easyvqa" else "routers") if before else dense_run(seed, kind)
+    )
     config = config_lib.load_config(CONFIG, "easyvqa" if kind == "easyvqa" else "sortofclevr", given)
     config_lib.override(config, "workdir", arm_run(name, seed, kind))
     return config
@@ -289,10 +314,48 @@ def start(seed: int) -> dict[str, Any]:
     return measured(config, task, data, jax.jit(lambda key: task.init(key)[0])(jax.random.key(seed)))
 
 
+RELAXED = (0.5, 0.6, 0.7)  # shares of the dense work
+
+
+def relaxed(seed: int, name: str, overrides: dict[str, str]) -> dict[str, Any]:
+    """Routers that were trained for one budget at another one: their probabilities are moved towards identity
+    (`knobs.relax`) until questions of "val" take `share` of the dense work."""
+    leaves = dict(overrides)
+    share = float(leaves.pop("share"))
+    config = settings(RELAXING, leaves, seed, "routers")
+    task, data = assemble.assemble(config)
+    _, params = checkpoint.load_params(config.workdir)
+    few = copy.deepcopy(config)
+    config_lib.override(few, "data.eval_split", "val[:25]")
+    _, small = assemble.assemble(few)
+    executables, (low, high) = Executables(), (0.0, 0.5)
+    for _ in range(8):
+        amount = (low + high) / 2
+        moved = experiment.relaxed(params, amount)
+        spent = loop.decisions(task, small.eval("eval"), few, moved, executables=executables)["mac_ratio"].mean()
+        low, high = (amount, high) if spent < share else (low, amount)
+    moved = experiment.relaxed(params, amount)
+    found = measured(config, task, data, moved)
+    kind, choice = (np.array(list(found[name]), int) for name in ("type", "choice"))
+    inside = [
+        permuted(config, task, data, moved, choice.reshape(len(kind), -1), number, kind)
+        for number in range(PERMUTATIONS)
+    ]
+    found["within_correct"] = ["".join(map(str, row.astype(int))) for row in inside]
+    return {"arm": name, "share": share, "relax": amount, **found}
+
+
+def routed() -> Iterator[tuple[str, Arm]]:
+    """The arms whose routers decide, each with its kind."""
+    for kind in ("routers", "gentle"):
+        yield from ((kind, arm) for arm in ARMS[kind]() if arm[1].get("dpn.mode", "adaptive") == "adaptive")
+
+
 def within(seed: int, name: str, overrides: dict[str, str]) -> dict[str, Any]:
     """The answers of an arm that was run, with decisions of other questions of the same type: what is lost by that is
     what a lookup of the type would not have found."""
-    config = settings(name, overrides, seed)
+    kind_of = {arm: kind for kind, (arm, _) in routed()}
+    config = settings(name, overrides, seed, kind_of[name])
     task, data = assemble.assemble(config)
     _, params = checkpoint.load_params(config.workdir)
     made = loop.decisions(task, data.eval("eval"), config, params)
@@ -321,6 +384,7 @@ def paths(seed: int) -> dict[str, Any]:
     every = list(itertools.product(range(len(WINDOWS)), repeat=len(dpn.reducers(task.spec))))
     names = vlm.TYPES[config.data.name]
     right, count, words = np.zeros((len(every), len(names))), np.zeros(len(names)), 0
+    answered: list[dict[int, int]] = [{} for _ in every]
     batches = data.eval("eval")
     with closing(batches), jax.set_mesh(mesh_lib.make(config.mesh)):
         for batch in batches:
@@ -331,6 +395,7 @@ def paths(seed: int) -> dict[str, Any]:
             for row, path in enumerate(every):
                 said = np.asarray(run(params, given, np.broadcast_to(np.asarray(path), (len(kind), len(path)))))
                 np.add.at(right[row], kind[valid], said[valid] > 0)
+                answered[row] |= dict(zip(batch["question"][valid, 0].tolist(), said[valid].tolist(), strict=True))
     asked = [i for i in range(len(names)) if count[i]]
     text = round(words / count.sum())
     work = [dpn.path_macs(task.spec, path, text) for path in every]
@@ -341,6 +406,7 @@ def paths(seed: int) -> dict[str, Any]:
         "work": [spent / work[0] for spent in work],
         "top1_by_type": [[float(right[row, i] / count[i]) for i in asked] for row in range(len(every))],
         "top1": float(right[0].sum() / count.sum()),
+        "correct": ["".join(str(int(told[q] > 0)) for q in sorted(told)) for told in answered],
     }
 
 
@@ -352,7 +418,7 @@ def wanted(name: str, only: str) -> bool:
 def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("dense", "start", "paths", "within", *ARMS))
+    parser.add_argument("what", choices=("dense", "start", "paths", "within", "relaxed", *ARMS))
     parser.add_argument("--seed", type=int, action="append", help="one of them; else all")
     parser.add_argument("--only", default="", help="arms whose name contains this; =NAME is that one")
     parser.add_argument("--out", type=Path, default=RECORDS)
@@ -363,7 +429,15 @@ def main(arguments: list[str]) -> int:
     for seed in options.seed or SEEDS:
         made: list[Arm] = list(ARMS[options.what]()) if options.what in ARMS else [(options.what, {})]
         if options.what == "within":
-            made = [(name, leaves) for name, leaves in routers() if (("routers", name, seed) in known)]
+            made = [arm for kind, arm in routed() if (kind, arm[0], seed) in known]
+        if options.what == "relaxed":
+            made = [(f"{RELAXING} at {share}", {**dict(routers())[RELAXING], "share": str(share)}) for share in RELAXED]
+        if options.only and not any(wanted(name, options.only) for name, _ in made):
+            names = ", ".join(name for name, _ in made)
+            print(
+                f"accuracy: --only must mean an arm of {options.what}, {names}, found {options.only!r}", file=sys.stderr
+            )
+            return 2
         for name, overrides in made:
             if not wanted(name, options.only) or (options.what, name, seed) in known:
                 continue
@@ -371,8 +445,8 @@ def main(arguments: list[str]) -> int:
                 if options.what == "easyvqa":
                     dense(seed, "easyvqa")
                 found = arm(name, overrides, seed, executables, options.what)
-            elif options.what == "within":
-                found = within(seed, name, overrides)
+            elif options.what in ("within", "relaxed"):
+                found = {"within": within, "relaxed": relaxed}[options.what](seed, name, overrides)
             else:
                 found = {"dense": dense, "start": start, "paths": paths}[options.what](seed)
             options.out.parent.mkdir(exist_ok=True)

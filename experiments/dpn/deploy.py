@@ -2,8 +2,8 @@
 """Both sides of `vtjax bench`: the pooled model in the form that `config.dpn.exec` names, beside the same model without
 poolings. "staged": tokens are gone, samples are regrouped by length on the host (`dpn_deploy.Staged`); "switch": one
 program for one question at a time (`dpn_switch.Switch`); "masked": pooled tokens keep their slots, which saves nothing.
-Prompts are the rows' questions up to the router token: a prefill, whose logits are those of the first word of the
-answer.
+Prompts are the rows' questions up to the token that routers read: with `dpn.token=answer` a prefill whose logits are
+those of the first word of the answer; with a router token of its own the template's token is yet to come.
 Letters: B rows, S tokens, M stages.
 """
 

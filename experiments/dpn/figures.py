@@ -52,10 +52,10 @@ def tradeoff(records: list[dict[str, Any]]) -> Any:
     different seeds stand beside each other: the mean, the least and the most of the seeds."""
     start = {r["seed"]: r["top1"] for r in by_arm(records, "start").get("start", [])}
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
-    for kind in ("arms", "tau", "routers"):
+    for kind in ("arms", "tau", "routers", "relaxed", "gentle"):
         for name, found in by_arm(records, kind).items():
             lost = [100 * (r["top1"] - start[r["seed"]]) for r in found if r["seed"] in start]
-            if lost and (line := _line(name)) is not None:
+            if lost and (line := _line(f"{kind}: {name}")) is not None:
                 point = mean(found, "mac_ratio"), float(np.mean(lost)), min(lost), max(lost)
                 lines.setdefault(line, []).append(point)
     return reduction.tradeoff(
@@ -71,12 +71,13 @@ def _line(name: str) -> str | None:
     """The line of the picture that an arm lies on; None where it is on none: a model whose texts have a router token
     that it does not know, and that stands still, loses what it loses by the token."""
     for pattern, line in (
-        (r"dense at the answer", "trained on, dense"),
-        (r"static .* at the answer", "static paths"),
-        (r"routers at the answer budget=.*", "routers alone"),
-        (r"routers at the answer, then all .*", "routers, then all"),
-        (r"st quality( (tau|budget)=.*)?", "all at once, router token"),
-        (r"dpn( tau.*)?", "as released"),
+        (r"gentle: dense", "trained on, dense"),
+        (r"gentle: static .*", "static paths"),
+        (r"gentle: random", "random paths"),
+        (r"gentle: routers, then all", "routers, then all"),
+        (r"(routers|relaxed): routers at the answer budget=\S+( at .*)?", "routers alone"),
+        (r"(arms|tau): st quality( (tau|budget)=.*)?", "all at once, router token"),
+        (r"arms: dpn", "as released"),
     ):
         if re.fullmatch(pattern, name):
             return line

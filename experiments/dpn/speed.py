@@ -8,8 +8,9 @@
 
 Weights are random, and routers are set such that a path is taken; they and all dispatching are in the time. `realised`
 = (dense time / pooled time) / (dense MACs / pooled MACs), MACs of the decoder's blocks. The static pyramid is the same
-pooling without routers, compiled for its path. Sides take turns in one process; records go to results/speed.jsonl. It
-means nothing on a machine that does other work.
+pooling without routers, compiled for its path; of several questions a program for each path, one after the other.
+Sides take turns in one process; ranges are the 10th and 90th percentile of the rounds. Records go to
+results/speed.jsonl. It means nothing on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -129,18 +130,26 @@ def many(what: str, grid: Grid, rounds: int) -> dict[str, Any]:
     rows = dpn_deploy.entered(deployed, params, ids, images)
     # Random routers do not differ between random questions: theirs is the time, the paths are given.
     staged, chosen = dpn_deploy.Staged(deployed), np.asarray(paths, np.int32)
+    groups = [(path, _some(rows, [i for i, own in enumerate(paths) if own == path])) for path in dict.fromkeys(paths)]
+    pyramids = {path: jax.jit(lambda p, r, path=path: static(deployed, p, r, path)) for path, _ in groups}
     lm, decoder = VLM(spec.unreduced()).lm, params["decoder"]
     dense = jax.jit(lambda p, x: lm.prefill(p, embeddings=x, room=0)[0])
     found = timing.compare(
         {
             "dense": timing.timer(lambda: dense(decoder, rows.x)),
             "staged": timing.timer(lambda: staged(params, rows, chosen).logits),
+            "static": timing.timer(lambda: [pyramids[path](params, some) for path, some in groups]),
         },
         rounds=rounds,
         calls=1,
         warmup=1,
     )
     return {**told(what, spec, paths), **measures(spec, paths, found)}
+
+
+def _some(rows: Any, which: Sequence[int]) -> Any:
+    """Those of the rows."""
+    return jax.tree.map(lambda x: x[np.asarray(which)], rows)
 
 
 def decoding(what: str, grid: Grid, path: Sequence[int], rounds: int) -> dict[str, Any]:
@@ -169,7 +178,8 @@ def decoding(what: str, grid: Grid, path: Sequence[int], rounds: int) -> dict[st
         **told(what, spec, paths),
         **found.summary(),
         "new_tokens": NEW,
-        "pooled_ratio": times["dense"].median / times["pooled"].median,
+        "pooled_ratio": found.ratio("dense", "pooled"),
+        "pooled_ratio_range": found.ratio_range("dense", "pooled"),
         "tokens_per_s": {name: len(paths) * (NEW - 1) / t.median for name, t in times.items()},
         "cache_bytes": {"dense": dpn_deploy.cache_bytes(cache), "pooled": dpn_deploy.cache_bytes(pooled.cache)},
     }
@@ -194,8 +204,9 @@ def measures(spec: VLMSpec, paths: Sequence[Sequence[int]], found: timing.Compar
     out: dict[str, Any] = dict(summary)
     for name in found.timings:
         if name != "dense":
-            out[f"{name}_ratio"] = found.timings["dense"].median / found.timings[name].median
+            out[f"{name}_ratio"] = found.ratio("dense", name)
             out[f"{name}_realised"] = out[f"{name}_ratio"] * macs / dense
+            out[f"{name}_realised_range"] = [r * macs / dense for r in found.ratio_range("dense", name)]
     return out
 
 
@@ -203,7 +214,7 @@ def main(arguments: list[str]) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(GRIDS))
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--visual", type=int, nargs="*", help="numbers of visual tokens, of those that are measured")
     parser.add_argument("--out", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)

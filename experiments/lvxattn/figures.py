@@ -124,16 +124,18 @@ def times(records: list[dict[str, Any]]) -> Any:
 
 def temporaries(records: list[dict[str, Any]]) -> Any:
     """Temporary memory of a stack of layers against the visual tokens, by what is recomputed."""
-    # Of both programs the one in which gradients are added in turn.
-    used = latest([r for r in records if r["strategy"] == "gather_q" and r.get("turns")], ("mode", "keys"))
+    mine = [r for r in records if r["strategy"] == "gather_q" and r.get("turns") == "scan"]
+    used = latest(mine, ("mode", "keys"))
     figure = curves.new_figure(6.4, 3.9)
     axes = figure.add_subplot()
     said = {"none": "everything kept", "names": "keys and values projected again", "full": "all of it done again"}
     for color, mode in zip(curves.COLORS, memory.MODES, strict=False):
-        points = sorted((r["keys"], r["temp_bytes"] / 2**30) for r in used if r["mode"] == mode and "temp_bytes" in r)
+        points = sorted(
+            (r["keys"] / 1e3, r["temp_bytes"] / 2**30) for r in used if r["mode"] == mode and "temp_bytes" in r
+        )
         if points:
             axes.plot(*zip(*points, strict=True), color=color, marker="o", linewidth=2.0, label=said[mode])
-    axes.set(xlabel="visual tokens S_K", ylabel="temporary memory per chip, GiB")
+    axes.set(xlabel="visual tokens S_K, thousands", ylabel="temporary memory per chip, GiB")
     axes.set_ylim(bottom=0)
     _finish(axes, f"{used[0]['layers']} layers of Llama 3-V's widths on {used[0]['topology']}")
     return figure

@@ -191,7 +191,8 @@ def kernels(records: Records) -> str:
 
 
 def temp(records: Records) -> str:
-    """Temporary memory of the stack, with gradients of the visual tokens as XLA adds them, and in turn."""
+    """Temporary memory of the stack: gradients of the visual tokens as XLA adds them, in turn by a barrier, by a
+    scan."""
     found = {
         (r["topology"], r["strategy"], r["keys"], r["mode"], r.get("turns", False)): r for r in of_kind(records, "temp")
     }
@@ -201,9 +202,9 @@ def temp(records: Records) -> str:
     def cell(r: dict[str, Any] | None) -> str:
         return "" if r is None else f"{r['temp_bytes'] / 2**20:,.0f}" if "temp_bytes" in r else "does not fit"
 
-    cases = dict.fromkeys(case[:-1] for case in found)
-    rows = [(*case, *(cell(found.get((*case, turns))) for turns in (False, True))) for case in cases]
-    header = ("topology", "strategy", "S_K", "recomputed", "temporaries, MiB", "in turn, MiB")
+    cases = sorted(dict.fromkeys(case[:-1] for case in found), key=lambda case: (case[1], case[2]))
+    rows = [(*case, *(cell(found.get((*case, turns))) for turns in (False, True, "scan"))) for case in cases]
+    header = ("topology", "strategy", "S_K", "recomputed", "temporaries, MiB", "in turn, MiB", "scanned, MiB")
     return tables.markdown(header, rows) + "\n\n" + circumstances(list(found.values()))
 
 

@@ -202,6 +202,18 @@ def test_draws_keep_the_floor_and_follow_the_key():
     np.testing.assert_allclose(share, 1 / 3, atol=0.08)
 
 
+def test_random_routing_without_a_key_takes_the_given_experts():
+    """As in evaluation, where an expert is drawn by the question's number; it needs one or the other."""
+    layer, reducer = dpn.reducers(SPEC)[0]
+    reducer = dataclasses.replace(reducer, mode="random")
+    held = {"router": PARAMS["decoder"]["dpn"][f"block_{layer:02d}"]["router"]}
+    read = jnp.zeros((3, SPEC.decoder.width)), jnp.full(3, N), jnp.array([True, True, False])
+    choice = reducer.decide(*read, {**held, "choice": jnp.array([2, 1, 2])})[1]
+    assert choice.tolist() == [2, 1, 0]
+    with pytest.raises(InputError, match="random routing needs the knob route_key or choice, found neither"):
+        reducer.decide(*read, held)
+
+
 def answer_slopes(after):
     """Gradient of a loss of the text in each router, with `after` layers behind the last stage."""
     last = dpn.describe(dpn.Dpn(2, GRID, least=1))

@@ -162,21 +162,22 @@ class Dpn:
         return jnp.einsum("bn,bnd->bd", weight, x.astype(jnp.float32), precision=exact), count > 0
 
     def _choose(self, logp: Array, count: Array, knobs: Mapping[str, Any]) -> Int[Array, " B"]:
-        key = knobs.get("route_key")
+        key, given = knobs.get("route_key"), knobs.get("choice")
         free = key is None and not self.floor_at_eval
         open_ = ops.allowed(count, 1 if free else self.least)
         if self.mode == "forced":
             dense = jnp.asarray(knobs.get("relax", 0.0)) >= 0.5
             choice = jnp.broadcast_to(jnp.where(dense, 0, self.expert), count.shape)
+        elif self.mode == "random" and given is not None and key is None:
+            choice = jnp.zeros_like(count)
         elif self.mode == "random":
             if key is None:
-                raise InputError("random routing needs the knob route_key, found none")
+                raise InputError("random routing needs the knob route_key or choice, found neither")
             choice = ops.sample(key, jnp.zeros_like(logp), open_)
         elif key is not None:
             choice = ops.sample(key, jax.lax.stop_gradient(logp), open_)
         else:
             choice = ops.likeliest(logp, open_)
-        given = knobs.get("choice")
         return choice if given is None else jnp.where(given >= 0, given, choice).astype(jnp.int32)
 
 
