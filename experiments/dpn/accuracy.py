@@ -71,6 +71,7 @@ WORK = {"dpn.loss": "macs", "dpn.lam": "3.0"}
 KNOWN = {"dpn.token": "answer"}
 """Routers read a token that the model knows, so that texts stay as they were."""
 
+CAUTIOUS = "routers at the answer, harm only budget=0.44"
 RELAXING = "routers at the answer budget=0.44"
 
 QUALITY = {"dpn.quality": "3.0", "dpn.quality_share": "0.5"}
@@ -125,6 +126,8 @@ def routers() -> Iterator[Arm]:
             f"routers at the answer, then all budget={value}",
             {**known, "after": f"routers at the answer budget={value}"},
         )
+    # An answer that is wrong and sure of it has a lower loss when the image is blurred: that is no reason to pool.
+    yield CAUTIOUS, {**known, "dpn.budget": "0.44", "dpn.trainable": "routers", "dpn.harm_only": "true"}
 
 
 def gentle() -> Iterator[Arm]:
@@ -134,6 +137,7 @@ def gentle() -> Iterator[Arm]:
     budget = {**OURS, **WORK, "dpn.budget": "0.44"}
     yield "dense", {"dpn.mode": "off", **known}
     yield "routers, then all", {**budget, **QUALITY, **known, "after": "routers at the answer budget=0.44"}
+    yield "routers of harm only, then all", {**budget, **QUALITY, "dpn.harm_only": "true", **known, "after": CAUTIOUS}
     for path in ("(1, 1, 1)", "(1, 2, 2)"):
         yield f"static {path}", {"dpn.mode": "forced", "dpn.path": path, **known}
     yield "random", {"dpn.mode": "random", "dpn.gate": "st", "dpn.lam": "0.0", **known}

@@ -56,7 +56,7 @@ def build(config: ConfigDict) -> Task:
         if -1 in (context, tensor):
             shape = mesh.make(config.mesh).shape
             context, tensor = shape["context"], shape["tensor"]
-        own = heads // tensor if heads % tensor == 0 else heads
+        own = heads // tensor if heads % tensor == 0 else heads  # as cross_attention splits them
         if own % context:
             raise InputError(
                 f"config.attend.strategy='ulysses' needs key heads that divide over config.mesh.context={context}, "

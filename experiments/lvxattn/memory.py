@@ -145,35 +145,46 @@ def temp(known: Callable[..., bool]) -> Iterator[dict[str, Any]]:
                         yield {"kind": "temp", **planned("v5e:2x4", 4, mode, strategy, keys, turns)}
 
 
+BRACKET = 1.05
+"""A length that does not fit is at most that much above the one that does."""
+
+
 def longest(known: Callable[..., bool]) -> Iterator[dict[str, Any]]:
-    """The longest visual input whose eight layers fit: from two compiles a line, along it the length that should fill
-    the chip, and compiles there and 5 % above to see that one fits and the other one does not."""
+    """The longest visual input whose eight layers fit, between a compile that fits and one that does not."""
     for topology in ("v5e:2x4", "v5p:4x4x4"):
+        n = len(aot.topology(topology))
         for strategy in STRATEGIES:
             for mode in ("none", "names"):
                 case = {"kind": "longest", "topology": topology, "strategy": strategy, "mode": mode}
-                n = len(aot.topology(topology))
-                if known(case) or (strategy == "ulysses" and LLAMA["kv_heads"] % n):
-                    continue
-                lengths = [n * 4096, n * 8192]
-                tried = [planned(topology, 8, mode, strategy, keys, "scan") for keys in lengths]
-                sizes = [one["hbm_bytes_per_device"] for one in tried]
-                slope = (sizes[1] - sizes[0]) / (lengths[1] - lengths[0])
-                keys = lengths[0] + (tried[0]["hbm_limit"] - sizes[0]) / slope
-                fits: dict[str, Any] = tried[1]
-                for share in (0.99, 0.96, 0.92, 0.86):
-                    one = planned(topology, 8, mode, strategy, int(share * keys) // (n * 512) * n * 512, "scan")
-                    if one["fits"]:
-                        fits = one
-                        break
-                above = planned(topology, 8, mode, strategy, int(1.05 * fits["keys"]) // (n * 512) * n * 512, "scan")
-                yield {
-                    **case,
-                    "n": n,
-                    **{name: fits[name] for name in (*LLAMA, "layers", "keys", "hbm_bytes_per_device", "hbm_limit")},
-                    "bytes_per_key": slope,
-                    "above": {name: above[name] for name in ("keys", "fits", "hbm_bytes_per_device")},
-                }
+                if not known(case) and (strategy != "ulysses" or LLAMA["kv_heads"] % n == 0):
+                    fits, above = between(topology, mode, strategy, n)
+                    kept = ("layers", "turns", "keys", "hbm_bytes_per_device", "hbm_limit")
+                    told = {name: above[name] for name in ("keys", "fits", "hbm_bytes_per_device")}
+                    yield {**case, "n": n, **LLAMA, **{name: fits[name] for name in kept}, "above": told}
+
+
+def between(topology: str, mode: str, strategy: str, n: int, most: int = 12) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the compiler says of a length that fits and of one that does not, `BRACKET` apart at most.
+
+    Raises:
+      RuntimeError: they were not found in `most` compiles.
+    """
+    fits: dict[str, Any] = {}
+    above: dict[str, Any] = {}
+    keys = n * 2**17
+    for _ in range(most):
+        one = planned(topology, 8, mode, strategy, keys // (n * 512) * n * 512, "scan")
+        fits, above = (one, above) if one["fits"] else (fits, one)
+        if fits and above and above["keys"] <= BRACKET * fits["keys"]:
+            return fits, above
+        if not above:  # by the memory that is left, and a little beyond
+            keys = int(fits["keys"] * min(4.0, 1.04 * one["hbm_limit"] / one["hbm_bytes_per_device"]))
+        elif not fits:
+            keys = int(above["keys"] * min(0.9, 0.98 * one["hbm_limit"] / one["hbm_bytes_per_device"]))
+        else:
+            close = above["keys"] <= BRACKET**2 * fits["keys"]
+            keys = int(fits["keys"] * 1.045) if close else (fits["keys"] + above["keys"]) // 2
+    raise RuntimeError(f"no length between {fits.get('keys')} and {above.get('keys')} in {most} compiles")
 
 
 def cost(rounds: int) -> dict[str, Any]:

@@ -46,8 +46,9 @@ def main() -> None:
         return jax.tree.leaves(step(q, k, v)), step.as_text()
 
     wanted, _ = run("local", False)
-    for slow in (False, True):
-        found, text = run("gather_q", slow)
+
+    def compared(strategy: str, slow: bool) -> dict[str, Any]:
+        found, text = run(strategy, slow)
         error = max(float(jnp.abs(a - b).max()) for a, b in zip(found, wanted, strict=True))
         over = [
             line for line in text.splitlines() if re.search(SLOW, line) and re.search("all-(gather|to-all)\\(", line)
@@ -56,7 +57,10 @@ def main() -> None:
         for line in over:
             shapes = re.findall(r"f64\[([\d,]+)\]", line.split(" all-")[0])
             elements += sum(math.prod(map(int, shape.split(","))) for shape in shapes)
-        print(json.dumps({"slow": slow, "error": error, "over": len(over), "elements": elements}), flush=True)
+        return {"slow": slow, "error": error, "over": len(over), "elements": elements}
+
+    for slow in (False, True):
+        print(json.dumps(compared("gather_q", slow)), flush=True)
 
     def lowered(wire: str | None, slow: bool) -> str:
         def total(q: Any, k: Any, v: Any) -> Any:
@@ -78,6 +82,7 @@ def main() -> None:
             print(json.dumps({"slow": slow, "wire": wire, **told}), flush=True)
 
     few_key_heads(q, k, v)
+    print(json.dumps(compared("replicated_q", True)), flush=True)
 
 
 def few_key_heads(q: Any, k: Any, v: Any) -> None:
@@ -97,10 +102,12 @@ def few_key_heads(q: Any, k: Any, v: Any) -> None:
 
     wanted = graded(strategy="local")
     exchanges.FORWARD["gather_q"] = watched
-    found = graded(strategy="gather_q")
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    error = max(float(jnp.abs(a - b).max()) for a, b in pairs)
-    print(json.dumps({"heads": seen[0], "shape": found[1][1].shape, "error": error}), flush=True)
+    for strategy in ("gather_q", "ulysses"):
+        found = graded(strategy=strategy)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+        error = max(float(jnp.abs(a - b).max()) for a, b in pairs)
+        told = {"strategy": strategy, "heads": seen[0], "shape": found[1][1].shape, "error": error}
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

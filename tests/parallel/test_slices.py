@@ -40,6 +40,13 @@ def test_a_merge_in_two_steps_is_the_merge_in_one(told: list[dict[str, Any]]) ->
 
 
 @pytest.mark.slow
+def test_a_few_rows_that_all_devices_have_cross_once_and_merged(told: list[dict[str, Any]]) -> None:
+    """As in decoding: an output and its statistic for 13 rows from the other slice, not from each of its devices."""
+    decoded = told[8]
+    assert decoded["error"] < 1e-12 and decoded["over"] == 1 and decoded["elements"] == 2 * 13 * 2 * 4 * (4 + 1)
+
+
+@pytest.mark.slow
 def test_what_is_exchanged_has_the_type_that_is_asked_for(told: list[dict[str, Any]]) -> None:
     """Of a bfloat16 model: partial outputs and gradients of queries, and one statistic of rows, within slices and
     between them."""
@@ -57,9 +64,11 @@ def test_key_heads_that_are_fewer_than_the_devices_for_them_are_repeated(told: l
     """Four query heads and two key heads over four devices: one of either on each, and gradients of two."""
     assert told[6]["heads"] == [1, 1] and told[6]["shape"] == [2, 37, 2, 4]
     assert told[6]["error"] < 1e-12
+    # Ulysses splits key heads itself, over the other axis.
+    assert told[7]["strategy"] == "ulysses" and told[7]["error"] < 1e-12
 
 
 def test_several_axes_are_needed() -> None:
     mesh, q = Mesh(np.array(jax.devices()[:1]), ("cp",)), jnp.zeros((1, 2, 1, 4))
-    with pytest.raises(ValueError, match=r"slow=True needs several axes and strategy='gather_q', found \('cp',\)"):
+    with pytest.raises(ValueError, match=r"slow=True needs several axes and strategy='gather_q' .*, found \('cp',\)"):
         cross_attention(q, q, q, mesh=mesh, axis="cp", slow=True)

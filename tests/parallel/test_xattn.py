@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from experiments.lvxattn.exactness import WIDE
 from vtjax.ops import partial_softmax
 from vtjax.ops.partial_softmax import Part
 from vtjax.parallel import strategies
 from vtjax.parallel.strategies import STRATEGIES, Case, Hardware
-from vtjax.parallel.xattn import cross_attention
+from vtjax.parallel.xattn import attend_over, cross_attention
 
 MESH = Mesh(np.array(jax.devices()[:1]), ("cp",))
 
@@ -96,6 +96,10 @@ def test_padding_reaches_nothing_and_large_logits_stay_finite() -> None:
             "heads must be at least 1 wide, found D = 0",
         ),
         ({"axis": "model"}, "axis must be of the mesh, cp, found 'model'"),
+        (
+            {"mesh": jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Explicit,))},
+            "must be Auto .*, found 'cp' Explicit",
+        ),
         ({"q": jnp.zeros((1, 2, 3, 4))}, "query heads must be a multiple of key heads, found 3 and 2"),
         ({"k": jnp.zeros((1, 5, 2, 8))}, r"q, k, v must be .*, found \[1, 2, 4, 4\], \[1, 5, 2, 8\], \[1, 5, 2, 4\]"),
         ({"v": jnp.zeros((1, 5, 2, 4), jnp.bfloat16)}, "one floating dtype, found float32, float32, bfloat16"),
@@ -109,6 +113,46 @@ def test_what_does_not_fit_is_one_line(change: dict[str, Any], says: str) -> Non
     with pytest.raises(ValueError, match=says) as caught:
         cross_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("axis", "options", "says"),
+    [
+        ((), {}, r"axis must name one axis of the mesh, or several different ones, found \(\)"),
+        ("cp", {"stratgy": "auto"}, "attend_over takes scale, strategy, .*, found 'stratgy'"),
+        ("cp", {"strategy": "rign"}, "strategy must be one of auto, gather_q, .*, found 'rign'"),
+        ("contxt", {}, "axis must be of the mesh, cp, found 'contxt'"),
+    ],
+)
+def test_what_models_take_is_checked(axis: Any, options: dict[str, Any], says: str) -> None:
+    """Before it is called where that is possible, also under an ambient mesh that lacks the axis."""
+    q, row = jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 2), jnp.int32)
+    for mesh in (MESH, None):
+        with pytest.raises(ValueError, match=says), jax.set_mesh(MESH):
+            attend_over(mesh, axis, **options)(q, q, q, low=row, high=row, number=row)
+    assert hash(attend_over(MESH, ["cp"])) == hash(attend_over(MESH, "cp"))
+
+
+def test_costs_of_what_is_no_case() -> None:
+    case = Case(4, 1, 8, 8, 4, 2, 8, 4)
+    for wrong in (
+        case._replace(n=0),
+        case._replace(kv_heads=0),
+        case._replace(heads=3),
+        case._replace(bytes=0, wire=4),
+    ):
+        for ask in (
+            strategies.choose,
+            lambda c: strategies.held(c, "gather_q"),
+            lambda c: strategies.sent(c, "ring_q"),
+        ):
+            with pytest.raises(ValueError, match="sizes must be 1 or more"):
+                ask(wrong)
+    with pytest.raises(ValueError, match="strategy must be one of .*, found 'rign'"):
+        strategies.held(case, "rign")
+    for sizes in ({"link": 0.0}, {"torus": -1}):
+        with pytest.raises(ValueError, match="hardware must have positive sizes"):
+            Hardware(**sizes)
 
 
 def test_bytes_of_the_table_of_the_paper() -> None:
@@ -150,7 +194,7 @@ def test_the_choice_flips_where_the_bytes_do() -> None:
         cost = {s: strategies.seconds(many._replace(n=n), s, links) for s in ("gather_q", "gather_q_scatter")}
         assert (cost["gather_q_scatter"] < cost["gather_q"]) == sums, (torus, n, cost)
     # Without room for all queries they go around.
-    assert strategies.choose(many, Hardware(buffers=3 * many.q)) == "gather_q_scatter"
-    assert strategies.choose(many, Hardware(buffers=3 * many.q - 1)) == "ring_q"
+    assert strategies.choose(many, Hardware(buffers=4 * many.q)) == "gather_q_scatter"
+    assert strategies.choose(many, Hardware(buffers=4 * many.q - 1)) == "ring_q"
     # Where the work hides every hop a ring saves nothing that counts.
     assert strategies.choose(Case(16, 1, 2048, 2401 * 1024, 32, 8, 128, 2)) == "gather_q"

@@ -317,8 +317,10 @@ def _ulysses_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:
 
 def _replicated_q(plan: Plan, q: Array, k: Array, v: Array, low: Array, high: Array, number: Array) -> Part:
     part = _local(plan, q, k, v, low, high, number)
-    packed = lax.all_gather(jnp.concatenate([part.o, part.lse[..., None]], -1), plan.axis)
-    return ops.merge_all(Part(packed[..., :-1], packed[..., -1]))
+    for leg in (plan.fast, plan.axis[:1]) if plan.slow else (plan.axis,):
+        packed = lax.all_gather(jnp.concatenate([part.o, part.lse[..., None]], -1), leg)
+        part = ops.merge_all(Part(packed[..., :-1], packed[..., -1]))
+    return part
 
 
 def _replicated_q_back(plan: Plan, q: Array, k: Array, v: Array, *known: Any) -> Any:

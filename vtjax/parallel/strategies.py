@@ -82,6 +82,12 @@ class Hardware:
     torus: int = 2
     buffers: float = 4 * 2**30
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no size."""
+        sizes = self.flops, self.memory, self.link, self.tile, self.buffers
+        if min(sizes) <= 0 or min(self.latency, self.torus) < 0:
+            raise ValueError(f"hardware must have positive sizes, and latency and torus of 0 or more, found {self}")
+
     def stretch(self, n: int) -> float:
         """How much longer an all-to-all over n devices takes than a reduction of as many bytes (spec section 6.4)."""
         return max(1.0, n ** (1 / self.torus) / 4) if self.torus else 1.0
@@ -104,8 +110,11 @@ def sent(case: Case, strategy: str) -> Sent:
     """What one device sends for one layer.
 
     Raises:
-      ValueError: an unknown strategy; "gspmd", whose collectives are the partitioner's.
+      ValueError: sizes below 1, query heads that are no multiple of key heads; an unknown strategy; "gspmd", whose
+        collectives are the partitioner's.
     """
+    if min(case[:-1]) < 1 or case.wire < 0 or case.heads % case.kv_heads:
+        raise ValueError(f"sizes must be 1 or more, and query heads a multiple of key heads, found {case}")
     r, n, w = (case.n - 1) / case.n, case.n, case.partial
     q, known, kv = case.q, case.statistics, case.kv
     wide = kv * case.heads // case.kv_heads
@@ -136,19 +145,27 @@ def sent(case: Case, strategy: str) -> Sent:
 
 
 def held(case: Case, strategy: str) -> float:
-    """Bytes that a device holds of others while it attends, the larger of both passes: all queries, their gradient and
-    what they find, or two blocks of a ring (spec section 6.5)."""
+    """Bytes that a device holds of others while it attends, the larger of both passes: all queries with what they find,
+    in float32 and as it travels, or with two gradients; two blocks of a ring; all devices' parts (spec section 6.5).
+
+    Raises:
+      ValueError: as `sent`.
+    """
+    sent(case, strategy)
+    if case.n == 1 or strategy == "local":
+        return 0.0
     q, w, n = case.q, case.partial, case.n
+    everywhere = q + max(q * STATISTIC / case.bytes + w * q, (1 + w) * q)
     wide = case.kv * case.heads // case.kv_heads
     return {
-        "gather_q": (2 + w) * q,
-        "gather_q_scatter": (2 + w) * q,
+        "gather_q": everywhere,
+        "gather_q_scatter": everywhere,
         "ring_q": 2 * (2 + w) * q / n,
         "ring_kv": 2 * (1 + w) * case.kv / n,
         "ring_kv_expanded": 2 * (1 + w) * wide / n,
         "ulysses": (3 * q + 2 * case.kv) / n,
-        "replicated_q": (2 + w) * q,
-    }.get(strategy, 0.0)
+        "replicated_q": n * case.batch * case.rows * case.heads * (case.head_dim + 1) * STATISTIC,
+    }[strategy]
 
 
 def seconds(case: Case, strategy: str, hardware: Hardware = V5E) -> float:
@@ -157,13 +174,13 @@ def seconds(case: Case, strategy: str, hardware: Hardware = V5E) -> float:
     n, moved = case.n, sent(case, strategy)
     work = (4 + 14) * case.batch * case.rows * case.keys * case.heads * case.head_dim / (n * hardware.flops)
     group = case.heads // case.kv_heads
-    once = case.rows // n if strategy.startswith("ring_q") else case.rows
-    passes = (n if strategy == "ring_q" else 1) * math.ceil(max(once, 1) * group / hardware.tile)
+    ring = strategy.startswith("ring")
+    passes = (n if ring else 1) * math.ceil(max(case.rows // n if ring else case.rows, 1) * group / hardware.tile)
     read = 3 * passes * case.kv / (n * hardware.memory)
     longer = (hardware.stretch(n) - 1) * moved.exchanged
     over = (moved.forward + moved.backward + longer) / hardware.link
     busy, waits = max(work, read), moved.steps * hardware.latency
-    return (max(busy, over) if strategy.startswith("ring") else busy + over) + waits
+    return (max(busy, over) if ring else busy + over) + waits
 
 
 def choose(case: Case, hardware: Hardware = V5E) -> str:
@@ -173,9 +190,12 @@ def choose(case: Case, hardware: Hardware = V5E) -> str:
     A ring must save a tenth of the time: that its hops hide behind work is the model's hope, and `gather_q` reads the
     keys once and holds no copies of them (spec sections 6.4 and 6.5).
     """
+    sent(case, "local")  # refuses what is no case
     if case.n == 1:
         return "local"
-    able = ["gather_q", "gather_q_scatter", "ring_q", "ring_kv", "replicated_q"]
+    able = ["gather_q", "gather_q_scatter", "ring_q", "ring_kv"]
+    if case.rows < case.n:  # of more, a device has its own rows only: they would be gathered first
+        able.append("replicated_q")
     if case.kv_heads % case.n == 0:
         able.append("ulysses")
     fits = [strategy for strategy in able if held(case, strategy) <= hardware.buffers]

@@ -19,14 +19,15 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -45,7 +46,7 @@ def cross_attention(
     v: Array,
     *,
     mesh: Mesh | AbstractMesh,
-    axis: str | tuple[str, ...],
+    axis: str | Sequence[str],
     q_interval: Array | None = None,
     kv_id: Array | None = None,
     scale: float | None = None,
@@ -65,7 +66,8 @@ def cross_attention(
         query heads h H / K .. share a key head. Rows and visual tokens may come in any order, and need not divide by
         the devices.
       mesh, axis: where the visual tokens lie. Batch and heads are split over the mesh's axes "data", "fsdp" and
-        "tensor" where they divide.
+        "tensor" where they divide; fewer key heads than "tensor" has devices are repeated there, and the gradients of
+        the copies added in their dtype. The mesh's axes are `Auto`.
       q_interval: int32 `[B, S_Q, 2]`, (lo, hi), inclusive: a row sees the keys whose id lies between; None = all that
         are no padding. lo > hi = none.
       kv_id: int32 `[B, S_K]`; 0 or less = padding; None = all are seen.
@@ -94,23 +96,27 @@ def cross_attention(
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"mesh must be a mesh of devices, found {type(mesh).__name__}")
-    axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    axes = _axes(axis)
     _check(q, k, v, q_interval, kv_id, mesh, axes, strategy)
-    if scale is not None and (isinstance(scale, jax.Array) or not math.isfinite(scale)):
+    if scale is not None and not (isinstance(scale, int | float | np.number) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number, known before anything is traced, found {scale}")
     if slow and (len(axes) < 2 or strategy not in ("auto", "gather_q", "replicated_q", "local")):
-        raise ValueError(f"slow=True needs several axes and strategy='gather_q', found {axes} and {strategy!r}")
+        raise ValueError(
+            f"slow=True needs several axes and strategy='gather_q' (or 'replicated_q', 'local'), found {axes} and "
+            f"{strategy!r}"
+        )
+    if not isinstance(hardware, strategies.Hardware):
+        raise ValueError(f"hardware must be a strategies.Hardware, found {type(hardware).__name__}")
     if wire not in (None, "float32"):
         raise ValueError(f"wire must be None or 'float32', found {wire!r}")
     strategy = "gather_q" if slow and strategy == "auto" else strategy
     (b, s_q, heads, d), (s_k, kv_heads) = q.shape, k.shape[1:3]
     n = axes_size(mesh, axes)
     batch_axes, head_axes = _dividing(mesh, ("data", "fsdp"), axes, b), _dividing(mesh, ("tensor",), axes, kv_heads)
-    tensor = mesh.shape.get("tensor", 1)
-    if tensor > 1 and not head_axes and "tensor" not in axes and heads % tensor == 0 and tensor % kv_heads == 0:
-        # Fewer key heads than devices for them: a device gets the one that its query heads share (spec section 6.6).
-        k, v = (jnp.repeat(x, tensor // kv_heads, axis=2) for x in (k, v))
-        kv_heads, head_axes = tensor, ("tensor",)
+    if (copies := repeated(mesh, axes, strategy, heads, kv_heads)) > 1:
+        # A device gets the key head that its query heads share (spec section 6.6).
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        kv_heads, head_axes = copies * kv_heads, ("tensor",)
     groups = axes_size(mesh, head_axes)
     if strategy == "auto":
         own = b // axes_size(mesh, batch_axes), s_q, s_k, heads // groups, kv_heads // groups
@@ -159,17 +165,17 @@ class Over:
     """`attend_over`, as a value: models that take equal ones are equal."""
 
     mesh: Mesh | AbstractMesh | None
-    axis: str | tuple[str, ...]
+    axis: tuple[str, ...]
     options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, q: Array, k: Array, v: Array, *, low: Array, high: Array, number: Array) -> tuple[Array, Array]:
         """As `ops.cross_attention.attend`."""
         mesh: Any = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
-        axes = (self.axis,) if isinstance(self.axis, str) else self.axis
-        options = dict(self.options)
+        axes, options = self.axis, dict(self.options)
         fast = axes[1:] if options.get("slow") else axes
-        if self.mesh is None and not set(axes) <= set(mesh.axis_names):
+        if self.mesh is None and not mesh.axis_names:
             return attend(q, k, v, low=low, high=high, number=number)
+        _known(mesh, axes)
         if q.shape[1] < axes_size(mesh, fast) and options.get("strategy") not in ("local", "gspmd"):
             options["strategy"] = "replicated_q"
         interval = jnp.stack([low, high], -1)
@@ -180,15 +186,48 @@ class Over:
         return found
 
 
-def attend_over(mesh: Mesh | AbstractMesh | None, axis: str | tuple[str, ...], **options: Any) -> Over:
+def attend_over(mesh: Mesh | AbstractMesh | None, axis: str | Sequence[str], **options: Any) -> Over:
     """`cross_attention` in the form that models take (`attend=`, `ops.cross_attention.attend`). Fewer rows than
     devices, as in decoding, are on every device (`replicated_q`).
 
     Args:
       mesh: None = the ambient one (`jax.set_mesh`); outside of one attention is local.
       axis, options: as for `cross_attention`.
+
+    Raises:
+      ValueError: an axis that is none, an unknown option, or an unknown strategy; when it is called, also an axis that
+        the mesh lacks, and what `cross_attention` raises.
     """
-    return Over(mesh, axis, tuple(sorted(options.items())))
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(f"attend_over takes {', '.join(OPTIONS)}, found {name!r}")
+    if options.get("strategy", "auto") not in ("auto", *STRATEGIES):
+        raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, found {options['strategy']!r}")
+    return Over(mesh, _axes(axis), tuple(sorted(options.items())))
+
+
+OPTIONS = ("scale", "strategy", "check_vma", "kernel", "slow", "wire", "hardware")
+"""Of `attend_over`."""
+
+
+def _axes(axis: Any) -> tuple[str, ...]:
+    """Names of mesh axes as a tuple."""
+    axes = (axis,) if isinstance(axis, str) else tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    if not axes or len(set(axes)) != len(axes) or not all(isinstance(name, str) for name in axes):
+        raise ValueError(f"axis must name one axis of the mesh, or several different ones, found {axis!r}")
+    return axes
+
+
+def _known(mesh: Any, axes: tuple[str, ...]) -> None:
+    """Raises ValueError for axes that the mesh lacks, or that are not the partitioner's."""
+    for name in axes:
+        if name not in mesh.shape:
+            raise ValueError(f"axis must be of the mesh, {', '.join(mesh.shape)}, found {name!r}")
+    if explicit := [n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]:
+        raise ValueError(
+            "the mesh's axes must be Auto (jax.make_mesh(..., axis_types=(AxisType.Auto, ...))), found "
+            f"{explicit[0]!r} Explicit"
+        )
 
 
 def _check(
@@ -196,11 +235,7 @@ def _check(
 ) -> None:
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, found {strategy!r}")
-    if not axes or len(set(axes)) != len(axes):
-        raise ValueError(f"axis must name one axis of the mesh, or several different ones, found {axes}")
-    for name in axes:
-        if name not in mesh.shape:
-            raise ValueError(f"axis must be of the mesh, {', '.join(mesh.shape)}, found {name!r}")
+    _known(mesh, axes)
     for x in (q, k, v):
         if not hasattr(x, "shape"):
             raise ValueError(f"q, k, v must be arrays, found {type(x).__name__}")
@@ -219,8 +254,20 @@ def _check(
         ("q_interval", q_interval, (*q.shape[:2], 2)),
         ("kv_id", kv_id, k.shape[:2]),
     ):
-        if value is not None and (value.shape != shape or value.dtype != jnp.int32):
+        if value is None:
+            continue
+        if not hasattr(value, "shape"):
+            raise ValueError(f"{name} must be an array, int32 {list(shape)}, found {type(value).__name__}")
+        if value.shape != shape or value.dtype != jnp.int32:
             raise ValueError(f"{name} must be int32 {list(shape)}, found {value.dtype} {list(value.shape)}")
+
+
+def repeated(mesh: Any, axes: tuple[str, ...], strategy: str, heads: int, kv_heads: int) -> int:
+    """How many times every key head is repeated, so that each device along "tensor" has one: above 1 where there are
+    fewer than devices, and where keys lie over devices by their rows."""
+    devices = mesh.shape.get("tensor", 1) if "tensor" not in axes else 1
+    by_rows = strategy not in ("ulysses", "local", "gspmd") and axes_size(mesh, axes) > 1
+    return devices // kv_heads if by_rows and heads % devices == 0 and devices % kv_heads == 0 else 1
 
 
 def _dividing(mesh: Any, names: tuple[str, ...], taken: tuple[str, ...], size: int) -> tuple[str, ...]:
