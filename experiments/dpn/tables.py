@@ -157,7 +157,7 @@ def relaxed(records: Records) -> str:
         if shown:
             work = np.array(every[shown[0]["seed"]]["work"])
             tops = np.mean([[bits([row]) for row in every[r["seed"]]["correct"]] for r in shown], axis=(0, 2))
-            best = max(np.flatnonzero(work <= max(least, work.min())), key=lambda i: tops[i])
+            best = int(max(np.flatnonzero(work <= max(least, work.min())), key=lambda i: tops[i]))
         fixed = [every[r["seed"]]["correct"][best] for r in shown]
         against = [(told(r)[: len(row)], bits([row])) for r, row in zip(shown, fixed, strict=True)]
         rows.append(

@@ -70,6 +70,7 @@ def stack(
                 x = run(p, x, y)
         return (x.astype(jnp.float32) ** 2).mean()
 
+    shapes: dict[str, tuple[int, ...]]
     shapes = {"q": (width, heads, d), "k": (width, kv_heads, d), "v": (width, kv_heads, d), "o": (heads, d, width)}
     shapes["gate"] = ()
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, AXIS))
