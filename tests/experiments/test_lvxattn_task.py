@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from experiments.lvxattn import main as experiment
 from tests import devices
 from tests.cli.test_processes import Pair
-from vtjax.cli import assemble, main
+from vtjax.cli import aot, assemble, main
 from vtjax.cli import config as config_lib
 from vtjax.errors import InputError
 
@@ -101,3 +102,12 @@ def test_published_models_are_described_with_their_videos() -> None:
         assert task.frames == ("images", "image_number") and made.mesh.context == 8
         assert jax.eval_shape(task.init, jax.random.key(0))[0]["bridge"]
         assert re.search("frames", str(experiment.distributed(made)["frames"].join.__module__))
+
+
+def test_shapes_for_a_mesh_of_all_the_rest_know_its_size() -> None:
+    """`vtjax aot` with `config.mesh.context=-1`: frames are filled up to a multiple of the devices that there are."""
+    made = config(mesh__data=1, mesh__context=-1, data__frames=5, data__limit=64)
+    known = aot.resolved(made, types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "context": 4, "tensor": 1}))
+    assert (made.mesh.context, known.mesh.context) == (-1, 4)
+    shapes = experiment.batch_shapes(known, assemble.task(known), True)
+    assert shapes["images"][0][1] == shapes["image_number"][0][1] == 8

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import Any
 
 from vtjax.cli import config as config_lib
@@ -48,9 +49,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     training = args.step == "train"
     module = assemble.experiment(config.experiment)
     if hasattr(module, "batch_shapes"):
-        known = config.copy_and_resolve_references()
-        known.mesh.update(mesh.shape)  # no size is "all the rest" any more
-        shapes = module.batch_shapes(known, task, training)
+        shapes = module.batch_shapes(resolved(config, mesh), task, training)
     else:
         shapes = loader.batch_shapes(
             config.data, batch_size=config.batch_size, image_size=task.spec.image_size, training=training
@@ -104,6 +103,14 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     for line in _table(result):
         say(line)
     return 0, result
+
+
+def resolved(config: Any, mesh: Any) -> Any:
+    """The config with the mesh's sizes: none of them is "all the rest" any more."""
+    known = copy.deepcopy(config)
+    for axis, size in mesh.shape.items():
+        known.mesh[axis] = size
+    return known
 
 
 def _table(result: dict[str, Any]) -> list[str]:
