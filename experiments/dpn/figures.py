@@ -35,7 +35,7 @@ def main() -> int:
     """See the module's text."""
     records = read_jsonl(RESULTS / "accuracy.jsonl")
     written = [curves.save(tradeoff(records), RESULTS / "tradeoff.png")]
-    shown = (("arms", "dpn"), ("arms", "st quality"), ("routers", "routers at the answer, then all budget=0.44"))
+    shown = (("arms", "dpn"), ("arms", "st quality"), ("gentle", "routers of harm only, then all"))
     for kind, name in shown:
         if found := by_arm(records, kind).get(name):
             path = RESULTS / f"paths_{name.replace(' ', '_').replace('=', '_').replace(',', '')}.png"
@@ -75,8 +75,8 @@ def _line(name: str) -> str | None:
         (r"gentle: static .*", "static paths"),
         (r"gentle: random", "random paths"),
         (r"gentle: routers, then all", "routers, then all"),
+        (r"gentle: routers of harm only, then all", "routers of harm only, then all"),
         (r"(routers|relaxed): routers at the answer budget=\S+( at .*)?", "routers alone"),
-        (r"(arms|tau): st quality( (tau|budget)=.*)?", "all at once, router token"),
         (r"arms: dpn", "as released"),
     ):
         if re.fullmatch(pattern, name):

@@ -24,6 +24,8 @@ TYPES = ("coarse", "object", "relation", "fine")
 
 ANSWER = "at the answer"
 """Of the names of arms in which nothing is added to the texts."""
+ALIKE = 0.005
+"""Shares of the work that count as the same."""
 RELAXING = "routers at the answer budget=0.44"
 """The routers that are asked for more work than they were trained for."""
 
@@ -75,8 +77,8 @@ def dense(records: Records) -> str:
 def arms(records: Records, kinds: tuple[str, ...], types: tuple[str, ...] = TYPES, controls: str = "arms") -> str:
     """Accuracy and work of every arm; what its own decisions are worth against the same ones permuted, among all
     questions and among those of one type; and how it stands to the model that it started from, to the dense arm and to
-    the best static path of no more work, over the seeds that both have. Arms whose texts have no router token ("at the
-    answer") are compared with controls that have none. `controls`: the kind that these are of."""
+    the best static path of no more work (`ALIKE`), over the seeds that both have. Arms whose texts have no router token
+    ("at the answer") are compared with controls that have none. `controls`: the kind that these are of."""
     rows: list[tuple[Any, ...]] = []
     start, type_by_type = by_arm(records, "start").get("start", []), by_arm(records, "within")
     for kind in kinds:
@@ -92,7 +94,7 @@ def arms(records: Records, kinds: tuple[str, ...], types: tuple[str, ...] = TYPE
                 other
                 for n, other in alike.items()
                 if n.startswith("static")
-                and mean(other, "mac_ratio") <= work + 1e-6
+                and mean(other, "mac_ratio") <= work + ALIKE
                 and seeds <= {r["seed"] for r in other}
             ]
             best = max(fixed, key=lambda other: mean([r for r in other if r["seed"] in seeds], "top1"), default=[])
@@ -145,9 +147,10 @@ def relaxed(records: Records) -> str:
     models as they are, over the questions that all paths were tried on."""
     every = {r["seed"]: r for r in records if r["kind"] == "paths" and "correct" in r}
     starts = by_arm(records, "start").get("start", [])
-    trained = {name: found for name, found in by_arm(records, "routers").items() if name == RELAXING}
+    asked = by_arm(records, "relaxed")
+    trained = {name: r for name, r in by_arm(records, "routers").items() if name == RELAXING} if asked else {}
     rows: list[tuple[Any, ...]] = []
-    for name, found in {**trained, **by_arm(records, "relaxed")}.items():
+    for name, found in {**trained, **asked}.items():
         inside = [(told(r), bits(r["within_correct"])) for r in found if "within_correct" in r]
         if not inside:
             inside = [(told(r), permuted(r)) for r in by_arm(records, "within").get(found[0]["name"], [])]

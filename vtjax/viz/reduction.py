@@ -132,8 +132,7 @@ def tradeoff(
     quiet(axes, xlabel)
     axes.set_ylabel(ylabel, color=MUTED, fontsize=9)
     set_title(axes, title)
-    # Quality rises with cost, so nothing is drawn at the lower right.
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
     return figure
 
 
