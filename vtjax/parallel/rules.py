@@ -38,8 +38,10 @@ DEFAULT: Rules = (
     # By rows over both: split by columns over fsdp, a lookup would replicate what the batch splits over it.
     (r"(^|/)embed/tokens$", P(("tensor", *_ALL))),
     (r"(^|/)embed/(pos|registers)$", P(None, _ALL)),
+    # An image looks up a row as large as itself, which would travel over whatever axis images lie along.
+    (r"(^|/)embed/tile_pos$", P(None, None, None, "tensor")),
+    (r"(^|/)tiles/table$", P(None, None, "tensor")),
     (r"(^|/)kernel$", P(_ALL)),
-    # Also tables of tiles: an image looks up a row as large as itself, which would travel if it were split by width.
     (r"", P()),
 )
 
