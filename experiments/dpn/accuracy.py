@@ -136,7 +136,7 @@ def gentle() -> Iterator[Arm]:
     known = {**KNOWN, "optim.lr": "1e-4"}
     budget = {**OURS, **WORK, "dpn.budget": "0.44"}
     yield "dense", {"dpn.mode": "off", **known}
-    yield "routers, then all", {**budget, **QUALITY, **known, "after": "routers at the answer budget=0.44"}
+    yield "routers, then all", {**budget, **QUALITY, **known, "after": RELAXING}
     yield "routers of harm only, then all", {**budget, **QUALITY, "dpn.harm_only": "true", **known, "after": CAUTIOUS}
     for path in ("(1, 1, 1)", "(1, 2, 2)"):
         yield f"static {path}", {"dpn.mode": "forced", "dpn.path": path, **known}
@@ -341,12 +341,14 @@ def relaxed(seed: int, name: str, overrides: dict[str, str]) -> dict[str, Any]:
     moved = experiment.relaxed(params, amount)
     found = measured(config, task, data, moved)
     kind, choice = (np.array(list(found[name]), int) for name in ("type", "choice"))
-    inside = [
-        permuted(config, task, data, moved, choice.reshape(len(kind), -1), number, kind)
-        for number in range(PERMUTATIONS)
-    ]
-    found["within_correct"] = ["".join(map(str, row.astype(int))) for row in inside]
+    found["within_correct"] = of_a_type(config, task, data, moved, choice.reshape(len(kind), -1), kind)
     return {"arm": name, "share": share, "relax": amount, **found}
+
+
+def of_a_type(config: Any, task: Any, data: Any, params: Any, choice: np.ndarray, kind: np.ndarray) -> list[str]:
+    """Which questions are right where each takes the experts of another one of its type, a row per permutation."""
+    told = [permuted(config, task, data, params, choice, number, kind) for number in range(PERMUTATIONS)]
+    return ["".join(map(str, row.astype(int))) for row in told]
 
 
 def routed() -> Iterator[tuple[str, Arm]]:
@@ -365,13 +367,12 @@ def within(seed: int, name: str, overrides: dict[str, str]) -> dict[str, Any]:
     made = loop.decisions(task, data.eval("eval"), config, params)
     order = np.argsort(made["question"])
     kind, choice = made["type"][order], made["choice"][order]
-    told = [permuted(config, task, data, params, choice, number, kind) for number in range(PERMUTATIONS)]
     right = made["correct"][order].astype(int)
     return {
         "arm": name,
         "top1": float(right.mean()),
         "correct": "".join(map(str, right)),
-        "permuted_correct": ["".join(map(str, row.astype(int))) for row in told],
+        "permuted_correct": of_a_type(config, task, data, params, choice, kind),
     }
 
 

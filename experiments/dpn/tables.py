@@ -246,18 +246,13 @@ def speed(records: Records) -> str:
                         side,
                         f"{r['mac_ratio']:.2f}",
                         times,
-                        f"**{r[f'{side}_realised']:.2f}**" + spread(r, f"{side}_realised"),
+                        f"**{r[f'{side}_realised']:.2f}**" + tables.spread(r, f"{side}_realised"),
                     )
                 )
     if not rows:
         return ""
     header = ("batch", "visual tokens", "experts", "program", "times less work", "times as fast", "realised")
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
-
-
-def spread(r: dict[str, Any], name: str) -> str:
-    """10th and 90th percentile of a figure's rounds, where they were recorded."""
-    return " [{:.2f}, {:.2f}]".format(*r[f"{name}_range"]) if f"{name}_range" in r else ""
 
 
 PAYS = 0.95  # share of the saved work that must be saved time, the aim at batch 1
@@ -274,7 +269,7 @@ def tokens(records: Records) -> str:
             ", ".join(map(str, r["paths"])),
             r["visual"],
             *(
-                f"{r[name]:.2f}" + spread(r, name)
+                f"{r[name]:.2f}" + tables.spread(r, name)
                 for name in ("mac_ratio", "switch_ratio", "switch_realised", "static_realised")
             ),
         )
@@ -303,7 +298,7 @@ def decode(records: Records) -> str:
                     ", ".join(map(str, r["paths"][0])),
                     f"{rate['dense']:.0f}",
                     f"{rate['pooled']:.0f}",
-                    f"{r['pooled_ratio']:.2f}" + spread(r, "pooled_ratio"),
+                    f"{r['pooled_ratio']:.2f}" + tables.spread(r, "pooled_ratio"),
                     f"{held['dense']:.1f}",
                     f"{held['pooled']:.1f}",
                 )

@@ -239,15 +239,17 @@ def compiled(records: Records) -> str:
     return tables.markdown(header, rows) + "\n\n" + circumstances(used)
 
 
-def over(r: dict[str, Any], name: str) -> str:
-    """A ratio of times, with the 10th and 90th percentile of the rounds where they were recorded."""
-    return f"{r[name]:.2f}" + (" [{:.2f}, {:.2f}]".format(*r[f"{name}_range"]) if f"{name}_range" in r else "")
-
-
 def recomputing(records: Records) -> str:
     """What recomputation costs in time."""
     used = latest(of_kind(records, "time"), ("rows", "keys"))
-    rows = [(r["rows"], r["keys"], *(over(r, f"{mode}_over_none") for mode in ("names", "full"))) for r in used]
+    rows = [
+        (
+            r["rows"],
+            r["keys"],
+            *(f"{r[name]:.2f}" + tables.spread(r, name) for name in ("names_over_none", "full_over_none")),
+        )
+        for r in used
+    ]
     if not rows:
         return ""
     return tables.markdown(("S_Q", "S_K", "names / none", "full / none"), rows) + "\n\n" + circumstances(used)

@@ -58,6 +58,12 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def spread(record: Mapping[str, Any], name: str) -> str:
+    """ " [low, high]" of the record's field `name`_range, the 10th and 90th percentile of a timing's rounds; "" where
+    they were not recorded."""
+    return " [{:.2f}, {:.2f}]".format(*record[f"{name}_range"]) if f"{name}_range" in record else ""
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Objects of a `.jsonl` file, in order; a torn last line is passed over.
 
